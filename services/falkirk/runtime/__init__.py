@@ -1,0 +1,1 @@
+"""The process shell that all services share: serve, drain, settings, replicas, workers, telemetry."""

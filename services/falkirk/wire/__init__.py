@@ -1,0 +1,1 @@
+"""Bytes to values and back. PURE: no I/O, no clock, no randomness, no protobuf."""

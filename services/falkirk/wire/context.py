@@ -1,0 +1,41 @@
+"""Whom a tunnel speaks for, as every packet process holds it.
+
+The on-ramp makes a `TunnelContext` once, at admission; it travels with the tunnel's descriptor and is never
+changed. Names are those at admission; decisions and limits go by ids.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Framing(StrEnum):
+    """How packets are framed on a connected tunnel."""
+
+    RAW = "raw"
+    """One or several whole IP packets in a datagram."""
+    VNET = "vnet"
+    """One packet or super-packet behind a 10-byte virtio-net header."""
+
+
+class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Identity of a tunnel; `addresses` are packed (4 or 16 bytes) and are the only ones that it may speak from."""
+
+    tenant_id: str
+    tenant: str
+    device_id: str
+    device: str
+    virtual_network_id: str
+    virtual_network: str
+    addresses: tuple[bytes, ...]
+    user_id: str = ""
+    user: str = ""
+    groups: tuple[str, ...] = ()
+    posture: dict[str, str] = {}
+    attributes: dict[str, str] = {}
+    device_max_flows: int = 0
+    """Flows that the device may have at once; 0 takes the node's default."""
+    tenant_max_flows: int = 0
+    """Flows that the tenant may have at once on this node; 0 takes the node's default."""

@@ -1,0 +1,199 @@
+"""What packet processes say to each other over SEQPACKET pairs.
+
+One datagram is one MessagePack list of messages (tagged structs), so a loop turn costs one system call a peer.
+Descriptors ride beside the datagram (SCM_RIGHTS), in the order of the messages that name them; each such message
+says how many are its own in `descriptors`.
+
+The first message each way is `Hello`. A peer with another `protocol` is refused; a peer whose `generation` is lower
+than one already seen in that role is refused (it is a process that was replaced). Generations are wall-clock
+nanoseconds at start.
+
+    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
+    flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll / Hello Devices Connected DialFailed Closed
+    parent         <-> worker       inherited socket pair         see `falkirk.flow.control` and its siblings
+
+Limit: 64 messages and 16 descriptors a datagram, and 128 KiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from falkirk.wire.context import Framing, TunnelContext
+
+PROTOCOL: Final = 1
+"""Version of these messages; raised by any change that an older peer would misread."""
+MAX_MESSAGES: Final = 64
+MAX_DESCRIPTORS: Final = 16
+MAX_DATAGRAM: Final = 128 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages; on the wire an array whose head is the class's name."""
+
+
+class Hello(Message, frozen=True, tag=True):
+    """First message each way. `role` is "flow", "upgrader" or "onramp"; `worker` its number."""
+
+    role: str
+    worker: int
+    generation: int
+    protocol: int = PROTOCOL
+
+
+# onramp <-> flow
+
+
+class Adopt(Message, frozen=True, tag=True):
+    """A tunnel's descriptor, with all that the flow worker must know. One descriptor.
+
+    `greeting` is written to the tunnel before any packet (the admission's answer); empty on a re-adoption.
+    """
+
+    tunnel: int
+    context: TunnelContext
+    framing: Framing
+    mtu: int
+    greeting: bytes = b""
+    descriptors: int = 1
+
+
+class Adopted(Message, frozen=True, tag=True):
+    """The flow worker reads the tunnel from now on."""
+
+    tunnel: int
+
+
+class AdoptRefused(Message, frozen=True, tag=True):
+    """The flow worker doesn't take the tunnel; the sender tells the producer."""
+
+    tunnel: int
+    code: str
+    message: str
+
+
+class Held(Message, frozen=True, tag=True):
+    """Flow worker to a new on-ramp: a tunnel that it reads already, with a copy of its descriptor, so that the on-ramp can
+    hand it over again should the flow worker die. One descriptor."""
+
+    tunnel: int
+    context: TunnelContext
+    framing: Framing
+    mtu: int
+    descriptors: int = 1
+
+
+class TunnelClosed(Message, frozen=True, tag=True):
+    """Either side: the tunnel is over; `reason` is for people and audit."""
+
+    tunnel: int
+    reason: str
+
+
+class Traced(Message, frozen=True, tag=True):
+    """Flow worker to on-ramp: a sampled flow began on this tunnel; the on-ramp adds its `admit` span to the trace."""
+
+    tunnel: int
+    trace_id: bytes
+    """16 bytes."""
+    span_id: bytes
+    """8 bytes: the flow's root span, parent of the on-ramp's."""
+    time: int
+    """Wall-clock nanoseconds at which the flow's first packet was read."""
+
+
+# flow <-> upgrader
+
+
+class Devices(Message, frozen=True, tag=True):
+    """The worker's two TUN devices: first the one for `vnet` tunnels, then the one for `raw` tunnels. Two descriptors.
+
+    Addresses of slots are arithmetic, see `falkirk.wire.slots.SlotPlan(workers)`. `listener_port` is where both the IPv4
+    and the IPv6 listener of this worker wait, on the device's own address (host number 1 of each prefix).
+    """
+
+    workers: int
+    listener_port: int
+    mtu: int
+    descriptors: int = 2
+
+
+class Prepare(Message, frozen=True, tag=True):
+    """Dial an upstream, and expect a stream from this slot. Answered by `Connected` or `DialFailed`."""
+
+    slot: int
+    flow_id: bytes
+    """16 bytes."""
+    destination: bytes
+    """4 or 16 bytes."""
+    port: int
+    egress: bytes
+    """Address to send from, of the destination's family; empty lets the kernel choose."""
+    connect_timeout_ms: int
+    idle_timeout_s: int
+    treatment: str
+    """"l4"; others are refused with EPROTONOSUPPORT until they are built."""
+    span_id: bytes = b""
+    """8 bytes where the flow is sampled: parent of the upgrader's spans. Empty: not sampled."""
+
+
+class Connected(Message, frozen=True, tag=True):
+    """The upstream is connected; the SYN may be written now."""
+
+    slot: int
+    dial_ns: int
+
+
+class DialFailed(Message, frozen=True, tag=True):
+    """The upstream isn't connected; nothing of this slot remains at the upgrader."""
+
+    slot: int
+    errno: int
+    dial_ns: int
+
+
+class Abort(Message, frozen=True, tag=True):
+    """End whatever the slot stands for: both sides get a RST. Answered by `Closed` where something was there."""
+
+    slot: int
+
+
+class AbortAll(Message, frozen=True, tag=True):
+    """End everything (a new flow worker clears what its predecessor left). Each is answered by `Closed`."""
+
+
+class Closed(Message, frozen=True, tag=True):
+    """A prepared slot is over: "finished" (both FINs passed), "client_reset", "upstream_reset", "idle", "aborted",
+    "never_opened" (the client's handshake didn't come), "relay_error". Bytes are payload."""
+
+    slot: int
+    reason: str
+    bytes_up: int
+    bytes_down: int
+
+
+OnrampToFlow = Hello | Adopt | TunnelClosed
+FlowToOnramp = Hello | Adopted | AdoptRefused | Held | TunnelClosed | Traced
+FlowToUpgrader = Hello | Prepare | Abort | AbortAll
+UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed
+
+ONRAMP_TO_FLOW: Final = msgspec.msgpack.Decoder(list[OnrampToFlow])
+FLOW_TO_ONRAMP: Final = msgspec.msgpack.Decoder(list[FlowToOnramp])
+FLOW_TO_UPGRADER: Final = msgspec.msgpack.Decoder(list[FlowToUpgrader])
+UPGRADER_TO_FLOW: Final = msgspec.msgpack.Decoder(list[UpgraderToFlow])
+
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+def encode(messages: Iterable[Message]) -> bytes:
+    """One datagram of at most `MAX_MESSAGES` messages."""
+    return _encoder.encode(messages)
+
+
+def batches(messages: list[Message]) -> Iterator[bytes]:
+    """Datagrams for any number of messages without descriptors, in order."""
+    for start in range(0, len(messages), MAX_MESSAGES):
+        yield _encoder.encode(messages[start : start + MAX_MESSAGES])
