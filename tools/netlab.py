@@ -174,10 +174,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM, then SIGKILL to its whole session after STOP_S."""
     if process.poll() is None:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            pass
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
