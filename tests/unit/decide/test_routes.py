@@ -5,10 +5,11 @@ from __future__ import annotations
 from ipaddress import ip_address, ip_network
 
 import pytest
-from falkirk.decide import routes
-from falkirk.decide.routes import RouteConflict, RouteDataError, RouteEntry, RouteSource, RouteTable, martian
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from falkirk.decide import routes
+from falkirk.decide.routes import RouteConflict, RouteDataError, RouteEntry, RouteSource, RouteTable, martian
 
 
 def source(prefix: str, network: str = "net", **more: object) -> RouteSource:
@@ -52,7 +53,9 @@ def test_longest_prefix_wins(destination: str, prefix: str) -> None:
 
 def test_networks_are_apart_and_may_repeat_prefixes() -> None:
     table = RouteTable.loaded(
-        routes.compile([source("10.0.0.0/8", "a", name="one"), source("10.0.0.0/8", "b", name="two"), source("::/0", "b")])
+        routes.compile(
+            [source("10.0.0.0/8", "a", name="one"), source("10.0.0.0/8", "b", name="two"), source("::/0", "b")]
+        )
     )
     one, two = table.lookup("a", packed("10.9.9.9")), table.lookup("b", packed("10.9.9.9"))
     assert one is not None
@@ -66,7 +69,9 @@ def test_networks_are_apart_and_may_repeat_prefixes() -> None:
 
 
 def test_entry_comes_back_whole() -> None:
-    given_source = source("0.0.0.0/0", target="blackhole", egress4=b"\x01\x02\x03\x04", egress6=bytes(16), connect_timeout_ms=5)
+    given_source = source(
+        "0.0.0.0/0", target="blackhole", egress4=b"\x01\x02\x03\x04", egress6=bytes(16), connect_timeout_ms=5
+    )
     table = RouteTable.loaded(routes.compile([given_source]))
     assert table.lookup("net", packed("8.8.8.8")) == given_source.entry
     assert table.lookup("net", packed("8.8.8.8")) is table.lookup("net", packed("9.9.9.9"))
@@ -145,9 +150,9 @@ prefixes4 = st.builds(
     st.integers(0, 32),
 )
 prefixes6 = st.builds(
-    lambda number, length: str(ip_network((number >> (128 - length) << (128 - length) | 0, length)))
-    if number >> 32
-    else "::/0",
+    lambda number, length: (
+        str(ip_network((number >> (128 - length) << (128 - length) | 0, length))) if number >> 32 else "::/0"
+    ),
     st.integers(2**32, 2**128 - 1),
     st.integers(0, 64).map(lambda n: n + 32),
 )
@@ -158,7 +163,9 @@ prefixes6 = st.builds(
 def test_same_as_naive(prefixes: set[str], data: st.DataObject) -> None:
     table = RouteTable.loaded(routes.compile(source(p) for p in prefixes))
     networks = [ip_network(p) for p in prefixes]
-    edges = [a for n in networks for a in (int(n.network_address), int(n.broadcast_address) + 1, int(n.broadcast_address))]
+    edges = [
+        a for n in networks for a in (int(n.network_address), int(n.broadcast_address) + 1, int(n.broadcast_address))
+    ]
     numbers = edges + data.draw(st.lists(st.integers(0, 2**128 - 1), max_size=10))
     for number in numbers:
         for size in (4, 16):
