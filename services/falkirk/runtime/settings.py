@@ -245,7 +245,7 @@ def _directory(argument: Path | None, variable: str, value: str | None, default:
     if argument is None:
         named = os.environ.get(variable) or value
         argument = Path(named) if named else default()
-    return Path(os.path.abspath(argument.expanduser()))
+    return argument.expanduser().absolute()
 
 
 def _convert(values: Any, kind: type[S], section: str, path: Path | None) -> S:
