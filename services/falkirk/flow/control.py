@@ -49,7 +49,6 @@ class Loaded(Message, frozen=True, tag=True):
     name: str
     epoch: str
     number: int
-    items: int
     error: str = ""
 
 

@@ -36,6 +36,7 @@ from falkirk.flow.slots import SlotPool
 from falkirk.flow.table import DeviceCounts, Flow, Tunnel, Wheel
 from falkirk.flow.tracker import Tracker
 from falkirk.linux import seqpacket
+from falkirk.runtime.blob import HEADER_BYTES
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire.context import Framing
@@ -84,14 +85,14 @@ class Worker:
         self.onramp_generations: dict[int, int] = {}
         self.upgrader_generations: dict[int, int] = {}
         self.routes = RouteTable()
-        self.rules = RuleTable()
+        self.rules = RuleTable.empty()
         self.wheel = Wheel(self.second)
         self.tenants = TenantCounts(tenants_fd, start.workers, start.worker)
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._parent = parent
         self._to_parent: deque[bytes] = deque()
-        self._loading: list[tuple[control.Load, RouteTable | RuleTable, Iterator[None]]] = []
+        self._loading: list[tuple[control.Load, Iterator[None]]] = []
         self._loaded: set[str] = set()
         self._devices: dict[str, DeviceCounts] = {}
         self._plan = SlotPlan(start.workers)
@@ -454,18 +455,31 @@ class Worker:
             self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
     def _begin_load(self, message: control.Load) -> None:
-        table = RouteTable() if message.name == "routes" else RuleTable()
         try:
-            data = Path(message.path).read_bytes()
+            with open(message.path, "rb") as file:
+                file.seek(HEADER_BYTES)
+                data = file.read()
         except OSError as error:
-            self.tell(control.Loaded(message.name, message.epoch, message.number, 0, str(error)))
+            self.tell(control.Loaded(message.name, message.epoch, message.number, str(error)))
             return
         self._loading = [entry for entry in self._loading if entry[0].name != message.name]
-        self._loading.append((message, table, table.load(data)))
+        steps = self._load_routes(data) if message.name == "routes" else self._load_rules(data)
+        self._loading.append((message, steps))
+
+    def _load_routes(self, data: bytes) -> Iterator[None]:
+        table = RouteTable()
+        yield from table.load(data)
+        self.routes = table
+
+    def _load_rules(self, data: bytes) -> Iterator[None]:
+        loading = RuleTable.load(data)
+        yield from loading
+        assert loading.table is not None
+        self.rules = loading.table
 
     def _load(self) -> None:
         """A slice of loading; the table decides once it is whole."""
-        message, table, steps = self._loading[0]
+        message, steps = self._loading[0]
         until = time.monotonic_ns() + LOAD_SLICE
         error = ""
         try:
@@ -476,15 +490,11 @@ class Worker:
             error = str(failed)
         self._loading.pop(0)
         if not error:
-            if isinstance(table, RouteTable):
-                self.routes = table
-            else:
-                self.rules = table
             self._loaded.add(message.name)
             for tunnel in self.tunnels.values():
                 tunnel.memo.clear()
             self._mend()
-        self.tell(control.Loaded(message.name, message.epoch, message.number, len(table), error))
+        self.tell(control.Loaded(message.name, message.epoch, message.number, error))
 
 
 def grow(fd: int) -> None:
