@@ -207,7 +207,7 @@ def _judge_policy(value: Value) -> None:
             raise Refused(Reason.INVALID_FIELD, f"{place}.action: must be allow or deny", field=f"{place}.action")
         if rule.treatment not in _BUILT_TREATMENTS:
             raise Refused(Reason.TREATMENT_NOT_BUILT, f"{place}.treatment: this version lifts to l4 only", field=f"{place}.treatment")
-    for error in decide_rules.check([(rule.name, rule.when) for rule in value.rules]):
+    for error in decide_rules.check([decide_rules.RuleSource(rule.name, rule.when) for rule in value.rules]):
         raise Refused(
             Reason.RULE_INVALID,
             f"rule {error.rule}, line {error.line}, column {error.column}: {error.message}",

@@ -2,7 +2,7 @@
 
 All writes run one after another on one thread, each in one `BEGIN IMMEDIATE` transaction that also appends to the
 history; a transaction that changed something raises the revision by one. Commits are durable (WAL, synchronous=FULL)
-before anyone hears of them, and `on_commit` is called in commit order. Reads run on their own threads and see the last
+before anyone hears of them. Reads run on their own threads and see the last
 commit, never half of one.
 
 The epoch is a UUID made with the store. A store that was restored from a backup has lost revisions that replicas may
@@ -10,7 +10,7 @@ have seen, so it gets a new epoch: the file `<store>.head` remembers epoch and h
 and a store that is behind its head is one that was set back. Copy the `.db` alone when backing up.
 
 Limits: the history holds at most `history_bytes`, but always the newest transaction; one transaction changes at most
-`TRANSACTION_BYTES`. One process at a time: the head file is locked.
+`transaction_bytes`, so that it fits into one message of a watch. One process at a time: the head file is locked.
 """
 
 from __future__ import annotations
@@ -32,9 +32,6 @@ from falkirk.registry.migrations import MIGRATIONS, SCHEMA
 from falkirk.registry.refusal import Reason, Refused
 
 T = TypeVar("T")
-
-TRANSACTION_BYTES = 48 << 20
-"""Most bytes of changed resources in one transaction, so that it fits into one message of a watch (64 MiB)."""
 
 _CHANGE_OVERHEAD = 128
 """Bytes that a row of history costs beside its body, roughly."""
@@ -104,11 +101,13 @@ def migrate(connection: sqlite3.Connection, migrations: tuple[tuple[str, ...], .
 class Store:
     """An open store. `write` and `read` may be called from any thread."""
 
-    def __init__(self, path: Path, *, history_bytes: int, on_commit: Callable[[Transaction], None] = lambda transaction: None) -> None:
+    def __init__(self, path: Path, *, history_bytes: int, transaction_bytes: int) -> None:
         """Open or create. Raises `StoreError`, OSError."""
         self._path = path
         self._history_bytes = history_bytes
-        self._on_commit = on_commit
+        self._transaction_bytes = transaction_bytes
+        self.on_commit: Callable[[Transaction], None] = lambda transaction: None
+        """Called on the writer's thread after each commit, in order, before whoever wrote hears of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._head = _Head(path.with_name(path.name + ".head"))
         try:
@@ -206,7 +205,7 @@ class Store:
             transaction, self._oldest, self._history_size = recorded
             self._revision = transaction.revision
             self._head.write(self.epoch, transaction.revision)
-            self._on_commit(transaction)
+            self.on_commit(transaction)
         return result
 
     def _record(self, writing: Writing) -> tuple[Transaction, int, int]:
@@ -214,8 +213,9 @@ class Store:
         connection, revision = self._connection, writing.revision
         changes = tuple(writing.changes.values())
         size = sum(len(change.body or b"") + _CHANGE_OVERHEAD for change in changes)
-        if size > TRANSACTION_BYTES:
-            raise Refused(Reason.TRANSACTION_TOO_LARGE, f"the change has {size >> 20} MiB, at most {TRANSACTION_BYTES >> 20} MiB fit into one; split it")
+        if size > self._transaction_bytes:
+            most = self._transaction_bytes
+            raise Refused(Reason.TRANSACTION_TOO_LARGE, f"the change has {size} bytes, one transaction holds {most}; split it", limit=str(most))
         connection.execute("UPDATE meta SET value = ? WHERE key = 'revision'", (revision,))
         connection.execute("INSERT INTO past (revision, size, time_ns) VALUES (?, ?, ?)", (revision, size, time.time_ns()))
         connection.executemany(
