@@ -17,7 +17,7 @@
     net.dst.inCidr("10.0.0.0/8"), inCidr(address, prefix)    true where the address lies in the prefix (IPv4 and IPv6)
 
 There is no source port and no time, so a verdict holds for (tunnel, destination, port, protocol) and may be memoised.
-Each name is its own typed CEL variable: a misspelt one is a compile error. An evaluation ends in true, false or an
+Each name is its own typed CEL variable: a misspelt one is a compile error, and has() is for map keys only. An evaluation ends in true, false or an
 error (a missing map key, a malformed address); what an error means is said in `falkirk.decide.rules`.
 
 Limits: 4096 characters and 32 levels an expression; 10,000 comprehension steps an evaluation (then an error).
@@ -33,7 +33,7 @@ from typing import Any, Final
 import msgspec
 from cel_expr_python import cel  # type: ignore[import-untyped]
 
-from falkirk.decide.checked import Checked, UnreadableExpression, parse, walk
+from falkirk.decide.checked import Checked, UnreadableExpression, parse
 from falkirk.wire.context import TunnelContext
 
 MAX_EXPRESSION: Final = 4096
@@ -139,15 +139,6 @@ def compile_expression(source: str) -> Compiled:
         checked = parse(serialized)
     except UnreadableExpression as error:
         raise InvalidExpression([Diagnostic(1, 1, str(error))]) from error
-    # has(net.port): the checker takes the qualified variable for the field test and calls it bool, but it evaluates to the
-    # variable's value.
-    misused = [
-        position(source, checked, node.id, f"has() isn't for {node.name}, which is always there")
-        for node in walk(checked.root)
-        if node.kind == "ident" and node.name in VARIABLES and node.id in checked.booleans
-    ]
-    if misused:
-        raise InvalidExpression(misused)
     return Compiled(serialized, checked)
 
 

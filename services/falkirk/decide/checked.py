@@ -20,8 +20,6 @@ _VARINT: Final = 0
 _FIXED64: Final = 1
 _BYTES: Final = 2
 _FIXED32: Final = 5
-_BOOL: Final = 1
-"""cel.expr.Type.PrimitiveType.BOOL"""
 
 # Field numbers of cel.expr.Expr's oneof, and in each message those of a name and of sub-expressions.
 _CONST: Final = 3
@@ -48,12 +46,11 @@ class Node(msgspec.Struct, frozen=True):
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """A checked expression: its tree, where nodes stand in the source, and which of them have type bool."""
+    """A checked expression: its tree, and where nodes stand in the source."""
 
     root: Node
     offsets: dict[int, int]
     """Node id -> offset in the source, in code points from 0."""
-    booleans: frozenset[int]
 
 
 def parse(serialized: bytes) -> Checked:
@@ -61,14 +58,9 @@ def parse(serialized: bytes) -> Checked:
     try:
         wrapped = b"".join(_bytes(value) for number, value in _fields(serialized) if number == 2)
         root: Node | None = None
-        booleans: set[int] = set()
         offsets: dict[int, int] = {}
         for number, value in _fields(wrapped):
-            if number == 3:  # type_map
-                key, kind = _entry(_bytes(value))
-                if any(n == 3 and v == _BOOL for n, v in _fields(_bytes(kind))):
-                    booleans.add(key)
-            elif number == 4:
+            if number == 4:
                 root = _node(_bytes(value))
             elif number == 5:  # source_info.positions
                 for field, position in _fields(_bytes(value)):
@@ -79,7 +71,7 @@ def parse(serialized: bytes) -> Checked:
         raise UnreadableExpression(f"not a checked CEL expression: {error}") from error
     if root is None:
         raise UnreadableExpression("not a checked CEL expression: it has no tree")
-    return Checked(root, offsets, frozenset(booleans))
+    return Checked(root, offsets)
 
 
 def walk(node: Node) -> Iterator[Node]:

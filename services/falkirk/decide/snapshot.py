@@ -125,7 +125,7 @@ def read(data: bytes) -> Iterator[_AnyFrame]:
             raise UnreadableRules("the snapshot of rules ends early")
         try:
             frame = _decoder.decode(view[at : at + length])
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise UnreadableRules(f"the snapshot of rules is damaged: {error}") from error
         at += length
         yield frame
