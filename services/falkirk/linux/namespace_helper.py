@@ -70,7 +70,7 @@ def _make(control: socket.socket, settings: messages.HelperSettings) -> None:
         network_namespace=netns.inode("net"),
         user_namespace=netns.inode("user"),
         congestion=congestion,
-        ipv6=slot_devices.has_ipv6(),
+        ipv6=netns.has_ipv6(),
         took=report.took,
         refused=report.refused,
     )

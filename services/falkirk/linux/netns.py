@@ -94,7 +94,12 @@ def self_descriptor(kind: str) -> int:
 
 def inode(kind: str) -> int:
     """The number that tells the caller's namespace ("user" or "net") from others on this machine."""
-    return os.stat(f"/proc/self/ns/{kind}").st_ino
+    return Path(f"/proc/self/ns/{kind}").stat().st_ino
+
+
+def has_ipv6() -> bool:
+    """Does the kernel speak IPv6 in the caller's namespace?"""
+    return Path("/proc/self/net/if_inet6").exists()
 
 
 def write_settings(wanted: Mapping[str, str]) -> Settings:

@@ -105,19 +105,19 @@ def listen(path: str | Path, mode: int = 0o600, backlog: int = BACKLOG) -> socke
     A socket that a dead process left there is replaced; one that answers raises OSError (EADDRINUSE), and so does
     anything that isn't a socket. Paths are limited to 107 bytes by the kernel.
     """
-    path = str(path)
+    path = Path(path)
     sock = socket.socket(socket.AF_UNIX, _FLAGS)
     try:
         # The kernel takes the file's mode from the socket's inode (less the umask), so it is never wider than asked.
         os.fchmod(sock.fileno(), mode)
         try:
-            sock.bind(path)
+            sock.bind(str(path))
         except OSError as error:
             if error.errno != errno.EADDRINUSE or not _stale(path):
                 raise
-            os.unlink(path)
-            sock.bind(path)
-        os.chmod(path, mode)
+            path.unlink()
+            sock.bind(str(path))
+        path.chmod(mode)
         sock.listen(backlog)
     except BaseException:
         sock.close()
@@ -157,13 +157,13 @@ def _borrow(fd: int) -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
 
 
-def _stale(path: str) -> bool:
+def _stale(path: Path) -> bool:
     """Is this a socket at which nobody listens?"""
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+    if not stat.S_ISSOCK(path.lstat().st_mode):
         return False
     with socket.socket(socket.AF_UNIX, _FLAGS) as probe:
         try:
-            probe.connect(path)
+            probe.connect(str(path))
         except ConnectionRefusedError:
             return True
         except OSError:

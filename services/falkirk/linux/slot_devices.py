@@ -10,11 +10,10 @@ report says so).
 
 from __future__ import annotations
 
-import os
 import socket
 from typing import Final
 
-from falkirk.linux import sockets, tun
+from falkirk.linux import netns, sockets, tun
 from falkirk.linux.namespace_messages import HelperSettings, WorkerDevices
 from falkirk.linux.netlink import Netlink
 from falkirk.wire.context import Framing
@@ -49,11 +48,6 @@ def kernel_settings(settings: HelperSettings) -> dict[str, str]:
     }
 
 
-def has_ipv6() -> bool:
-    """Does the kernel speak IPv6 in this namespace?"""
-    return os.path.exists("/proc/self/net/if_inet6")
-
-
 def make_worker(links: Netlink, settings: HelperSettings, worker: int) -> tuple[WorkerDevices, list[int]]:
     """One worker's devices and listeners in the current namespace, described, with their descriptors."""
     plan = SlotPlan(settings.workers)
@@ -64,7 +58,7 @@ def make_worker(links: Netlink, settings: HelperSettings, worker: int) -> tuple[
         _device(links, settings, plan, worker, raw_device, Framing.RAW),
         _listener(settings, socket.AF_INET, "0.0.0.0", port),
     ]
-    if has_ipv6():
+    if netns.has_ipv6():
         descriptors.append(_listener(settings, socket.AF_INET6, "::", port))
     described = WorkerDevices(
         worker=worker,
@@ -82,12 +76,12 @@ def _device(links: Netlink, settings: HelperSettings, plan: SlotPlan, worker: in
     vnet = framing is Framing.VNET
     fd = tun.open_tun(name, vnet=True, offloads=tun.TCP_OFFLOADS if vnet else tun.NO_OFFLOADS)
     index = socket.if_nametoindex(name)
-    if has_ipv6():
+    if netns.has_ipv6():
         links.no_generated_addresses(index)
     links.set_link(index, mtu=settings.vnet_mtu if vnet else settings.raw_mtu, queue=settings.tx_queue)
     own = plan.slot(framing, HOST)
     links.add_address(index, plan.address4(worker, own), plan.prefix_length4())
-    if has_ipv6():
+    if netns.has_ipv6():
         links.add_address(index, plan.address6(worker, own), plan.prefix_length6())
     return fd
 
