@@ -96,18 +96,20 @@ def _error(data: Buffer, packet: Packet, kind: int, code: int, rest: int, source
     quoted = min(packet.total_length, room - icmp.HEADER)
     message = bytearray(icmp.build(kind, code, rest))
     message += memoryview(data)[packet.at : packet.at + quoted]
-    return error_packet(message, source, packet.source)
+    # RFC 1812 4.3.2.5: precedence 6 (internetwork control).
+    return icmp_packet(message, source, packet.source, traffic_class=0xC0 if four else 0)
 
 
-def error_packet(message: bytearray, source: bytes, destination: bytes) -> bytes:
-    """An ICMP or ICMPv6 message (its checksum zero, filled in here) behind an IP header of the addresses' family."""
+def icmp_packet(
+    message: bytearray, source: bytes, destination: bytes, *, ttl: int = 64, traffic_class: int = 0
+) -> bytes:
+    """An ICMP or ICMPv6 message behind an IP header of its family; the message's checksum is zero, and filled in here."""
     four = len(source) == 4
     initial = 0 if four else pseudo_header(source, destination, ICMPV6, len(message))
     message[icmp.CHECKSUM_OFFSET : icmp.CHECKSUM_OFFSET + 2] = checksum(message, initial).to_bytes(2, "big")
     if four:
-        # RFC 1812 4.3.2.5: precedence 6 (internetwork control).
-        return ipv4.build(source, destination, ICMP, len(message), traffic_class=0xC0) + message
-    return ipv6.build(source, destination, ICMPV6, len(message)) + message
+        return ipv4.build(source, destination, ICMP, len(message), ttl=ttl, traffic_class=traffic_class) + message
+    return ipv6.build(source, destination, ICMPV6, len(message), hop_limit=ttl, traffic_class=traffic_class) + message
 
 
 def _may_answer4(packet: Packet) -> bool:
