@@ -60,6 +60,8 @@ class Engine:
     surroundings: Surroundings
     pending: set[str] = field(default_factory=set)
     """Ids that this transaction is still going to write: their claims may be taken."""
+    _bereft: set[str] = field(default_factory=set)
+    """Those whose claims were taken."""
     _tenants: dict[str, tuple[str, str]] = field(default_factory=dict)
     _targets: dict[tuple[int, str, str], tuple[str, str]] = field(default_factory=dict)
 
@@ -135,6 +137,8 @@ class Engine:
         defaults.fill(self, kind, value, stored)
         references = self._resolve(kind, value)
         if stored is not None and _equal(value, stored):
+            if stored.metadata.id in self._bereft:
+                self._claim(kind, value, references)
             self.pending.discard(stored.metadata.id)
             return stored, UNCHANGED
         self._stamp(value, stored)
@@ -289,9 +293,11 @@ class Engine:
             row = self.connection.execute(
                 "SELECT holder FROM claim WHERE scope = ? AND key = ?", (claim.scope, claim.key)
             ).fetchone()
-            # From one that is still to be written; the default mark always, since `defaults` takes it off the other.
-            if row is not None and row[0] not in self.pending and claim.taken is not Reason.IS_DEFAULT:
-                raise Refused(claim.taken, claim.message, **claim.about)
+            if row is not None:
+                # From one that is still to be written; the default mark always, since `defaults` takes it off the other.
+                if row[0] not in self.pending and claim.taken is not Reason.IS_DEFAULT:
+                    raise Refused(claim.taken, claim.message, **claim.about)
+                self._bereft.add(row[0])
             self.connection.execute(
                 "INSERT OR REPLACE INTO claim (scope, key, holder) VALUES (?, ?, ?)", (claim.scope, claim.key, key)
             )
@@ -308,7 +314,9 @@ class Engine:
                 self.connection.execute(
                     "UPDATE resource SET kind = ?, tenant_id = ?, tenant = ?, name = ?, body = ? WHERE id = ?", row
                 )
-        except sqlite3.IntegrityError:
+        except sqlite3.IntegrityError as error:
+            if "resource.name" not in str(error):
+                raise
             where = f" in tenant {metadata.tenant}" if kind.scoped else ""
             raise Refused(
                 Reason.NAME_TAKEN,

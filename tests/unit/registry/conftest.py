@@ -26,7 +26,7 @@ class Ledger:
         self.store = Store(path, history_bytes=history_bytes, transaction_bytes=transaction_bytes)
         self.told: list[Transaction] = []
         self.store.on_commit = self.told.append
-        ids = itertools.count(1)
+        ids = itertools.count(self.store.revision * 1000 + 1)
         times = itertools.count(1_000_000_000, 1_000_000_000)
         self._surroundings = Surroundings(
             now_ns=lambda: next(times),
