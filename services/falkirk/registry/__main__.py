@@ -19,7 +19,7 @@ from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.metrics import StoreCollector
 from falkirk.registry.service import Desk, RegistryService, ResourceService, surroundings
 from falkirk.registry.settings import Settings
-from falkirk.registry.store import Store, StoreError
+from falkirk.registry.store import Store, StoreError, Transaction
 from falkirk.registry.watch import Feed
 from falkirk.runtime import telemetry
 from falkirk.runtime.server import MESSAGE_BYTES, Server
@@ -39,7 +39,11 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
     """Serve until told to stop."""
     loop = asyncio.get_running_loop()
     feed = Feed(store, settings.max_watches)
-    store.on_commit = lambda transaction: loop.call_soon_threadsafe(feed.publish, transaction) and None
+
+    def committed(transaction: Transaction) -> None:
+        loop.call_soon_threadsafe(feed.publish, transaction)
+
+    store.on_commit = committed
     desk = Desk(store, feed, surroundings())
     server = Server("registry", shell)
     server.metrics.register(StoreCollector(store, feed))
@@ -60,7 +64,11 @@ def main() -> int:
     telemetry.setup("registry", shell)
     try:
         # Of a message of gRPC, the rest is for what a resource's frame in it costs.
-        store = Store(shell.data("registry") / "falkirk.db", history_bytes=settings.history_bytes, transaction_bytes=MESSAGE_BYTES * 3 // 4)
+        store = Store(
+            shell.data("registry") / "falkirk.db",
+            history_bytes=settings.history_bytes,
+            transaction_bytes=MESSAGE_BYTES * 3 // 4,
+        )
     except (StoreError, OSError) as error:
         print(f"falkirk registry: {error}", file=sys.stderr)
         return 1

@@ -36,7 +36,9 @@ def fill(engine: Engine, kind: Kind, value: Value, stored: Value | None) -> None
         value.addresses.extend(stored.addresses if stored else _take_addresses(engine, value.metadata.tenant_id))
     elif isinstance(value, Route) and not value.virtual_network:
         assert stored is None or isinstance(stored, Route)
-        value.virtual_network = stored.virtual_network if stored else _default_network(engine, value.metadata.tenant_id).metadata.name
+        value.virtual_network = (
+            stored.virtual_network if stored else _default_network(engine, value.metadata.tenant_id).metadata.name
+        )
     elif isinstance(value, VirtualNetwork) and isinstance(stored, VirtualNetwork) and stored.is_default:
         # The mark moves by setting it on another one; a tenant is never without.
         value.is_default = True
@@ -49,7 +51,11 @@ def after_write(engine: Engine, kind: Kind, value: Value, stored: Value | None) 
         network.metadata.name = DEFAULT_NETWORK
         network.metadata.tenant, network.metadata.tenant_id = value.metadata.name, value.metadata.id
         engine.put(BY_NAME["virtual_network"], network, None)
-    elif isinstance(value, VirtualNetwork) and value.is_default and not (isinstance(stored, VirtualNetwork) and stored.is_default):
+    elif (
+        isinstance(value, VirtualNetwork)
+        and value.is_default
+        and not (isinstance(stored, VirtualNetwork) and stored.is_default)
+    ):
         _unmark_others(engine, value)
 
 
@@ -77,7 +83,8 @@ def discount(counts: dict[str, int]) -> None:
 def _unmark_others(engine: Engine, value: VirtualNetwork) -> None:
     kind = BY_NAME["virtual_network"]
     rows = engine.connection.execute(
-        "SELECT body FROM resource WHERE tenant_id = ? AND kind = ? AND id != ?", (value.metadata.tenant_id, kind.number, value.metadata.id)
+        "SELECT body FROM resource WHERE tenant_id = ? AND kind = ? AND id != ?",
+        (value.metadata.tenant_id, kind.number, value.metadata.id),
     ).fetchall()
     for (body,) in rows:
         other = kinds.parse(kind, body)
@@ -89,7 +96,8 @@ def _unmark_others(engine: Engine, value: VirtualNetwork) -> None:
 
 def _default_network(engine: Engine, tenant_id: str) -> VirtualNetwork:
     (body,) = engine.connection.execute(
-        "SELECT body FROM claim JOIN resource ON resource.id = claim.holder WHERE scope = ? AND key = ''", (kinds.default_scope(tenant_id),)
+        "SELECT body FROM claim JOIN resource ON resource.id = claim.holder WHERE scope = ? AND key = ''",
+        (kinds.default_scope(tenant_id),),
     ).fetchone()
     network = kinds.parse(BY_NAME["virtual_network"], body)
     assert isinstance(network, VirtualNetwork)
@@ -106,12 +114,18 @@ def _take_addresses(engine: Engine, tenant_id: str) -> list[str]:
 def _take(engine: Engine, tenant: Tenant, version: int, pool: str) -> str:
     """The next free address of a pool. One claim at a time is asked for, so a full pool costs one pass over it."""
     key = tenant.metadata.id
-    row = engine.connection.execute("SELECT cursor FROM pool WHERE tenant_id = ? AND version = ?", (key, version)).fetchone()
+    row = engine.connection.execute(
+        "SELECT cursor FROM pool WHERE tenant_id = ? AND version = ?", (key, version)
+    ).fetchone()
     for index in pools.indexes(pool, row[0] if row else 0):
         address = pools.at(pool, index)
-        taken = engine.connection.execute("SELECT 1 FROM claim WHERE scope = ? AND key = ?", (f"address:{key}", address)).fetchone()
+        taken = engine.connection.execute(
+            "SELECT 1 FROM claim WHERE scope = ? AND key = ?", (f"address:{key}", address)
+        ).fetchone()
         if taken is None:
-            engine.connection.execute("INSERT OR REPLACE INTO pool (tenant_id, version, cursor) VALUES (?, ?, ?)", (key, version, index))
+            engine.connection.execute(
+                "INSERT OR REPLACE INTO pool (tenant_id, version, cursor) VALUES (?, ?, ?)", (key, version, index)
+            )
             return address
     raise Refused(
         Reason.POOL_EXHAUSTED,

@@ -60,6 +60,8 @@ class Engine:
     surroundings: Surroundings
     pending: set[str] = field(default_factory=set)
     """Ids that this transaction is still going to write: their claims may be taken."""
+    _bereft: set[str] = field(default_factory=set)
+    """Those whose claims were taken."""
     _tenants: dict[str, tuple[str, str]] = field(default_factory=dict)
     _targets: dict[tuple[int, str, str], tuple[str, str]] = field(default_factory=dict)
 
@@ -93,7 +95,9 @@ class Engine:
         defaults.before_delete(self, kind, stored)
         self.remove(kind, stored)
 
-    def apply(self, resources: Sequence[registry_pb2.Resource]) -> tuple[list[tuple[Kind, Value]], list[registry_pb2.ApplyResponse.Outcome]]:
+    def apply(
+        self, resources: Sequence[registry_pb2.Resource]
+    ) -> tuple[list[tuple[Kind, Value]], list[registry_pb2.ApplyResponse.Outcome]]:
         """Create or update all by name. Raises `Refused` with `index`, the position of the one at fault."""
         count = len(resources)
         results: list[tuple[Kind, Value] | None] = [None] * count
@@ -133,6 +137,8 @@ class Engine:
         defaults.fill(self, kind, value, stored)
         references = self._resolve(kind, value)
         if stored is not None and _equal(value, stored):
+            if stored.metadata.id in self._bereft:
+                self._claim(kind, value, references)
             self.pending.discard(stored.metadata.id)
             return stored, UNCHANGED
         self._stamp(value, stored)
@@ -158,10 +164,14 @@ class Engine:
             return
         given = value.metadata.tenant_id or value.metadata.tenant
         if not given:
-            raise Refused(Reason.INVALID_FIELD, f"metadata.tenant: a {kind.label} lives in a tenant", field="metadata.tenant")
+            raise Refused(
+                Reason.INVALID_FIELD, f"metadata.tenant: a {kind.label} lives in a tenant", field="metadata.tenant"
+            )
         key, name = self._tenant(given)
         if value.metadata.tenant not in ("", key, name):
-            raise Refused(Reason.INVALID_FIELD, "metadata.tenant: isn't the one of metadata.tenant_id", field="metadata.tenant")
+            raise Refused(
+                Reason.INVALID_FIELD, "metadata.tenant: isn't the one of metadata.tenant_id", field="metadata.tenant"
+            )
         value.metadata.tenant, value.metadata.tenant_id = name, key
 
     def resave(self, kind: Kind, value: Value) -> None:
@@ -197,13 +207,16 @@ class Engine:
 
     def _expect(self, work: Sequence[tuple[int, Kind, Value]]) -> None:
         """Note who is going to be written, as far as it exists already."""
-        tenants = dict(self.connection.execute("SELECT id, name FROM resource WHERE kind = ?", (registry_pb2.KIND_TENANT,)))
+        tenants = dict(
+            self.connection.execute("SELECT id, name FROM resource WHERE kind = ?", (registry_pb2.KIND_TENANT,))
+        )
         for _, kind, value in work:
             if kind.claims is None:
                 continue
             tenant = tenants.get(value.metadata.tenant, value.metadata.tenant)
             row = self.connection.execute(
-                "SELECT id FROM resource WHERE kind = ? AND tenant = ? AND name = ?", (kind.number, tenant, value.metadata.name)
+                "SELECT id FROM resource WHERE kind = ? AND tenant = ? AND name = ?",
+                (kind.number, tenant, value.metadata.name),
             ).fetchone()
             if value.metadata.id or row:
                 self.pending.add(value.metadata.id or row[0])
@@ -253,7 +266,9 @@ class Engine:
                 stored = find(self.connection, target, value.metadata.tenant, given)
                 if stored is None:
                     missing = not_found(target, given, value.metadata.tenant)
-                    raise Refused(missing.reason, f"{reference.field}: {missing.message}", field=reference.field, **missing.about)
+                    raise Refused(
+                        missing.reason, f"{reference.field}: {missing.message}", field=reference.field, **missing.about
+                    )
                 pair = self._targets[cached] = (stored.metadata.id, stored.metadata.name)
             found[reference.field] = pair[0]
             setattr(value, reference.field, pair[1])
@@ -275,34 +290,54 @@ class Engine:
         claims = kind.claims(value, references)
         self.connection.execute("DELETE FROM claim WHERE holder = ?", (key,))
         for claim in claims:
-            row = self.connection.execute("SELECT holder FROM claim WHERE scope = ? AND key = ?", (claim.scope, claim.key)).fetchone()
-            # From one that is still to be written; the default mark always, since `defaults` takes it off the other.
-            if row is not None and row[0] not in self.pending and claim.taken is not Reason.IS_DEFAULT:
-                raise Refused(claim.taken, claim.message, **claim.about)
-            self.connection.execute("INSERT OR REPLACE INTO claim (scope, key, holder) VALUES (?, ?, ?)", (claim.scope, claim.key, key))
+            row = self.connection.execute(
+                "SELECT holder FROM claim WHERE scope = ? AND key = ?", (claim.scope, claim.key)
+            ).fetchone()
+            if row is not None:
+                # From one that is still to be written; the default mark always, since `defaults` takes it off the other.
+                if row[0] not in self.pending and claim.taken is not Reason.IS_DEFAULT:
+                    raise Refused(claim.taken, claim.message, **claim.about)
+                self._bereft.add(row[0])
+            self.connection.execute(
+                "INSERT OR REPLACE INTO claim (scope, key, holder) VALUES (?, ?, ?)", (claim.scope, claim.key, key)
+            )
 
     def _keep(self, kind: Kind, value: Value, stored: Value | None, references: Mapping[str, str]) -> None:
         metadata = value.metadata
         row = (kind.number, metadata.tenant_id, metadata.tenant, metadata.name, kinds.serialise(value), metadata.id)
         try:
             if stored is None:
-                self.connection.execute("INSERT INTO resource (kind, tenant_id, tenant, name, body, id) VALUES (?, ?, ?, ?, ?, ?)", row)
+                self.connection.execute(
+                    "INSERT INTO resource (kind, tenant_id, tenant, name, body, id) VALUES (?, ?, ?, ?, ?, ?)", row
+                )
             else:
-                self.connection.execute("UPDATE resource SET kind = ?, tenant_id = ?, tenant = ?, name = ?, body = ? WHERE id = ?", row)
-        except sqlite3.IntegrityError:
+                self.connection.execute(
+                    "UPDATE resource SET kind = ?, tenant_id = ?, tenant = ?, name = ?, body = ? WHERE id = ?", row
+                )
+        except sqlite3.IntegrityError as error:
+            if "resource.name" not in str(error):
+                raise
             where = f" in tenant {metadata.tenant}" if kind.scoped else ""
             raise Refused(
-                Reason.NAME_TAKEN, f"there is a {kind.label} called {metadata.name}{where} already", field="metadata.name", kind=kind.name, name=metadata.name
+                Reason.NAME_TAKEN,
+                f"there is a {kind.label} called {metadata.name}{where} already",
+                field="metadata.name",
+                kind=kind.name,
+                name=metadata.name,
             ) from None
         if stored is not None and kind.references:
             self.connection.execute("DELETE FROM reference WHERE source = ?", (metadata.id,))
         for name, target in references.items():
-            self.connection.execute("INSERT INTO reference (source, field, target) VALUES (?, ?, ?)", (metadata.id, name, target))
+            self.connection.execute(
+                "INSERT INTO reference (source, field, target) VALUES (?, ?, ?)", (metadata.id, name, target)
+            )
         self._note(kind, value, value)
 
     def _note(self, kind: Kind, value: Value, now: Value | None) -> None:
         key = value.metadata.id
-        self.writing.changes[key] = Change(kind.number, key, value.metadata.tenant_id, kinds.serialise(now) if now is not None else None)
+        self.writing.changes[key] = Change(
+            kind.number, key, value.metadata.tenant_id, kinds.serialise(now) if now is not None else None
+        )
 
     def _rename(self, kind: Kind, value: Value) -> None:
         """Show the new name wherever the old one was shown."""
@@ -317,7 +352,8 @@ class Engine:
                 self.resave(BY_NUMBER[number], inner)
             return
         rows = self.connection.execute(
-            "SELECT kind, body, field FROM reference JOIN resource ON resource.id = reference.source WHERE target = ?", (key,)
+            "SELECT kind, body, field FROM reference JOIN resource ON resource.id = reference.source WHERE target = ?",
+            (key,),
         ).fetchall()
         for number, body, field_name in rows:
             source = kinds.parse(BY_NUMBER[number], body)
@@ -328,15 +364,21 @@ class Engine:
         key = stored.metadata.id
         counts: dict[str, int] = {}
         for number, count in self.connection.execute(
-            "SELECT kind, count(*) FROM reference JOIN resource ON resource.id = reference.source WHERE target = ? GROUP BY kind", (key,)
+            "SELECT kind, count(*) FROM reference JOIN resource ON resource.id = reference.source WHERE target = ? GROUP BY kind",
+            (key,),
         ):
             counts[BY_NUMBER[number].plural] = count
         if not kind.scoped:
-            for number, count in self.connection.execute("SELECT kind, count(*) FROM resource WHERE tenant_id = ? GROUP BY kind", (key,)):
+            for number, count in self.connection.execute(
+                "SELECT kind, count(*) FROM resource WHERE tenant_id = ? GROUP BY kind", (key,)
+            ):
                 counts[BY_NUMBER[number].plural] = count
             defaults.discount(counts)
         if counts:
-            left = ", ".join(f"{count} {plural if count != 1 else _singular(plural)}".replace("_", " ") for plural, count in sorted(counts.items()))
+            left = ", ".join(
+                f"{count} {plural if count != 1 else _singular(plural)}".replace("_", " ")
+                for plural, count in sorted(counts.items())
+            )
             examples = ", ".join(self._examples(kind, key))
             raise Refused(
                 Reason.IN_USE,
@@ -368,9 +410,13 @@ def with_index(index: int, work: Callable[[], R]) -> R:
 
 def find(connection: sqlite3.Connection, kind: Kind, tenant: str, given: str) -> Value | None:
     """One by name or id, in the tenant of that name ('' for tenants)."""
-    row = connection.execute("SELECT body FROM resource WHERE kind = ? AND tenant = ? AND name = ?", (kind.number, tenant, given)).fetchone()
+    row = connection.execute(
+        "SELECT body FROM resource WHERE kind = ? AND tenant = ? AND name = ?", (kind.number, tenant, given)
+    ).fetchone()
     if row is None and _UUID.match(given):
-        row = connection.execute("SELECT body FROM resource WHERE id = ? AND kind = ? AND tenant = ?", (given, kind.number, tenant)).fetchone()
+        row = connection.execute(
+            "SELECT body FROM resource WHERE id = ? AND kind = ? AND tenant = ?", (given, kind.number, tenant)
+        ).fetchone()
     return kinds.parse(kind, row[0]) if row is not None else None
 
 

@@ -89,7 +89,13 @@ def address(value: str, field: str, version: int = 0) -> str:
     if parsed.version == 6 and (parsed.scope_id or parsed.ipv4_mapped):
         # RFC 4007 section 11 (zones mean something on one link only), RFC 4291 section 2.5.5.2 (never on the wire).
         raise _illegal(field, f"{parsed} has a zone or is IPv4-mapped")
-    if parsed.is_multicast or parsed.is_unspecified or parsed.is_loopback or parsed.is_link_local or _class_e(parsed.version, parsed.packed):
+    if (
+        parsed.is_multicast
+        or parsed.is_unspecified
+        or parsed.is_loopback
+        or parsed.is_link_local
+        or _class_e(parsed.version, parsed.packed)
+    ):
         raise _illegal(field, f"{parsed} isn't a unicast address that packets can carry between networks (RFC 6890)")
     return str(parsed)
 

@@ -199,14 +199,26 @@ def _judge_policy(value: Value) -> None:
         place = f"rules[{position}]"
         fields.label(rule.name, f"{place}.name")
         if rule.name in seen:
-            raise Refused(Reason.INVALID_FIELD, f"{place}.name: rules[{seen[rule.name]}] is called {rule.name} too", field=f"{place}.name")
+            raise Refused(
+                Reason.INVALID_FIELD,
+                f"{place}.name: rules[{seen[rule.name]}] is called {rule.name} too",
+                field=f"{place}.name",
+            )
         seen[rule.name] = position
         if not rule.when.strip() or len(rule.when) > EXPRESSION:
-            raise Refused(Reason.INVALID_FIELD, f"{place}.when: needs an expression of at most {EXPRESSION} characters", field=f"{place}.when")
+            raise Refused(
+                Reason.INVALID_FIELD,
+                f"{place}.when: needs an expression of at most {EXPRESSION} characters",
+                field=f"{place}.when",
+            )
         if rule.action not in (RULE_ACTION_ALLOW, RULE_ACTION_DENY):
             raise Refused(Reason.INVALID_FIELD, f"{place}.action: must be allow or deny", field=f"{place}.action")
         if rule.treatment not in _BUILT_TREATMENTS:
-            raise Refused(Reason.TREATMENT_NOT_BUILT, f"{place}.treatment: this version lifts to l4 only", field=f"{place}.treatment")
+            raise Refused(
+                Reason.TREATMENT_NOT_BUILT,
+                f"{place}.treatment: this version lifts to l4 only",
+                field=f"{place}.treatment",
+            )
     for error in decide_rules.check([decide_rules.RuleSource(rule.name, rule.when) for rule in value.rules]):
         raise Refused(
             Reason.RULE_INVALID,

@@ -21,5 +21,9 @@ class StoreCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """The metrics."""
         yield GaugeMetricFamily("falkirk_registry_revision", "Revision of the last commit.", self._store.revision)
-        yield GaugeMetricFamily("falkirk_registry_oldest_resumable", "Oldest revision that a watch can resume after.", self._store.oldest_resumable)
+        yield GaugeMetricFamily(
+            "falkirk_registry_oldest_resumable",
+            "Oldest revision that a watch can resume after.",
+            self._store.oldest_resumable,
+        )
         yield GaugeMetricFamily("falkirk_registry_watches", "Open watches.", self._feed.watches)

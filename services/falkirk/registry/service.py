@@ -10,14 +10,13 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import descriptor_pool, message_factory
-from google.protobuf.message import Message
 
 from falkirk.api.net.v1.net_pb2 import Counter, ProcessInfo, Revision
 from falkirk.api.registry.v1 import registry_service_pb2 as registry_pb2
@@ -26,7 +25,7 @@ from falkirk.registry.engine import Engine, Surroundings
 from falkirk.registry.kinds import BY_NAME, BY_NUMBER, KINDS, Kind
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.store import Store, Writing
-from falkirk.registry.watch import Feed, Interest, Piece, Step, Synced
+from falkirk.registry.watch import Event, Feed, Interest, Piece, Step, Synced
 from falkirk.runtime.errors import FalkirkError
 
 T = TypeVar("T")
@@ -88,7 +87,7 @@ class Desk:
             raise refusal(engine.not_found(BY_NAME["tenant"], given))
         return found
 
-    async def watch(self, interest: Interest, request: Any) -> AsyncIterator[Piece | Synced | Step]:
+    async def watch(self, interest: Interest, request: Any) -> AsyncGenerator[Event, None]:
         """The feed's events for a watch request of either shape."""
         resume = (request.resume_after.epoch, request.resume_after.number) if request.HasField("resume_after") else None
         try:
@@ -114,42 +113,49 @@ class ResourceService:
         self._desk = desk
         package = kind.service.rpartition(".")[2]
         self._responses = {
-            method: _message(f"{package}{method}Response") for method in ("Create", "Get", "List", "Update", "Delete", "Watch")
+            method: _message(f"{package}{method}Response")
+            for method in ("Create", "Get", "List", "Update", "Delete", "Watch")
         }
 
-    async def Create(self, request: Any, context: Any) -> Message:
+    async def Create(self, request: Any, context: Any) -> Any:
         """See the proto."""
         value = getattr(request, self._kind.name)
         made, revision = await self._desk.write(lambda work: (work.create(self._kind, value), work.writing.revision))
         return self._responses["Create"](**{self._kind.name: made, "revision": self._desk.revision(revision)})
 
-    async def Get(self, request: Any, context: Any) -> Message:
+    async def Get(self, request: Any, context: Any) -> Any:
         """See the proto."""
         tenant = await self._tenant_name(request)
         if self._kind.scoped and not tenant:
-            raise refusal(Refused(Reason.INVALID_FIELD, f"tenant: a {self._kind.label} lives in a tenant", field="tenant"))
+            raise refusal(
+                Refused(Reason.INVALID_FIELD, f"tenant: a {self._kind.label} lives in a tenant", field="tenant")
+            )
         found = await self._desk.read(lambda connection: engine.find(connection, self._kind, tenant, request.name))
         if found is None:
             raise refusal(engine.not_found(self._kind, request.name, tenant))
         return self._responses["Get"](**{self._kind.name: found})
 
-    async def List(self, request: Any, context: Any) -> Message:
+    async def List(self, request: Any, context: Any) -> Any:
         """See the proto."""
         tenant = await self._tenant_name(request)
-        page = await self._desk.read(lambda connection: pages.read(connection, self._kind, tenant, request.page_size, request.page_token))
-        response: Any = self._responses["List"](next_page_token=page.next_token, revision=self._desk.revision(page.revision))
+        page = await self._desk.read(
+            lambda connection: pages.read(connection, self._kind, tenant, request.page_size, request.page_token)
+        )
+        response: Any = self._responses["List"](
+            next_page_token=page.next_token, revision=self._desk.revision(page.revision)
+        )
         items = getattr(response, self._kind.plural)
         for body in page.bodies:
             items.add().ParseFromString(body)
-        return response  # type: ignore[no-any-return]
+        return response
 
-    async def Update(self, request: Any, context: Any) -> Message:
+    async def Update(self, request: Any, context: Any) -> Any:
         """See the proto."""
         value = getattr(request, self._kind.name)
         stored, revision = await self._desk.write(lambda work: (work.update(self._kind, value), _reached(work)))
         return self._responses["Update"](**{self._kind.name: stored, "revision": self._desk.revision(revision)})
 
-    async def Delete(self, request: Any, context: Any) -> Message:
+    async def Delete(self, request: Any, context: Any) -> Any:
         """See the proto."""
         tenant = getattr(request, "tenant", "")
 
@@ -159,7 +165,7 @@ class ResourceService:
 
         return self._responses["Delete"](revision=self._desk.revision(await self._desk.write(work)))
 
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Message]:
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """See the proto. Transactions that changed nothing of this kind (and tenant) send nothing."""
         given = getattr(request, "tenant", "")
         tenant_id = (await self._desk.tenant(given)).metadata.id if given else ""
@@ -169,7 +175,7 @@ class ResourceService:
                 if response is not None:
                     yield response
 
-    def _watched(self, event: Piece | Synced | Step) -> Message | None:
+    def _watched(self, event: Event) -> Any:
         response: Any = self._responses["Watch"](revision=self._desk.revision(event.revision))
         match event:
             case Piece(bodies=bodies):
@@ -185,7 +191,7 @@ class ResourceService:
                         response.changed.add().ParseFromString(change.body)
                 if not changes:
                     return None
-        return response  # type: ignore[no-any-return]
+        return response
 
     async def _tenant_name(self, request: Any) -> str:
         """The name of the tenant that a request names by name or id; "" where it names none."""
@@ -200,7 +206,9 @@ class RegistryService:
         self._desk = desk
         self._started_ns = started_ns
 
-    async def Watch(self, request: registry_pb2.WatchRequest, context: Any) -> AsyncIterator[registry_pb2.WatchResponse]:
+    async def Watch(
+        self, request: registry_pb2.WatchRequest, context: Any
+    ) -> AsyncIterator[registry_pb2.WatchResponse]:
         """See the proto. A transaction without any of the asked kinds still sends its revision, so that a replica knows how far it is."""
         asked = set(request.kinds)
         for number in asked - BY_NUMBER.keys():
@@ -230,7 +238,9 @@ class RegistryService:
 
     async def Stats(self, request: registry_pb2.StatsRequest, context: Any) -> registry_pb2.StatsResponse:
         """See the proto."""
-        rows = await self._desk.read(lambda connection: connection.execute("SELECT kind, count(*) FROM resource GROUP BY kind").fetchall())
+        rows = await self._desk.read(
+            lambda connection: connection.execute("SELECT kind, count(*) FROM resource GROUP BY kind").fetchall()
+        )
         counts: dict[int, int] = dict(rows)
         process = ProcessInfo(name="registry", pid=os.getpid(), generation=1)
         process.start_time.FromNanoseconds(self._started_ns)
@@ -243,7 +253,7 @@ class RegistryService:
             processes=[process],
         )
 
-    def _watched(self, event: Piece | Synced | Step) -> registry_pb2.WatchResponse:
+    def _watched(self, event: Event) -> registry_pb2.WatchResponse:
         response = registry_pb2.WatchResponse(revision=self._desk.revision(event.revision))
         match event:
             case Piece(bodies=bodies):
@@ -254,7 +264,7 @@ class RegistryService:
             case Step(changes=changes):
                 for change in changes:
                     if change.body is None:
-                        response.removed.add(kind=change.kind, id=change.id)  # type: ignore[arg-type]
+                        response.removed.add(kind=change.kind, id=change.id)
                     else:
                         getattr(response.changed.add(), BY_NUMBER[change.kind].name).ParseFromString(change.body)
         return response
@@ -279,4 +289,6 @@ def _reached(work: Engine) -> int:
 
 
 def _message(name: str) -> type[Any]:
-    return message_factory.GetMessageClass(descriptor_pool.Default().FindMessageTypeByName(f"falkirk.api.registry.v1.{name}"))
+    return message_factory.GetMessageClass(
+        descriptor_pool.Default().FindMessageTypeByName(f"falkirk.api.registry.v1.{name}")
+    )

@@ -87,7 +87,9 @@ def migrate(connection: sqlite3.Connection, migrations: tuple[tuple[str, ...], .
     if application != _APPLICATION_ID and (found or tables):
         raise StoreError("the file is an SQLite database, but not a Falkirk registry")
     if found > len(migrations):
-        raise StoreError(f"the store has schema {found}, this program knows {len(migrations)}: use the newer program that wrote it")
+        raise StoreError(
+            f"the store has schema {found}, this program knows {len(migrations)}: use the newer program that wrote it"
+        )
     for version in range(found, len(migrations)):
         connection.execute("BEGIN IMMEDIATE")
         for statement in migrations[version]:
@@ -164,8 +166,12 @@ class Store:
             (revision,) = connection.execute("SELECT value FROM meta WHERE key = 'revision'").fetchone()
             bodies: list[tuple[int, bytes]] = []
             for kind in kinds:
-                where, values = ("kind = ? AND tenant_id = ?", (kind, tenant_id)) if tenant_id else ("kind = ?", (kind,))
-                bodies += connection.execute(f"SELECT kind, body FROM resource WHERE {where} ORDER BY tenant, name", values)
+                where, values = (
+                    ("kind = ? AND tenant_id = ?", (kind, tenant_id)) if tenant_id else ("kind = ?", (kind,))
+                )
+                bodies += connection.execute(
+                    f"SELECT kind, body FROM resource WHERE {where} ORDER BY tenant, name", values
+                )
             return Snapshot(int(revision), bodies)
 
         return self.read(work)
@@ -176,10 +182,14 @@ class Store:
         def work(connection: sqlite3.Connection) -> list[Transaction] | None:
             found: list[Transaction] = []
             total = 0
-            for revision, size in connection.execute("SELECT revision, size FROM past WHERE revision > ? ORDER BY revision", (after,)):
+            for revision, size in connection.execute(
+                "SELECT revision, size FROM past WHERE revision > ? ORDER BY revision", (after,)
+            ):
                 if revision != after + len(found) + 1:
                     return None
-                rows = connection.execute("SELECT kind, id, tenant_id, body FROM change WHERE revision = ? ORDER BY position", (revision,))
+                rows = connection.execute(
+                    "SELECT kind, id, tenant_id, body FROM change WHERE revision = ? ORDER BY position", (revision,)
+                )
                 found.append(Transaction(revision, tuple(Change(*row) for row in rows), size))
                 total += size
                 if total >= limit_bytes:
@@ -215,12 +225,21 @@ class Store:
         size = sum(len(change.body or b"") + _CHANGE_OVERHEAD for change in changes)
         if size > self._transaction_bytes:
             most = self._transaction_bytes
-            raise Refused(Reason.TRANSACTION_TOO_LARGE, f"the change has {size} bytes, one transaction holds {most}; split it", limit=str(most))
+            raise Refused(
+                Reason.TRANSACTION_TOO_LARGE,
+                f"the change has {size} bytes, one transaction holds {most}; split it",
+                limit=str(most),
+            )
         connection.execute("UPDATE meta SET value = ? WHERE key = 'revision'", (revision,))
-        connection.execute("INSERT INTO past (revision, size, time_ns) VALUES (?, ?, ?)", (revision, size, time.time_ns()))
+        connection.execute(
+            "INSERT INTO past (revision, size, time_ns) VALUES (?, ?, ?)", (revision, size, time.time_ns())
+        )
         connection.executemany(
             "INSERT INTO change (revision, position, kind, id, tenant_id, body) VALUES (?, ?, ?, ?, ?, ?)",
-            [(revision, position, change.kind, change.id, change.tenant_id, change.body) for position, change in enumerate(changes)],
+            [
+                (revision, position, change.kind, change.id, change.tenant_id, change.body)
+                for position, change in enumerate(changes)
+            ],
         )
         oldest, total = self._oldest, self._history_size + size
         while total > self._history_bytes and oldest < revision:
@@ -247,10 +266,11 @@ class Store:
         if not epoch or (head_epoch == epoch and head_revision > revision):
             epoch = str(uuid.uuid4())
             with _immediate(self._connection):
-                self._connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('epoch', ?), ('revision', ?)", (epoch, revision))
+                self._connection.execute(
+                    "INSERT OR REPLACE INTO meta (key, value) VALUES ('epoch', ?), ('revision', ?)", (epoch, revision)
+                )
         self._head.write(epoch, revision)
         return epoch, revision
-
 
     def _kept(self) -> tuple[int, int]:
         """The oldest revision in the history (the next one where it is empty), and its bytes."""

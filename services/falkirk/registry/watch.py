@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 
 from falkirk.registry.refusal import Reason, Refused
@@ -65,7 +65,9 @@ class Interest:
     def select(self, transaction: Transaction) -> Step:
         """A transaction's changes that are of interest."""
         wanted = tuple(
-            change for change in transaction.changes if change.kind in self.kinds and self.tenant_id in ("", change.tenant_id)
+            change
+            for change in transaction.changes
+            if change.kind in self.kinds and self.tenant_id in ("", change.tenant_id)
         )
         return Step(transaction.revision, wanted)
 
@@ -95,10 +97,13 @@ class Feed:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def watch(self, interest: Interest, resume_after: tuple[str, int] | None) -> AsyncIterator[Event]:
+    async def watch(self, interest: Interest, resume_after: tuple[str, int] | None) -> AsyncGenerator[Event, None]:
         """The events of one watch, without end. Raises `Refused` (TOO_MANY_WATCHES, REVISION_GONE, WATCH_TOO_SLOW)."""
         if self.watches >= self._max_watches:
-            raise Refused(Reason.TOO_MANY_WATCHES, f"the registry has {self.watches} watchers, as many as it may have (registry.max_watches)")
+            raise Refused(
+                Reason.TOO_MANY_WATCHES,
+                f"the registry has {self.watches} watchers, as many as it may have (registry.max_watches)",
+            )
         self.watches += 1
         try:
             if resume_after is None:
@@ -119,7 +124,11 @@ class Feed:
 
     def _resume(self, epoch: str, revision: int) -> int:
         if epoch != self._store.epoch:
-            raise Refused(Reason.REVISION_GONE, "the revision is of another store; watch again without it", epoch=self._store.epoch)
+            raise Refused(
+                Reason.REVISION_GONE,
+                "the revision is of another store; watch again without it",
+                epoch=self._store.epoch,
+            )
         oldest, newest = self._store.oldest_resumable, self._store.revision
         if not oldest <= revision <= newest:
             message = f"a watch can resume after revisions {oldest} to {newest}, not {revision}; watch again without it"
@@ -136,7 +145,9 @@ class Feed:
             return [self._recent[skip]]
         found = await asyncio.wrap_future(self._store.history(cursor, _PAGE_BYTES))
         if not found:
-            raise Refused(Reason.WATCH_TOO_SLOW, f"revision {cursor + 1} is no longer kept; watch again", revision=str(cursor))
+            raise Refused(
+                Reason.WATCH_TOO_SLOW, f"revision {cursor + 1} is no longer kept; watch again", revision=str(cursor)
+            )
         return found
 
 
