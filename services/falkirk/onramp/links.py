@@ -103,7 +103,9 @@ class FlowLink:
     def flush(self) -> bool:
         """Send what is queued. For `Reactor.after`; there is never more to do at once."""
         while self._sock is not None and self._outbox and not self._blocked:
-            messages, descriptors, taken, size = [], [], 0, 0
+            messages: list[Message] = []
+            descriptors: list[int] = []
+            taken = size = 0
             for message, encoded, carried in self._outbox:
                 if carried is not None and carried.fileno() < 0:
                     taken += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import select
 import time
 from collections.abc import Callable
@@ -48,6 +49,8 @@ class Reactor:
         self._timers: list[tuple[float, int, Timer]] = []
         self._order = itertools.count()
         self._running = True
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
         self.after: list[Callable[[], bool]] = []
         """Called after each turn; true: there is more to do, so don't wait."""
 
@@ -72,8 +75,9 @@ class Reactor:
         return timer
 
     def stop(self) -> None:
-        """`run` returns after this turn."""
+        """`run` returns after this turn. May be called by a signal handler."""
         self._running = False
+        os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
         """Turn until `stop`."""
@@ -81,6 +85,7 @@ class Reactor:
         while self._running:
             more = self._turn(0 if more else self._wait())
         self._epoll.close()
+        os.close(self._wake)
 
     def _turn(self, timeout: float) -> bool:
         for fd, mask in self._epoll.poll(timeout, EVENTS_A_TURN):
@@ -90,8 +95,7 @@ class Reactor:
         now = time.monotonic()
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2].fire()
-        # Every callback runs every turn, whatever the ones before it say.
-        return any([call() for call in self.after])
+        return sum(call() for call in self.after) > 0
 
     def _wait(self) -> float:
         if not self._timers:

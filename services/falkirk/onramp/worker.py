@@ -35,7 +35,7 @@ from falkirk.onramp.control import Close, Ended, Opened, Setup, State, Update
 from falkirk.onramp.gate import Gate
 from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor
-from falkirk.onramp.tables import Tables
+from falkirk.onramp.tables import Row, Tables
 from falkirk.onramp.tunnels import Tunnel, TunnelTable
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
@@ -133,12 +133,12 @@ class Worker:
 
     def _load(self, update: Update, descriptor: int) -> Iterator[None]:
         """Decode an update in slices, then apply it at once."""
-        with open(descriptor, "rb") as file:
-            size = os.fstat(descriptor).st_size
-            content = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ)) if size else memoryview(b"")
-            file.close()
+        size = os.fstat(descriptor).st_size
+        content = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ) if size else b"")
+        os.close(descriptor)
         tables = Tables() if update.full else self._tables
-        staged, removed = [], list[str]()
+        staged: list[Row] = []
+        removed: list[str] = []
         for count, chunk in enumerate(control.unpack(content)):
             removed += chunk.removed
             if update.full:
@@ -155,7 +155,11 @@ class Worker:
         self._report_state()
 
     def _update(self) -> bool:
-        if self._updates and next(self._updates[0], self) is self:
+        if not self._updates:
+            return False
+        try:
+            next(self._updates[0])
+        except StopIteration:
             self._updates.popleft()
         return bool(self._updates)
 
