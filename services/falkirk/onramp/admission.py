@@ -38,11 +38,15 @@ class Grants:
         """May this uid connect at all?"""
         return uid in self._by_uid
 
+    def check_uid(self, uid: int) -> None:
+        """Raises Refusal where the uid may not connect at all."""
+        if uid not in self._by_uid:
+            raise Refusal(Code.UID_FORBIDDEN, f"uid {uid} may not open tunnels here; see the setting onramp.tunnels")
+
     def check(self, uid: int, tenant: str) -> None:
         """Raises Refusal where the uid may not speak for a tenant of this name."""
-        granted = self._by_uid.get(uid)
-        if granted is None:
-            raise Refusal(Code.UID_FORBIDDEN, f"uid {uid} may not open tunnels here; see the setting onramp.tunnels")
+        self.check_uid(uid)
+        granted = self._by_uid[uid]
         if ANY not in granted and tenant not in granted:
             raise Refusal(Code.TENANT_FORBIDDEN, f"uid {uid} may not speak for tenant {shown(tenant)}")
 
