@@ -28,8 +28,12 @@ async def main() -> None:
     server = Server("flow", shell)
     feed = EventFeed()
     fleet = Fleet(shell, settings, feed, server.set_ready)
-    for worker, counts in enumerate(fleet.counters):
-        server.metrics.register(CountersCollector("flow", counts, labels={"worker": str(worker)}))
+    server.metrics.register(
+        CountersCollector("falkirk_drops", "Packets dropped, by reason.", ("service", "reason"), fleet.drops)
+    )
+    server.metrics.register(
+        CountersCollector("falkirk_flow_counts", "What the flow workers count.", ("worker", "name"), fleet.counts)
+    )
     policy = channel(shell, "policy")
     router = channel(shell, "router")
     rules = policy_service_pb2_grpc.PolicyServiceStub(policy)
@@ -44,10 +48,16 @@ async def main() -> None:
 
     fleet.replica = {
         "rules": BlobReplica(
-            "rules", directory, lambda have: rules.WatchRules(policy_service_pb2.WatchRulesRequest(have=have)), new_rules
+            "rules",
+            directory,
+            lambda have: rules.WatchRules(policy_service_pb2.WatchRulesRequest(have=have)),
+            new_rules,
         ),
         "routes": BlobReplica(
-            "routes", directory, lambda have: routes.WatchRoutes(router_service_pb2.WatchRoutesRequest(have=have)), new_routes
+            "routes",
+            directory,
+            lambda have: routes.WatchRoutes(router_service_pb2.WatchRoutesRequest(have=have)),
+            new_routes,
         ),
     }
     for replica in fleet.replica.values():

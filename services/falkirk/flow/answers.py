@@ -57,9 +57,7 @@ class Answers:
         if not self._allowed(tunnel):
             self._worker.drop(reason)
             return
-        self._say(
-            tunnel, build.unreachable(data, packet, self._source(packet), Unreachable.PROTOCOL), reason
-        )
+        self._say(tunnel, build.unreachable(data, packet, Unreachable.PROTOCOL, self._source(packet)), reason)
 
     def time_exceeded(self, tunnel: Tunnel, lane: Lane, packet: Packet) -> None:
         """The TTL ran out here (RFC 1812 5.3.1)."""
@@ -74,7 +72,7 @@ class Answers:
             self._worker.drop("icmp_rate_limit")
             return
         packet = parse(data, HEADER, len(data) - HEADER)
-        self._say(tunnel, build.unreachable(data, packet, self._source(packet), kind))
+        self._say(tunnel, build.unreachable(data, packet, kind, self._source(packet)))
 
     def _source(self, packet: Packet) -> bytes:
         return self._source4 if packet.version == 4 else self._source6

@@ -57,7 +57,9 @@ class SpoolReader:
         """The next lines, at most `CHUNK` bytes of them; empty where there is nothing new."""
         while True:
             if self._segment is None or not self._segment.exists():
-                following = [path for path in segments(self._directory) if self._segment is None or path > self._segment]
+                following = [
+                    path for path in segments(self._directory) if self._segment is None or path > self._segment
+                ]
                 if not following:
                     return []
                 self._segment, self._offset = following[0], 0
@@ -102,7 +104,7 @@ class Delivery:
             self._on_lines(lines)
         self._grown.set()
 
-    async def run(self, stub: policy_service_pb2_grpc.AuditServiceAsyncStub) -> None:
+    async def run(self, stub: policy_service_pb2_grpc.AuditServiceStub) -> None:
         """Deliver until cancelled."""
         while True:
             try:
@@ -111,7 +113,7 @@ class Delivery:
                 log.info("audit_delivery_waits", code=error.code().name, pending=self.pending)
             await asyncio.sleep(RETRY)
 
-    async def _stream(self, stub: policy_service_pb2_grpc.AuditServiceAsyncStub) -> None:
+    async def _stream(self, stub: policy_service_pb2_grpc.AuditServiceStub) -> None:
         room = asyncio.Semaphore(IN_FLIGHT)
         async for response in stub.Deliver(self._batches(room)):
             room.release()

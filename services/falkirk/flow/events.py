@@ -97,7 +97,7 @@ def spans(record: AuditRecord) -> None:
         decided = {"falkirk.rule": record.rule or "(default deny)", "falkirk.why": record.why}
         telemetry.emit_span("decide", trace_id, root, None, resolved, resolved + record.decide_ns, decided)
     if record.event != "started":
-        attributes = {
+        attributes: dict[str, str | int] = {
             "falkirk.tenant": record.tenant,
             "falkirk.device": record.device,
             "falkirk.tunnel_id": record.tunnel_id,
@@ -120,7 +120,7 @@ def nanoseconds(text: str) -> int:
     return int(datetime.fromisoformat(whole + "+00:00").timestamp()) * 1_000_000_000 + int(fraction.ljust(9, "0"))
 
 
-def flow_of_record(record: AuditRecord) -> tuple[pb.WatchResponse.Event.ValueType, pb.Flow]:
+def flow_of_record(record: AuditRecord) -> tuple[pb.WatchResponse.Event, pb.Flow]:
     """A record as an event."""
     event, state = _EVENTS[record.event]
     flow = pb.Flow(

@@ -18,7 +18,7 @@ NUMBERS = {net_pb2.PROTOCOL_UNSPECIFIED: 6, net_pb2.PROTOCOL_TCP: 6, net_pb2.PRO
 
 
 def explain(
-    fleet: Fleet, context: TunnelContext, destination: bytes, port: int, protocol: net_pb2.Protocol.ValueType
+    fleet: Fleet, context: TunnelContext, destination: bytes, port: int, protocol: net_pb2.Protocol
 ) -> pb.ExplainResponse:
     """Every stage's answer up to the one where the flow would stop."""
     response = pb.ExplainResponse()
@@ -46,7 +46,10 @@ def explain(
     response.outcome = decision.outcome
     if decision.outcome is not Outcome.LIFT:
         return response
-    free = sum(c.view[counters.SLOTS_TOTAL] - c.view[counters.SLOTS_ACTIVE] - c.view[counters.SLOTS_RESTING] for c in fleet.counters)
+    free = sum(
+        c.view[counters.SLOTS_TOTAL] - c.view[counters.SLOTS_ACTIVE] - c.view[counters.SLOTS_RESTING]
+        for c in fleet.counters
+    )
     _stage(response, "slot", free > 0, f"{free} NAT slots are free on this node", "" if free else "slots_exhausted")
     if not free:
         response.outcome = "drop"

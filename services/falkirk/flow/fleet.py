@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -155,6 +156,17 @@ class Fleet:
         address = self._plan.address4 if record.family == 4 else self._plan.address6
         return address_text(address(worker, record.slot))
 
+    def drops(self) -> Iterator[tuple[dict[str, str], int]]:
+        """Dropped packets of all workers, for metrics."""
+        for reason, place in counters.DROPS.items():
+            yield {"service": "flow", "reason": reason}, sum(counts.view[place] for counts in self.counters)
+
+    def counts(self) -> Iterator[tuple[dict[str, str], int]]:
+        """Everything else that workers count."""
+        for worker, counts in enumerate(self.counters):
+            for place, name in enumerate(counters.NAMES[: counters.PAIRED]):
+                yield {"worker": str(worker), "name": name}, counts.view[place]
+
     # what they must know
 
     async def snapshot(self, name: str, path: Path, revision: net_pb2.Revision) -> None:
@@ -177,11 +189,9 @@ class Fleet:
         """Audit records that policy hasn't acknowledged."""
         return sum(delivery.pending for delivery in self._deliveries)
 
-    def deliverers(
-        self, stub: policy_service_pb2_grpc.AuditServiceAsyncStub
-    ) -> list[Callable[[], Awaitable[None]]]:
+    def deliverers(self, stub: policy_service_pb2_grpc.AuditServiceStub) -> list[Callable[[], Coroutine[Any, Any, None]]]:
         """One background task a worker's spool."""
-        return [lambda delivery=delivery: delivery.run(stub) for delivery in self._deliveries]  # type: ignore[misc]
+        return [partial(delivery.run, stub) for delivery in self._deliveries]
 
 
 def _load_routes(data: bytes) -> RouteTable:

@@ -71,7 +71,9 @@ class Ingress:
         elif packet.protocol in (ICMP, ICMPV6):
             worker.errors.from_tunnel(lane, tunnel, packet)
         else:
-            worker.answers.not_built(tunnel, lane, packet, "udp_not_built" if packet.protocol == UDP else "protocol_not_built")
+            worker.answers.not_built(
+                tunnel, lane, packet, "udp_not_built" if packet.protocol == UDP else "protocol_not_built"
+            )
 
     def vnet(self, lane: Lane, flow: Flow, l4: int) -> bool:
         """Whether the virtio-net header tells the truth about the segment; counted where not. The tunnel's word is not trusted."""
@@ -109,7 +111,9 @@ class Ingress:
             return
         if not lane.buffer[0] & 1:
             try:
-                verify(lane.buffer, packet if packet.header_length == plain else parse(lane.buffer, HEADER, end - HEADER))
+                verify(
+                    lane.buffer, packet if packet.header_length == plain else parse(lane.buffer, HEADER, end - HEADER)
+                )
             except MalformedPacket as error:
                 worker.drop(error.reason)
                 return
@@ -152,9 +156,7 @@ class Ingress:
         resolved = worker.clock()
         if isinstance(route, Decision):
             return route, (resolved - begun, 0)
-        decision = authorise(
-            worker.rules, route, tunnel.context, packet.destination, packet.destination_port, TCP
-        )
+        decision = authorise(worker.rules, route, tunnel.context, packet.destination, packet.destination_port, TCP)
         return decision, (resolved - begun, worker.clock() - resolved)
 
     @staticmethod

@@ -123,16 +123,16 @@ class Lane:
             return None
         if l4 == 30:
             view[22:34] = flow.forward
-            words[10] = 0xFFFF - (0xFFFF - words[10] + flow.delta_addresses) % 0xFFFF
+            words[10] = (words[10] + flow.delta_addresses_back) % 0xFFFF
             at = 23
         else:
             view[18:54] = flow.forward
             at = 33
         if buffer[0] & 1:
-            # RFC 1624 on the uncomplemented pseudo-header sum: the device completes the checksum.
+            # The uncomplemented pseudo-header sum: the device completes the checksum.
             words[at] = (words[at] + flow.delta_addresses) % 0xFFFF
         else:
-            words[at] = 0xFFFF - (0xFFFF - words[at] + flow.delta_all) % 0xFFFF
+            words[at] = (words[at] + flow.delta_all_back) % 0xFFFF
         flow.bytes_up += end - 10
         flow.packets_up += 1
         if flow.tick != worker.second:
@@ -146,7 +146,7 @@ class Lane:
             worker.counts[FORWARDED] += 1
         return None
 
-    def from_tun(self) -> None:
+    def from_tun(self, _: int) -> None:
         """Read the device until it is empty or the budget is spent."""
         view = self.view
         buffers = [view]
@@ -198,7 +198,7 @@ class Lane:
         words = self.words
         if l4 == 30:
             self.view[22:34] = flow.back
-            words[10] = 0xFFFF - (0xFFFF - words[10] + flow.delta_addresses_back) % 0xFFFF
+            words[10] = (words[10] + flow.delta_addresses) % 0xFFFF
             at = 23
         else:
             self.view[18:54] = flow.back
@@ -206,4 +206,4 @@ class Lane:
         if self.buffer[0] & 1:
             words[at] = (words[at] + flow.delta_addresses_back) % 0xFFFF
         else:
-            words[at] = 0xFFFF - (0xFFFF - words[at] + flow.delta_all_back) % 0xFFFF
+            words[at] = (words[at] + flow.delta_all) % 0xFFFF

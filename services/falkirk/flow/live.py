@@ -121,7 +121,9 @@ class LiveTable:
 
     def counts(self, index: int, last: int, up: int, down: int, packets_up: int, packets_down: int) -> None:
         """Checkpoint a flow's counts."""
-        _COUNTS.pack_into(self._map, HEADER_SIZE + index * RECORD_SIZE + _COUNTS_AT, last, up, down, packets_up, packets_down)
+        _COUNTS.pack_into(
+            self._map, HEADER_SIZE + index * RECORD_SIZE + _COUNTS_AT, last, up, down, packets_up, packets_down
+        )
 
     def cursors(self, vnet: int, raw: int) -> None:
         """Keep where the slot pools stand, for a successor."""
@@ -170,7 +172,7 @@ class LiveReader:
         size = 4 if family == 4 else 16
         values[9] = values[9][:size]
         values[10] = values[10][:size]
-        return LiveRecord(index, *values, rule[:length].decode(errors="replace"))
+        return LiveRecord(*(index, *values, rule[:length].decode(errors="replace")))
 
     def find(self, flow_id: bytes) -> LiveRecord | None:
         """The live flow with this id."""

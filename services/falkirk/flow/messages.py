@@ -75,7 +75,7 @@ def flow_of_live(record: LiveRecord, worker: int, fleet: Fleet) -> pb.Flow | Non
             protocol=PROTOCOLS.get(record.protocol, net_pb2.PROTOCOL_OTHER),
             protocol_number=record.protocol,
         ),
-        state=pb.FlowState.ValueType(record.state),
+        state=pb.FlowState.Name(record.state),
         tunnel_id=record.tunnel,
         context=context_proto(context),
         treatment=net_pb2.TREATMENT_L4,

@@ -38,8 +38,9 @@ class Orphan(msgspec.Struct, frozen=True, gc=False):
 
     tunnel: int
     back: bytes
+    delta_addresses: int
     delta_addresses_back: int
-    delta_all_back: int
+    delta_all: int
 
 
 class TunnelLine(msgspec.Struct):
@@ -67,7 +68,9 @@ class Orphans:
         self._epoch = 0
         if live.exists():
             self._read(live)
-        self._log = os.open(self._contexts_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._log = os.open(
+            self._contexts_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
 
     def _read(self, path: Path) -> None:
         try:
@@ -94,7 +97,7 @@ class Orphans:
         addresses = (native_sum(record.source + record.destination) - native_sum(inside)) % 0xFFFF
         # Of the listener's port, which only the upgrader knows, nothing is in here: see `take`.
         everything = (native_sum(key) - native_sum(inside + ports[:2])) % 0xFFFF
-        return Orphan(record.tunnel, back, addresses, everything)
+        return Orphan(record.tunnel, back, (0xFFFF - addresses) % 0xFFFF, addresses, (0xFFFF - everything) % 0xFFFF)
 
     def bury(self, worker: Worker) -> None:
         """Write the ends that are missing. Called once, when the new spool is open."""
@@ -142,13 +145,16 @@ class Orphans:
         """Keep a tunnel's context for a successor."""
         os.write(self._log, msgspec.json.encode(TunnelLine(tunnel, context)) + b"\n")
 
+    def close(self) -> None:
+        """Let the contexts' file go."""
+        os.close(self._log)
+
     def take(self, framing: Framing, index: int, listener_port: bytes) -> Orphan | None:
         """The lost stream of a slot, once. `index` is the lane's; `listener_port` completes the checksum's delta."""
         orphan = self._by_slot.pop(self._plan.slot(framing, FIRST_INDEX) + index, None) if self._by_slot else None
         if orphan is None:
             return None
-        delta = (orphan.delta_all_back - native_sum(listener_port)) % 0xFFFF
-        return Orphan(orphan.tunnel, orphan.back, orphan.delta_addresses_back, delta)
+        return msgspec.structs.replace(orphan, delta_all=(orphan.delta_all + native_sum(listener_port)) % 0xFFFF)
 
     def reset(self, worker: Worker, flow: Flow) -> None:
         """Tell the client of a flow whose upgrader is gone, where the kernel's RST hasn't."""
@@ -177,4 +183,3 @@ def read_contexts(path: Path) -> dict[int, TunnelContext]:
     lines = path.read_bytes().split(b"\n")[:-1]
     decode = msgspec.json.Decoder(TunnelLine).decode
     return {line.tunnel: line.context for line in map(decode, lines)}
-

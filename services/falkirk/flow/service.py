@@ -65,10 +65,10 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
                         flow = flow_of_live(record, number, self._fleet)
                         if flow is not None and match.flow(flow):
                             yield pb.WatchResponse(event=pb.WatchResponse.EVENT_STARTED, flow=flow)
-            async for record, dropped in subscription:
-                event, flow = flow_of_record(record)
-                if match.flow(flow):
-                    yield pb.WatchResponse(event=event, flow=flow, dropped=dropped)
+            async for happened, dropped in subscription:
+                event, ended = flow_of_record(happened)
+                if match.flow(ended):
+                    yield pb.WatchResponse(event=event, flow=ended, dropped=dropped)
 
     async def Terminate(self, request: pb.TerminateRequest, context: Any) -> pb.TerminateResponse:
         """Ask the flow's worker to end it."""
@@ -89,9 +89,7 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
                 grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ADDRESS", f"destination_address: {error}"
             ) from error
         if not 0 < request.destination_port < 65536:
-            raise FalkirkError(
-                grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PORT", "destination_port: must be 1 to 65535"
-            )
+            raise FalkirkError(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PORT", "destination_port: must be 1 to 65535")
         if request.HasField("context"):
             who = context_of_proto(request.context)
         else:

@@ -112,6 +112,10 @@ class SpoolWriter:
             self._file = self._open()
         return True
 
+    def close(self) -> None:
+        """Let the segment go; what wasn't flushed is lost."""
+        os.close(self._file)
+
     def _open(self) -> int:
         path = self._directory / f"{self.epoch:020d}-{self._number:08d}.ndjson"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)

@@ -4,7 +4,8 @@ A tunnel has a dict from the signature's bytes, sliced out of the packet, to its
 addresses and ports, for IPv6 the 36. A flow carries all that the fast path needs, computed once: the twelve (or
 thirty-six) bytes to write over the signature each way, and the RFC 1624 deltas of the checksums.
 
-Deltas are sums of 16-bit words in the machine's own byte order, modulo 65,535 (RFC 1071 2(B)): the packet's checksum
+A complete checksum is the complement of its sum, so it takes the opposite direction's delta: HC' = ~(~HC + d) is HC - d
+(RFC 1624 eqn. 3, modulo 65,535). A partial one (virtio NEEDS_CSUM) is the plain sum of the pseudo-header. Deltas are sums of 16-bit words in the machine's own byte order, modulo 65,535 (RFC 1071 2(B)): the packet's checksum
 fields are read in that order too, so nothing is swapped.
 """
 

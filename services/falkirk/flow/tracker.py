@@ -66,7 +66,9 @@ class Tracker:
 
     # begun
 
-    def begin(self, lane: Lane, tunnel: Tunnel, key: bytes, decision: Decision, packet: bytes, timing: tuple[int, int]) -> None:
+    def begin(
+        self, lane: Lane, tunnel: Tunnel, key: bytes, decision: Decision, packet: bytes, timing: tuple[int, int]
+    ) -> None:
         """Hold an allowed flow's SYN and have its upstream dialled; refuse it where a limit is reached."""
         worker = self._worker
         refusal = self._limit(tunnel)
@@ -86,7 +88,9 @@ class Tracker:
         route = decision.route
         assert route is not None
         slot_number = lane.first_slot + slot
-        flow = Flow(tunnel, key, worker.slot_address(slot_number, len(key)) + worker.listener(lane, key), slot_number, index)
+        flow = Flow(
+            tunnel, key, worker.slot_address(slot_number, len(key)) + worker.listener(lane, key), slot_number, index
+        )
         flow.flow_id = self._random(16)
         flow.decision = decision
         flow.held = packet

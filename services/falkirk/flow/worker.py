@@ -50,7 +50,6 @@ from falkirk.wire.handover import (
     Message,
     Traced,
     TunnelClosed,
-    batches,
     encode,
 )
 from falkirk.wire.slots import FIRST_INDEX, SlotPlan
@@ -105,7 +104,9 @@ class Worker:
         data = Path(start.data_dir, "flow")
         epoch = self.wall
         self._spool_directory = data / "spool" / f"worker-{start.worker}"
-        self.orphans = Orphans(data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker)
+        self.orphans = Orphans(
+            data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker
+        )
         self.spool = spool.SpoolWriter(self._spool_directory, epoch)
         self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
@@ -131,17 +132,17 @@ class Worker:
 
     def _listen(self) -> None:
         path = Path(self.start.run_dir, "mesh", f"flow.worker.{self.start.worker}.sock")
-        listener = seqpacket.listen(path, 0o660)
+        self._listener = seqpacket.listen(path, 0o660)
 
         def accept(_: int) -> None:
-            while (accepted := _accept(listener)) is not None:
+            while (accepted := _accept(self._listener)) is not None:
                 if self.trusted(seqpacket.peer(accepted).uid):
                     self.onramps.add(peers.OnrampLink(self, accepted))
                 else:
                     self.log.error("peer_refused", peer="onramp", error="its uid isn't of this mesh (mesh_uids)")
                     accepted.close()
 
-        self.watch(listener.fileno(), select.EPOLLIN, accept)
+        self.watch(self._listener.fileno(), select.EPOLLIN, accept)
         self.watch(self._parent.fileno(), peers.READ, self._from_parent)
 
     def trusted(self, uid: int) -> bool:
@@ -167,18 +168,41 @@ class Worker:
     def run(self) -> None:
         """Until the parent's pair ends."""
         while self._alive:
-            busy = self._loading or self._upgrader is None or not self.ready
-            events = self._epoll.poll(0.05 if busy else 1.0) if not self._loading else self._epoll.poll(0)
-            self.now = time.monotonic_ns()
-            self.wall = time.time_ns()
-            if self.now // SECOND != self.second:
-                self.second = self.now // SECOND
-                self._each_second()
-            for fd, mask in events:
-                handler = self._handlers.get(fd)
-                if handler is not None:
-                    handler(mask)
-            self._end_of_turn()
+            if self._loading:
+                self.turn(0)
+            elif self.ready and self._upgrader is not None:
+                self.turn(1.0)
+            else:
+                self.turn(peers.RETRY / SECOND)
+
+    def turn(self, timeout: float) -> None:
+        """One turn: wait at most `timeout` seconds for something, then do everything that is ready."""
+        events = self._epoll.poll(timeout)
+        self.now = time.monotonic_ns()
+        self.wall = time.time_ns()
+        if self.now // SECOND != self.second:
+            self.second = self.now // SECOND
+            self._each_second()
+        for fd, mask in events:
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(mask)
+        self._end_of_turn()
+
+    def die(self) -> None:
+        """Close every descriptor, and tidy nothing: what a kill does."""
+        for fd in list(self._handlers):
+            self.unwatch(fd)
+        self._epoll.close()
+        for link in (*self.onramps, *([self._link] if self._link else [])):
+            link.sock.close()
+        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self._lanes.values())):
+            if fd >= 0:
+                os.close(fd)
+        self._listener.close()
+        self._parent.close()
+        self.spool.close()
+        self.orphans.close()
 
     def _end_of_turn(self) -> None:
         self.tracker.end_of_turn()
@@ -370,7 +394,8 @@ class Worker:
             return
         self._bereave()
         self.listener_port = message.listener_port.to_bytes(2, "big")
-        for lane, fd in zip(self._lanes.values(), fds, strict=True):
+        for framing, fd in zip((Framing.VNET, Framing.RAW), fds, strict=True):
+            lane = self._lanes[framing]
             if lane.tun >= 0:
                 self.unwatch(lane.tun)
                 os.close(lane.tun)
@@ -416,7 +441,7 @@ class Worker:
         self._upgrader.send([AbortAll()])
         for lane in self._lanes.values():
             if lane.tun not in self._handlers:
-                self.watch(lane.tun, select.EPOLLIN, lambda _, lane=lane: lane.from_tun())
+                self.watch(lane.tun, select.EPOLLIN, lane.from_tun)
         self.ready = True
         self.tell(control.Status(paired=True, ready=True))
 
