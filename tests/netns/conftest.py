@@ -85,7 +85,7 @@ class ServerNamespace:
 
     def add_there(self, address: str) -> None:
         """Give the server's end a further address of the prefixes."""
-        self.call(self._add, "eth0", address)
+        self.call(self._add, "eth0", address, prefix_route=False)
 
     def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function inside (in a thread); sockets that it opens stay inside for good."""
@@ -130,17 +130,20 @@ class ServerNamespace:
         with Netlink() as links:
             links.set_link(socket.if_nametoindex("lo"))
             links.set_link(index := socket.if_nametoindex("eth0"))
-            for address in (self.address4, self.address6):
-                self._add("eth0", address)
-            for zeros, gateway in ((bytes(4), self.gateway4), (bytes(16), self.gateway6)):
-                packed = ipaddress.ip_address(gateway).packed
-                links.add_route(index, zeros, 0, by_route, gateway=packed)
+            for prefix, address, gateway in (
+                (self.prefix4, self.address4, self.gateway4),
+                (self.prefix6, self.address6, self.gateway6),
+            ):
+                self._add("eth0", address, prefix_route=False)
+                own, there = prefix.network_address.packed, ipaddress.ip_address(gateway).packed
+                links.add_route(index, own, prefix.prefixlen, by_route)
+                links.add_route(index, bytes(len(own)), 0, by_route, gateway=there)
 
-    def _add(self, device: str, address: str) -> None:
+    def _add(self, device: str, address: str, prefix_route: bool = True) -> None:
         packed = ipaddress.ip_address(address).packed
         length = self.prefix4.prefixlen if len(packed) == 4 else self.prefix6.prefixlen
         with Netlink() as links:
-            links.add_address(socket.if_nametoindex(device), packed, length)
+            links.add_address(socket.if_nametoindex(device), packed, length, prefix_route)
 
 
 @pytest.fixture

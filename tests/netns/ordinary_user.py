@@ -35,9 +35,11 @@ def enter(uid: int, flags: int = 0) -> None:
 command = sys.argv[1:]
 if command[0] == "--no-tun":
     command = command[1:]
-    enter(0, CLONE_NEWNS)
     with tempfile.NamedTemporaryFile() as cover:
         Path(cover.name).chmod(0)
+        # Somebody else's, else root of the tool's own namespace may override its permissions.
+        os.chown(cover.name, 65534, 65534)
+        enter(0, CLONE_NEWNS)
         call("mount", cover.name.encode(), str(tun.DEVICE).encode(), None, MS_BIND, None)
 enter(1000)
 os.execvp(command[0], command)

@@ -29,7 +29,7 @@ _NESTED: Final = 0x8000
 _IFLA_IFNAME, _IFLA_MTU, _IFLA_TXQLEN, _IFLA_LINKINFO, _IFLA_AF_SPEC, _IFLA_NET_NS_FD = 3, 4, 13, 18, 26, 28
 _INFO_KIND, _INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _INET6_ADDR_GEN_MODE, _ADDR_GEN_NONE = 8, 1
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_F_NODAD = 1, 2, 8, 2
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS, _IFA_F_NODAD, _IFA_F_NOPREFIXROUTE = 1, 2, 8, 2, 0x200
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_METRICS, _RTAX_CONGESTION = 1, 4, 5, 8, 16
 _TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_UNIVERSE, _SCOPE_LINK, _UNICAST = 254, 4, 0, 253, 1
 
@@ -84,12 +84,18 @@ class Netlink:
         mode = _attribute(_INET6_ADDR_GEN_MODE, bytes([_ADDR_GEN_NONE]))
         self._link(index, None, [_nest(_IFLA_AF_SPEC, [_nest(socket.AF_INET6, [mode])])])
 
-    def add_address(self, index: int, address: bytes, prefix_length: int) -> None:
-        """Add a packed address with its prefix's route; no duplicate address detection. Raises OSError (EEXIST)."""
+    def add_address(self, index: int, address: bytes, prefix_length: int, prefix_route: bool = True) -> None:
+        """Add a packed address, and its prefix's route unless told not to; no duplicate address detection.
+
+        Raises OSError (EEXIST).
+        """
         body = _ADDRESS.pack(_family(address), prefix_length, 0, 0, index)
-        attributes = [_attribute(_IFA_LOCAL, address), _attribute(_IFA_ADDRESS, address)]
-        if len(address) == 16:
-            attributes.append(_attribute(_IFA_FLAGS, struct.pack("=I", _IFA_F_NODAD)))
+        flags = (_IFA_F_NODAD if len(address) == 16 else 0) | (0 if prefix_route else _IFA_F_NOPREFIXROUTE)
+        attributes = [
+            _attribute(_IFA_LOCAL, address),
+            _attribute(_IFA_ADDRESS, address),
+            _attribute(_IFA_FLAGS, struct.pack("=I", flags)),
+        ]
         self._ask(_NEWADDR, _CREATE_EXCLUSIVE, body, attributes)
 
     def add_route(

@@ -44,11 +44,15 @@ def segment(
 
 
 def reset(packet: Packet) -> bytes | None:
-    """The RST for a segment that no connection wants (RFC 9293 3.10.7.1); None for a RST, or what isn't TCP.
+    """The RST for a segment that no connection wants (RFC 9293 3.10.7.1); None for a RST, for what isn't TCP,
+    or where either address isn't one host's.
 
     It comes from the address that the segment was meant for.
     """
     if packet.protocol != TCP or packet.flags & tcp.RST:
+        return None
+    # RFC 1122 4.2.3.10: a segment to many addresses, or from what isn't one host's, is silently dropped.
+    if not (_may_answer4(packet) if packet.version == 4 else _may_answer6(packet, icmp.UNREACHABLE6)):
         return None
     if packet.flags & tcp.ACK:
         sequence, acknowledgment, flags = packet.acknowledgment, 0, tcp.RST

@@ -11,8 +11,8 @@ NEEDS_CSUM), where only the addresses count and with the opposite sign.
 Cost in place: 0.4 us IPv4, 0.4 us IPv6. To inline `rewrite4` in a loop, copy its body: `head`, `ip`, `full` and `partial` are
 plain attributes.
 
-Limits: TCP only; the caller has parsed the packet before (whole TCP header present, not a fragment), and knows where TCP
-starts if there are options or extension headers.
+Limits: TCP only; the caller knows that this is an unfragmented packet whose 20 bytes of TCP header are inside its length (else
+what lies behind it in the buffer is written to), and where TCP starts if there are extension headers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TTL_WORD: Final = 0x0100
 class Rewrite:
     """One direction of a flow. All numbers are ready to be added to a field modulo 0xffff."""
 
-    __slots__ = ("addresses", "full", "head", "ip", "partial", "version")
+    __slots__ = ("full", "head", "ip", "partial")
 
     def __init__(
         self,
@@ -62,7 +62,6 @@ class Rewrite:
         size = len(old_source)
         if size not in (4, 16) or not size == len(old_destination) == len(new_source) == len(new_destination):
             raise ValueError("addresses must be four of 4 bytes or four of 16 bytes")
-        self.version: Final = 4 if size == 4 else 6
         self.head: Final = (
             new_source + new_destination + new_source_port.to_bytes(2, "big") + new_destination_port.to_bytes(2, "big")
         )
@@ -73,10 +72,18 @@ class Rewrite:
         """For a partial TCP checksum."""
         self.full: Final = -(grown + ports) % 0xFFFF
         """For a full TCP checksum."""
-        self.addresses: Final = -grown % 0xFFFF
+        self.ip: Final = (_TTL_WORD - grown) % 0xFFFF if size == 4 else 0
+        """For the IPv4 header's checksum with one hop less; 0 for IPv6."""
+
+    @property
+    def version(self) -> int:
+        """4 or 6."""
+        return 4 if len(self.head) == 12 else 6
+
+    @property
+    def addresses(self) -> int:
         """For the IPv4 header's checksum where the TTL stays."""
-        self.ip: Final = (_TTL_WORD - grown) % 0xFFFF
-        """For the IPv4 header's checksum with one hop less."""
+        return -self.partial % 0xFFFF
 
 
 def pair(

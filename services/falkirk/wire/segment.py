@@ -6,7 +6,8 @@ checksum is made from the packet's own addresses, not from the partial one that 
 
 Cost: 5 us a segment of 1,448 bytes, most of it the payload's sum.
 
-Limits: TCP only. The vnet header is a normal one (`falkirk.wire.vnet`), which also means that nobody cuts 64 KiB into bytes.
+Limits: TCP only. The vnet header is the kernel's, or one that was admitted (`falkirk.wire.vnet`): gso_size isn't so small that
+64 KiB become thousands of packets, and csum_start is where TCP starts.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Final
 from falkirk.wire import tcp
 from falkirk.wire.checksum import Buffer, checksum, complete, pseudo_header, residue
 from falkirk.wire.protocol import TCP
-from falkirk.wire.vnet import GSO_NONE, Header
+from falkirk.wire.vnet import Header
 
 _UDP_CHECKSUM_OFFSET: Final = 6
 _U16: Final = Struct(">H").pack_into
@@ -25,11 +26,12 @@ _U32: Final = Struct(">I").pack_into
 
 
 def segments(header: Header, data: Buffer, at: int, length: int) -> list[bytes]:
-    """The plain packets of the (super-)packet of `length` bytes at `at`, whose normal vnet header is `header`."""
+    """The plain packets of the (super-)packet of `length` bytes at `at`, behind the vnet header `header`."""
     view = memoryview(data)
-    head_length, upper = header.hdr_len, header.csum_start
-    payload = length - head_length
-    if header.gso_type == GSO_NONE or not payload:
+    upper = header.csum_start
+    # Not hdr_len: the kernel's own is a hint (the skb's linear part), not where the payload starts.
+    head_length = upper + (data[at + upper + 12] >> 4 << 2) if header.gso_type else length
+    if head_length >= length:
         return [_complete(header, view[at : at + length])]
     size = header.gso_size
     start = at + head_length

@@ -5,7 +5,7 @@ exactly the packet behind it: gso_type the packet's family and TCP, csum_start a
 that parsing found, gso_size between 536 and the MTU; the only flag is NEEDS_CSUM. What is passed on is *normal*: hdr_len
 computed here, DATA_VALID (a claim that a check may be skipped) cleared, fields that mean nothing zero.
 
-`validate` is for parsed packets. `admit_tcp4` and `admit_tcp6` are the same for the packet loop: 0.4 us, in place.
+`validate` is for parsed packets. `admit_tcp4` and `admit_tcp6` are the same for the packet loop: 0.6 us, in place.
 
 Limit: offloads of TCP only; a UDP packet may have a partial checksum but isn't a super-packet (no USO yet).
 """
@@ -98,28 +98,42 @@ def validate(header: Header, packet: Packet, mtu: int) -> Header:
     return Header(NEEDS_CSUM, gso_type, packet.payload_offset, gso_size, csum_start, csum_offset)
 
 
-def admit_tcp4(buf: bytearray | memoryview, at: int, upper: int, mtu: int) -> int:
-    """Checks the header at `at` in place and makes it normal; what comes behind it is IPv4, TCP at offset `upper`.
+def admit_tcp4(buf: bytearray | memoryview, at: int, end: int, upper: int, mtu: int) -> int:
+    """Checks the header at `at` in place and makes it normal; behind it, up to `end`, is IPv4 with TCP at offset `upper`.
 
-    Returns the flags that are left: 1 where the checksum is partial, else 0. Raises MalformedPacket.
+    Checks as well what the kernel would stumble over and a known flow's packet isn't parsed for: that the IP length is the
+    datagram's, and TCP's header inside. Returns the flags that are left: 1 where the checksum is partial, else 0.
+    Raises MalformedPacket.
     """
-    return _admit_tcp(buf, at, upper, mtu, GSO_TCPV4)
+    length = end - at - SIZE
+    if length < upper + 20:
+        raise MalformedPacket("truncated_l4")
+    if buf[at + 12] << 8 | buf[at + 13] != length:
+        raise MalformedPacket("bad_total_length")
+    return _admit_tcp(buf, at, length, upper, mtu, GSO_TCPV4)
 
 
-def admit_tcp6(buf: bytearray | memoryview, at: int, upper: int, mtu: int) -> int:
+def admit_tcp6(buf: bytearray | memoryview, at: int, end: int, upper: int, mtu: int) -> int:
     """As `admit_tcp4`, for IPv6."""
-    return _admit_tcp(buf, at, upper, mtu, GSO_TCPV6)
+    length = end - at - SIZE
+    if length < upper + 20:
+        raise MalformedPacket("truncated_l4")
+    if (buf[at + 14] << 8 | buf[at + 15]) + 40 != length:
+        raise MalformedPacket("bad_total_length")
+    return _admit_tcp(buf, at, length, upper, mtu, GSO_TCPV6)
 
 
-def _admit_tcp(buf: bytearray | memoryview, at: int, upper: int, mtu: int, right_type: int) -> int:
+def _admit_tcp(buf: bytearray | memoryview, at: int, length: int, upper: int, mtu: int, right_type: int) -> int:
     flags, gso_type, _, gso_size, csum_start, csum_offset = _read(buf, at)
-    if flags & 1:
+    header_length = upper + (buf[at + upper + 22] >> 4 << 2)
+    if not upper + 20 <= header_length <= length:
+        raise MalformedPacket("bad_tcp_offset")
+    if flags & NEEDS_CSUM:
         if flags > 3:
             raise MalformedPacket("vnet_flags")
         if csum_start != upper or csum_offset != 16:
             raise MalformedPacket("vnet_checksum")
-        header_length = upper + (buf[at + upper + 22] >> 4 << 2)
-        if gso_type == 0:
+        if gso_type == GSO_NONE:
             _write(buf, at, 1, 0, header_length, 0, upper, 16)
             return 1
         if gso_type & 0x7F != right_type:

@@ -163,6 +163,20 @@ def test_errors_about_echoes_and_first_fragments(data: bytes) -> None:
     assert build.unreachable(data, packet, Unreachable.HOST, source) is not None
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        ip4(6, segment(C4, S4), destination=bytes([224, 0, 0, 1])),
+        ip4(6, segment(C4, S4), source=bytes(4)),
+        ip4(6, segment(C4, S4), source=bytes([255] * 4)),
+        ip6(6, segment(C6, S6), destination=MULTICAST6),
+        ip6(6, segment(C6, S6), source=bytes(16)),
+    ],
+)
+def test_no_reset_to_or_from_many(data: bytes) -> None:
+    assert build.reset(parse(data, 0, len(data))) is None
+
+
 def test_too_big_may_be_about_multicast() -> None:
     data = ip6(17, udp(C6, S6), destination=MULTICAST6)
     assert build.too_big(data, parse(data, 0, len(data)), 1280, GATEWAY6) is not None

@@ -90,3 +90,10 @@ def test_a_udp_checksum_is_never_zero() -> None:
     (made,) = segments(Header(1, 0, 28, 0, 20, 6), data, 0, len(data))
     assert made[26:28] == b"\xff\xff"
     verify(made, parse(made, 0, len(made)))
+
+
+@pytest.mark.parametrize("hint", [0, 40, 66, 4096])
+def test_the_kernels_hdr_len_is_only_a_hint(hint: int) -> None:
+    data = tcp4(payload=bytes(1000), partial=True, options=OPTIONS)
+    made = segments(Header(1, 1, hint, 600, 20, 16), data, 0, len(data))
+    assert [parse(part, 0, len(part)).payload_length for part in made] == [600, 400]

@@ -79,7 +79,7 @@ def test_the_loop_decides_as_validate_does(six: bool, flags: int, gso: int, size
     buf = bytearray(b"...." + header.pack() + packet)
     admit = vnet.admit_tcp6 if six else vnet.admit_tcp4
     try:
-        left = admit(buf, 4, 40 if six else 20, MTU)
+        left = admit(buf, 4, len(buf), 40 if six else 20, MTU)
         found: Header | str = vnet.unpack(buf, 4, 10)
         assert isinstance(expected, Header)
         assert left == expected.flags
@@ -100,3 +100,37 @@ def test_round_trip_and_the_flag() -> None:
     assert vnet.unpack(header.pack(), 0, 10) == header
     assert header.partial
     assert not Header().partial
+
+
+@pytest.mark.parametrize("six", [False, True])
+@pytest.mark.parametrize(
+    ("change", "end", "reason"),
+    [
+        (None, -1, "bad_total_length"),
+        (None, 1, "bad_total_length"),
+        (None, -2990, "bad_total_length"),
+        (None, -3010, "truncated_l4"),
+        (0x40, 0, "bad_tcp_offset"),
+    ],
+)
+def test_lengths_that_the_loop_must_not_trust(six: bool, change: int | None, end: int, reason: str) -> None:
+    packet = tcp6(payload=b"x" * 3000) if six else tcp4(payload=b"x" * 3000)
+    upper = 40 if six else 20
+    buf = bytearray(vnet.ZERO + packet + b"....")
+    if change is not None:
+        buf[10 + upper + 12] = change
+    admit = vnet.admit_tcp6 if six else vnet.admit_tcp4
+    with pytest.raises(MalformedPacket) as caught:
+        admit(buf, 0, 10 + len(packet) + end, upper, MTU)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("make", [tcp4, tcp6])
+def test_a_tcp_header_longer_than_its_packet(make) -> None:  # type: ignore[no-untyped-def]
+    packet = make()
+    upper = len(packet) - 20
+    buf = bytearray(vnet.ZERO + packet)
+    buf[10 + upper + 12] = 0x60
+    admit = vnet.admit_tcp6 if make is tcp6 else vnet.admit_tcp4
+    with pytest.raises(MalformedPacket, match="bad_tcp_offset"):
+        admit(buf, 0, len(buf), upper, MTU)
