@@ -59,7 +59,8 @@ class Ingress:
             if packet.total_length != end - HEADER:
                 raise MalformedPacket("bad_total_length")
         except MalformedPacket as error:
-            second = error.reason == "bad_version" and ord("{") in (lane.buffer[0], lane.buffer[HEADER])
+            # No IP version and no virtio-net header begins like JSON.
+            second = lane.buffer[HEADER if lane.raw else 0] == ord("{")
             worker.drop("second_context" if second else error.reason)
             return
         if packet.source not in tunnel.context.addresses:
@@ -75,19 +76,19 @@ class Ingress:
                 tunnel, lane, packet, "udp_not_built" if packet.protocol == UDP else "protocol_not_built"
             )
 
-    def vnet(self, lane: Lane, flow: Flow, l4: int) -> bool:
+    def vnet(self, lane: Lane, flow: Flow, l4: int, end: int) -> bool:
         """Whether the virtio-net header tells the truth about the segment; counted where not. The tunnel's word is not trusted."""
-        if self._vnet(lane, flow.tunnel, l4, 4 if l4 == 30 else 6):
+        if self._vnet(lane, flow.tunnel, l4, end, 4 if l4 == 30 else 6):
             flow.vnet_ok = lane.view[:HEADER].tobytes()
             return True
         return False
 
-    def _vnet(self, lane: Lane, tunnel: Tunnel, l4: int, version: int) -> bool:
+    def _vnet(self, lane: Lane, tunnel: Tunnel, l4: int, end: int, version: int) -> bool:
         if lane.raw:
             return True
         try:
             admit = vnet.admit_tcp4 if version == 4 else vnet.admit_tcp6
-            admit(lane.buffer, 0, l4 - HEADER, tunnel.mtu)
+            admit(lane.buffer, 0, end, l4 - HEADER, tunnel.mtu)
         except MalformedPacket as error:
             self._worker.drop(error.reason)
             return False
@@ -96,7 +97,7 @@ class Ingress:
     def _tcp(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> None:
         worker = self._worker
         plain = ipv4.MINIMUM if packet.version == 4 else 40
-        if not self._vnet(lane, tunnel, HEADER + packet.header_length, packet.version):
+        if not self._vnet(lane, tunnel, HEADER + packet.header_length, end, packet.version):
             return
         if packet.header_length != plain:
             end = self._strip(lane, packet, end, plain)

@@ -10,8 +10,9 @@ import msgspec
 class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The `flow` section of the settings file."""
 
-    slots: int = 0
-    """NAT slots of each kind (vnet, raw) a worker; 0 takes all that its prefix holds."""
+    slots: int = 524_288
+    """NAT slots of each kind (vnet, raw) a worker, 16 bytes each; fewer where its prefix is smaller. A freed slot rests a minute,
+    so this is also the most flows a minute."""
     max_flows: int = 262_144
     """Live flows a worker."""
     device_flows: int = 16_384
@@ -36,8 +37,8 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """ICMP errors a tunnel at most (RFC 1812 4.3.2.8, RFC 4443 2.4 f)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.slots <= 1 << 22:
-            raise ValueError("flow.slots must be 0 to 4194304")
+        if not 1 <= self.slots <= 1 << 23:
+            raise ValueError("flow.slots must be 1 to 8388608")
         for name in ("max_flows", "device_flows", "device_held", "tenant_flows", "connect_timeout_ms"):
             if getattr(self, name) < 1:
                 raise ValueError(f"flow.{name} must be at least 1")

@@ -122,8 +122,7 @@ class Worker:
     # set-up
 
     def _lane(self, framing: Framing) -> Lane:
-        most = self._plan.last_index - FIRST_INDEX
-        slots = min(self.settings.slots or most, most)
+        slots = min(self.settings.slots, self._plan.last_index - FIRST_INDEX)
         cursor = self.orphans.cursors[framing is Framing.RAW]
         first = self._plan.slot(framing, FIRST_INDEX)
         lane = Lane(self, framing, SlotPool(0, slots, start=cursor), first, slots)
@@ -135,7 +134,7 @@ class Worker:
         self._listener = seqpacket.listen(path, 0o660)
 
         def accept(_: int) -> None:
-            while (accepted := _accept(self._listener)) is not None:
+            while (accepted := seqpacket.accept(self._listener)) is not None:
                 if self.trusted(seqpacket.peer(accepted).uid):
                     self.onramps.add(peers.OnrampLink(self, accepted))
                 else:
@@ -528,13 +527,6 @@ def grow(fd: int) -> None:
     with sock:
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, TUNNEL_BUFFER)
-
-
-def _accept(listener: socket.socket) -> socket.socket | None:
-    try:
-        return listener.accept()[0]
-    except BlockingIOError:
-        return None
 
 
 def main(argv: list[str]) -> int:

@@ -65,7 +65,7 @@ class Client:
 
     def kernel(self, slot: bytes, flags: int, sequence: int = 9000, acknowledgment: int = 1001) -> None:
         """The private namespace's kernel answers."""
-        listener = slot[:-3] + (int.from_bytes(slot[-3:], "big") & 0x400000 | 1).to_bytes(3, "big")
+        listener = slot[:-3] + (int.from_bytes(slot[-3:], "big") & 0x800000 | 1).to_bytes(3, "big")
         packet = segment(listener, slot, PORT, self.port, sequence, acknowledgment, flags)
         self.tun.send(vnet.ZERO + packet)
         self.rig.step()
