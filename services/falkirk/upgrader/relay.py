@@ -11,7 +11,7 @@ a descriptor's number isn't given to another stream while events of the old one 
 Errors: whatever a socket reports, also EHOSTUNREACH or ETIMEDOUT, ends the stream with RST both ways. Bytes that an end had sent before its
 RST are passed first where the other end takes them at once, as TCP itself would have delivered them.
 
-Limits: at most `MAX_PIPES` stalled streams keep their bytes in pipes (1 MiB each, two descriptors); others keep 64 KiB.
+Limits: at most `MAX_PIPES` pipes (1 MiB, two descriptors) exist; stalled streams beyond that keep 64 KiB in memory each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from falkirk.linux import sockets, splice
-from falkirk.upgrader.stream import DIALLED, READ, Command, End, Phase, Reason, Stream, fin, interest, took
+from falkirk.upgrader.stream import DIALLED, READ, Command, End, Reason, Stream, fin, interest, took
 
 BUFFER: Final = 64 * 1024
 """Bytes of one copied read; one that fills it shows bulk."""
@@ -35,6 +35,7 @@ BUDGET: Final = 2 * 1024 * 1024
 SPARE_PIPES: Final = 8
 MAX_PIPES: Final = 128
 _ERROR: Final = select.EPOLLERR | select.EPOLLHUP
+_READABLE: Final = READ | _ERROR
 
 Socket = socket.socket
 TcpEnd = End[Socket]
@@ -55,7 +56,9 @@ class Relay:
         self.streams: dict[int, TcpStream] = {}
         """By descriptor; a stream in OPEN is here twice."""
         self.bytes_up = 0
+        """Bytes that upstreams took since the relay was made."""
         self.bytes_down = 0
+        """Bytes that clients took."""
 
     def dial(self, stream: TcpStream) -> None:
         """Watch a stream whose upstream connects; the first event is its owner's (`stream.phase` says so)."""
@@ -83,15 +86,20 @@ class Relay:
         if fd != end.handle.fileno():
             end, other = other, end
         stream.active = now
-        if other.waiting and not self._flush(stream, other, end):
-            return
-        if not end.ended and not end.waiting:
-            if not self._read(stream, end, other):
+        if other.waiting:
+            if not self._flush(stream, other, end):
                 return
-        elif events & _ERROR and sockets.pending_error(end.handle):
-            # Parked, and its peer has reset: that doesn't wait for a stalled other end.
-            self.reset(stream, stream.reset_by(end))
-            return
+            # What waited is through, so there is probably more; to read it now spares four changes of masks.
+            if not other.waiting and not other.ended and not self._read(stream, other, end):
+                return
+        if events & _READABLE:
+            if not end.ended and not end.waiting:
+                if not self._read(stream, end, other):
+                    return
+            elif events & _ERROR and sockets.pending_error(end.handle):
+                # Parked, and its peer has reset: that doesn't wait for a stalled other end.
+                self.reset(stream, stream.reset_by(end))
+                return
         self._watch(end, other)
         self._watch(other, end)
 
@@ -99,13 +107,10 @@ class Relay:
         """Move what the end's peer has sent; False where the stream is over."""
         budget = BUDGET
         while budget > 0 and not end.waiting:
-            if end.bulk:
-                moved = self._splice(stream, end, other)
-            else:
-                moved = self._copy(stream, end, other)
+            moved = self._splice(stream, end, other) if end.bulk else self._copy(stream, end, other)
             if moved < 0:
                 return False
-            if not end.bulk:
+            if not moved or not end.bulk:
                 break
             budget -= moved
         return True
@@ -135,13 +140,12 @@ class Relay:
 
     def _splice(self, stream: TcpStream, end: TcpEnd, other: TcpEnd) -> int:
         """One read through a pipe: bytes moved, or -1 where the stream is over."""
-        if self._pipes.open >= MAX_PIPES and not self._pipes.spare:
+        if self._pipes.open >= MAX_PIPES:
             return self._copy(stream, end, other)
         try:
             pipe = self._pipes.take()
         except OSError:
             # No descriptors, or no memory for pipes: slower, not broken.
-            end.bulk = False
             return self._copy(stream, end, other)
         try:
             size = splice.splice(end.handle.fileno(), pipe.write, PIPE)
@@ -226,19 +230,27 @@ class Relay:
         return -1
 
     def _over(self, stream: TcpStream, reason: str) -> None:
+        self.release(stream)
+        self._on_over(stream, reason)
+
+    def release(self, stream: TcpStream) -> None:
+        """Forget a stream, its sockets and what waits; `on_over` isn't called."""
         for end in (stream.client, stream.upstream):
             if end is None:
                 continue
             self.streams.pop(end.handle.fileno(), None)
-            self._closing.append(end.handle)
+            self.bury(end.handle)
             if end.waiting:
                 kept = self._kept.pop(end, None)
                 if isinstance(kept, splice.Pipe):
                     self._pipes.give_back(kept, empty=False)
-        self._on_over(stream, reason)
 
-    def close_ended(self) -> None:
-        """At the end of a turn: close the sockets of streams that are over (SO_LINGER makes it FIN or RST)."""
+    def bury(self, handle: Socket) -> None:
+        """Close a socket when the turn is over."""
+        self._closing.append(handle)
+
+    def close_buried(self) -> None:
+        """At the end of a turn: close what is over (SO_LINGER makes it FIN or RST)."""
         for handle in self._closing:
             handle.close()
         self._closing.clear()
@@ -248,3 +260,8 @@ class Relay:
         if mask != end.mask:
             end.mask = mask
             self._epoll.modify(end.handle.fileno(), mask)
+
+    def close(self) -> None:
+        """Close what is over and the spare pipes; streams must be over."""
+        self.close_buried()
+        self._pipes.close()
