@@ -33,10 +33,15 @@ def test_a_tenant_comes_with_pools_and_a_default_network(ledger: Ledger) -> None
 def test_what_the_registry_gives_cannot_be_asked_for(ledger: Ledger) -> None:
     value = make("tenant", "acme")
     value.metadata.id = "x"
-    assert refused(lambda: ledger.write(lambda work: work.create(_kind("tenant"), value))).about["field"] == "metadata.id"
+    assert (
+        refused(lambda: ledger.write(lambda work: work.create(_kind("tenant"), value))).about["field"] == "metadata.id"
+    )
     value = make("tenant", "acme")
     value.metadata.create_time.seconds = 0
-    assert refused(lambda: ledger.write(lambda work: work.create(_kind("tenant"), value))).about["field"] == "metadata.create_time"
+    assert (
+        refused(lambda: ledger.write(lambda work: work.create(_kind("tenant"), value))).about["field"]
+        == "metadata.create_time"
+    )
 
 
 def test_names_are_unique_in_a_tenant_and_a_kind(acme: Ledger) -> None:
@@ -65,7 +70,11 @@ def test_a_rename_breaks_no_reference_and_tells_everyone_who_showed_the_name(acm
     acme.create("device", "d", "acme", virtual_network="blue")
     network.metadata.name = "green"
     acme.update("virtual_network", network)
-    assert names(acme.told[-1]) == [(4, True), (3, True), (5, True)] or sorted(names(acme.told[-1])) == [(3, True), (4, True), (5, True)]
+    assert names(acme.told[-1]) == [(4, True), (3, True), (5, True)] or sorted(names(acme.told[-1])) == [
+        (3, True),
+        (4, True),
+        (5, True),
+    ]
     route = acme.get("route", "r", "acme")
     assert (route.virtual_network, route.metadata.revision) == ("green", acme.store.revision)
     assert acme.get("device", "d", "acme").virtual_network == "green"
@@ -219,7 +228,10 @@ def test_apply_lets_two_routes_swap_their_prefixes(acme: Ledger) -> None:
         make("route", "b", "acme", prefix="10.1.0.0/16", target=INTERNET),
     ]
     assert acme.apply(*swapped)[1] == ["updated", "updated"]
-    assert refused(lambda: acme.create("route", "c", "acme", prefix="10.1.0.0/16", target=INTERNET)).reason is Reason.PREFIX_TAKEN
+    assert (
+        refused(lambda: acme.create("route", "c", "acme", prefix="10.1.0.0/16", target=INTERNET)).reason
+        is Reason.PREFIX_TAKEN
+    )
     clash = [
         make("route", "a", "acme", prefix="10.1.0.0/16", target=INTERNET),
         make("route", "b", "acme", prefix="10.1.0.0/16", target=INTERNET),
@@ -252,7 +264,9 @@ def test_apply_moves_the_default_mark_and_answers_with_the_end(acme: Ledger) -> 
         ("policy", {"rules": [{"name": "r", "when": "true", "action": 1}] * 2}, Reason.INVALID_FIELD, "rules[1].name"),
     ],
 )  # fmt: skip
-def test_illegal_values_are_refused_by_field(acme: Ledger, kind: str, values: dict[str, Any], reason: Reason, field: str) -> None:
+def test_illegal_values_are_refused_by_field(
+    acme: Ledger, kind: str, values: dict[str, Any], reason: Reason, field: str
+) -> None:
     refusal = refused(lambda: acme.create(kind, "x", "" if kind == "tenant" else "acme", **values))
     assert (refusal.reason, refusal.about["field"]) == (reason, field)
 

@@ -99,7 +99,11 @@ def test_address_refuses_what_no_device_can_have(text: str, version: int) -> Non
 @pytest.mark.parametrize(
     ("judge", "good", "bad"),
     [
-        (fields.pool4, "10.20.0.0/16", ["10.0.0.0/7", "10.0.0.0/30", "224.0.0.0/8", "127.0.0.0/8", "fd00::/64", "10.0.0.1/16"]),
+        (
+            fields.pool4,
+            "10.20.0.0/16",
+            ["10.0.0.0/7", "10.0.0.0/30", "224.0.0.0/8", "127.0.0.0/8", "fd00::/64", "10.0.0.1/16"],
+        ),
         (fields.pool6, "fd01:203:405::/64", ["fc00::/64", "2001:db8::/64", "fd00::/48", "10.0.0.0/8", "fd00::1/64"]),
         (fields.email, "a@example.com", ["a", "@", "a@", "a b@c", "a@b@c", "x" * 251 + "@y.z", "a@b\x00"]),
     ],
@@ -112,7 +116,12 @@ def test_pools_and_mail_addresses(judge: Callable[[str, str], str], good: str, b
 
 def test_words_are_kept_in_order_and_refused_by_position() -> None:
     assert fields.words(["ops", "eng"], "groups") == ["ops", "eng"]
-    for bad, place in [(["a", "a"], "groups[1]"), ([""], "groups[0]"), (["x", " y"], "groups[1]"), (["x" * 129], "groups[0]")]:
+    for bad, place in [
+        (["a", "a"], "groups[1]"),
+        ([""], "groups[0]"),
+        (["x", " y"], "groups[1]"),
+        (["x" * 129], "groups[0]"),
+    ]:
         assert refused(lambda bad=bad: fields.words(bad, "groups")).about["field"] == place  # type: ignore[misc]
     assert refused(lambda: fields.words([str(n) for n in range(65)], "groups")).about["field"] == "groups"
 
