@@ -22,8 +22,8 @@ from falkirk.api.registry.v1 import (
 )
 from falkirk.runtime import blob
 from falkirk.runtime.replica import BlobPublisher, BlobReplica, ResourceReplica, Revision, SnapshotRefused
+from tests.process.in_loop import in_loop
 
-pytestmark = pytest.mark.asyncio
 DEADLINE = 15.0
 TENANT = registry_service_pb2.KIND_TENANT
 DEVICE = registry_service_pb2.KIND_DEVICE
@@ -96,6 +96,7 @@ def blobs(directory: Path, owner: Owner, told: Changes) -> BlobReplica:
     return BlobReplica("rules", directory, owner.watch, on_snapshot)
 
 
+@in_loop
 async def test_snapshots_arrive_whole_and_in_order(tmp_path: Path) -> None:
     owner, told = Owner(), Changes()
     rules = blobs(tmp_path, owner, told)
@@ -114,11 +115,12 @@ async def test_snapshots_arrive_whole_and_in_order(tmp_path: Path) -> None:
     assert owner.publisher.watchers == 1
 
 
+@in_loop
 async def test_the_disk_copy_is_told_first_and_not_sent_again(tmp_path: Path) -> None:
     blob.save(tmp_path / "rules.bin", blob.Blob("e", 7, b"old"))
     owner, told = Owner(), Changes()
     rules = blobs(tmp_path, owner, told)
-    found = rules.load_disk()
+    found = await rules.load_disk()
     assert found is not None
     assert found[1].number == 7
     owner.publisher.set(Revision(epoch="e", number=7), b"old")
@@ -132,6 +134,7 @@ async def test_the_disk_copy_is_told_first_and_not_sent_again(tmp_path: Path) ->
         await told.until(lambda: told.seen == [(7, b"old"), (9, b"new")])
 
 
+@in_loop
 async def test_a_moved_revision_alone_sends_no_bytes(tmp_path: Path) -> None:
     publisher = BlobPublisher(policy_service_pb2.WatchRulesResponse)
     publisher.set(Revision(epoch="e", number=1), b"bytes")
@@ -144,6 +147,7 @@ async def test_a_moved_revision_alone_sends_no_bytes(tmp_path: Path) -> None:
     assert publisher.watchers == 0
 
 
+@in_loop
 async def test_an_owner_that_is_behind_is_ignored(tmp_path: Path) -> None:
     blob.save(tmp_path / "rules.bin", blob.Blob("e", 7, b"ours"))
     owner, told = Owner(), Changes()
@@ -155,6 +159,7 @@ async def test_an_owner_that_is_behind_is_ignored(tmp_path: Path) -> None:
         await told.until(lambda: told.seen == [(7, b"ours"), (8, b"newer")])
 
 
+@in_loop
 async def test_it_watches_again_from_what_it_has(tmp_path: Path) -> None:
     owner, told = Owner(), Changes()
     rules = blobs(tmp_path, owner, told)
@@ -167,6 +172,7 @@ async def test_it_watches_again_from_what_it_has(tmp_path: Path) -> None:
         await told.until(lambda: told.seen == [(1, b"one"), (2, b"two")])
 
 
+@in_loop
 async def test_refused_and_damaged_bytes_are_asked_for_again(tmp_path: Path) -> None:
     blob.save(tmp_path / "rules.bin", blob.Blob("e", 1, b"refused"))
     owner, told = Owner(), Changes()
@@ -250,6 +256,7 @@ def resources(directory: Path, channel: grpc.aio.Channel, told: Changes) -> Reso
     return ResourceReplica("resources", directory / "replica", channel, (TENANT, DEVICE), on_change)
 
 
+@in_loop
 async def test_first_state_then_transactions_then_resume(tmp_path: Path) -> None:
     told = Changes()
     registry = Registry(
@@ -281,9 +288,10 @@ async def test_first_state_then_transactions_then_resume(tmp_path: Path) -> None
             await again.until(lambda: again.seen == [(6, ["tenant"], [])])
             assert (mirror.live, mirror.status().source) == (False, "disk")
         others = ResourceReplica("resources", tmp_path / "replica", channel, (TENANT,), lambda *_: None)
-        assert others.load_disk() is None
+        assert await others.load_disk() is None
 
 
+@in_loop
 async def test_too_old_a_revision_lists_again_and_tells_the_difference(tmp_path: Path) -> None:
     told = Changes()
     registry = Registry(
@@ -302,6 +310,7 @@ async def test_too_old_a_revision_lists_again_and_tells_the_difference(tmp_path:
     assert [request.HasField("resume_after") for request in registry.asked] == [False, True, False]
 
 
+@in_loop
 async def test_a_callback_that_fails_ends_the_replica(tmp_path: Path) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("the parent's fault")

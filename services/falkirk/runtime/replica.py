@@ -158,7 +158,7 @@ class BlobReplica(_Replica):
         self._watch, self._on_snapshot = watch, on_snapshot
         self._sha256 = b""
 
-    def load_disk(self) -> tuple[Path, Revision] | None:
+    async def load_disk(self) -> tuple[Path, Revision] | None:
         """Reads the disk copy's head, before `run` if wanted early; None where there is none that is whole."""
         if not self._read:
             self._read = True
@@ -172,7 +172,7 @@ class BlobReplica(_Replica):
         return self._status(self.items)
 
     async def _begin(self) -> None:
-        found = self.load_disk()
+        found = await self.load_disk()
         if found is not None:
             await self._tell(found[1])
 
@@ -272,7 +272,7 @@ class ResourceReplica(_Replica):
         finally:
             await self._flush()
 
-    def load_disk(self) -> Revision | None:
+    async def load_disk(self) -> Revision | None:
         """Reads the disk copy into `items`, before `run` if wanted early; None where there is none that is whole."""
         if not self._read:
             self._read = True
@@ -293,7 +293,7 @@ class ResourceReplica(_Replica):
         return self._status(sum(len(of_kind) for of_kind in self.items.values()))
 
     async def _begin(self) -> None:
-        if self.load_disk() is not None:
+        if await self.load_disk() is not None:
             await self._tell(_resources(self.items), [])
 
     def _forget(self) -> None:
