@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -256,7 +257,7 @@ class Demo:
             self.line(f"{script}    # ends it")
 
 
-def _place(directory: Path) -> IO[bytes]:
+def _place(directory: Path) -> io.BufferedRandom:
     """Where the download goes: memory where there is plenty, since a disk would be what is measured; else a file."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     if int(fields["MemAvailable"].split()[0]) * 1024 > 3 * SIZE:
