@@ -1,0 +1,145 @@
+"""One run: be admitted, enter the namespace, start the command, pump until it has ended, end as it did.
+
+SIGTERM and SIGHUP go on to the command; an interrupt from the terminal reaches it by itself. When the tunnel ends first
+the command gets SIGHUP, as from a lost terminal line, then SIGTERM and SIGKILL. When the tool is killed, so that
+nothing would move the command's packets any more, the kernel sends the command SIGHUP.
+
+When the command has ended, connections that it closed may still have data to send: the pump goes on until the last of
+them has been acknowledged, or the linger time is over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from falkirk.linux.lower.admission import admit
+from falkirk.linux.lower.namespace import device_mtu, enter
+from falkirk.linux.lower.pump import Pump
+from falkirk.linux.lower.request import PROGRAM, Exit, LowerRequest, Stopped
+
+_PR_SET_PDEATHSIG: Final = 1
+_HANG_UP_STEPS: Final = ((signal.SIGHUP, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))
+"""Signals to a command whose tunnel is gone, each with the seconds that it is given."""
+_ORPHANS_TURN_S: Final = 0.01
+_CLOSING_STATES: Final = frozenset({"04", "09", "0B"})
+"""FIN-WAIT-1, LAST-ACK and CLOSING: RFC 9293 3.3.2, our FIN (and what precedes it) isn't acknowledged."""
+
+
+def run(request: LowerRequest) -> int:
+    """The exit code: the command's, or one of `Exit` after a message on standard error."""
+    try:
+        return _run(request)
+    except Stopped as stopped:
+        print(f"{PROGRAM}: {stopped}", file=sys.stderr)
+        return stopped.exit_code
+
+
+def _run(request: LowerRequest) -> int:
+    tunnel, admitted = admit(request)
+    device = enter(request, admitted)
+    pump = Pump(device, tunnel, request.framing, device_mtu(request, admitted))
+    command = _start(request.command)
+    ended: list[bool] = []
+    watch = os.pidfd_open(command.pid)
+    pump.watch(watch, lambda: ended.append(True))
+    try:
+        while not ended and not pump.closed:
+            pump.turn()
+        if not ended:
+            _hang_up(command)
+            raise Stopped(Exit.TUNNEL_CLOSED, "TUNNEL_CLOSED", "the on-ramp ended the tunnel")
+        _linger(pump, request.linger_s)
+    finally:
+        if request.stats:
+            print(json.dumps(_counters(pump)), file=sys.stderr)
+        os.close(watch)
+        pump.close()
+        tunnel.close()
+        os.close(device)
+    code = command.wait()
+    return code if code >= 0 else 128 - code
+
+
+def _start(command: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    # Loaded here: between fork and exec nothing should be.
+    prctl = ctypes.CDLL(None).prctl
+    started: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        if not started:
+            sys.exit(128 + number)
+        started[0].send_signal(number)
+
+    # Handlers, not SIG_IGN: a command starts with the default where we have a handler.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, forward)
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda *_: None)
+    try:
+        started.append(subprocess.Popen(command, preexec_fn=_tie_to(os.getpid(), prctl)))
+    except FileNotFoundError as error:
+        raise Stopped(Exit.NOT_FOUND, "COMMAND_NOT_FOUND", f"{command[0]}: no such command") from error
+    except OSError as error:
+        raise Stopped(Exit.NOT_EXECUTABLE, "COMMAND_NOT_EXECUTABLE", f"{command[0]}: {error.strerror}") from error
+    return started[0]
+
+
+def _tie_to(parent: int, prctl: Callable[[int, int], int]) -> Callable[[], None]:
+    def tie() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    return tie
+
+
+def _hang_up(command: subprocess.Popen[bytes]) -> None:
+    for number, seconds in _HANG_UP_STEPS:
+        command.send_signal(number)
+        try:
+            command.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def _linger(pump: Pump, seconds: float) -> None:
+    """Go on while closed connections have something unacknowledged, and until the device has nothing to read."""
+    end = time.monotonic() + seconds
+    while not pump.closed and time.monotonic() < end:
+        busy = pump.turn(_ORPHANS_TURN_S if unacknowledged() else 0)
+        if not busy and not unacknowledged():
+            return
+
+
+def unacknowledged() -> int:
+    """TCP connections of this namespace that nobody owns any more and whose end hasn't been acknowledged."""
+    count = 0
+    for name in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/self/net/{name}").read_text().splitlines()[1:]
+        except FileNotFoundError:
+            continue
+        for line in lines:
+            # sl local remote st tx:rx tr:when retransmit uid timeout inode
+            columns = line.split()
+            count += columns[3] in _CLOSING_STATES and columns[9] == "0"
+    return count
+
+
+def _counters(pump: Pump) -> dict[str, object]:
+    return {
+        "sent_datagrams": pump.sent_datagrams,
+        "received_datagrams": pump.received_datagrams,
+        "dropped": dict(pump.dropped),
+    }
