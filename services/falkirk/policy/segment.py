@@ -45,7 +45,9 @@ class _First(msgspec.Struct):
     segment: _Header
 
 
-class _Ids(msgspec.Struct):
+class Ids(msgspec.Struct, frozen=True):
+    """Which record a line is."""
+
     node: str
     worker: int
     epoch: int
@@ -53,7 +55,7 @@ class _Ids(msgspec.Struct):
 
 
 _first: Final = msgspec.json.Decoder(_First)
-_ids: Final = msgspec.json.Decoder(_Ids)
+_ids: Final = msgspec.json.Decoder(Ids)
 
 
 class Recovered(msgspec.Struct, frozen=True):
@@ -96,6 +98,11 @@ def split(line: bytes) -> tuple[bytes, bytes]:
     return line[len(_STORED) : _HEAD_LENGTH - 2], b"{" + line[_HEAD_LENGTH:]
 
 
+def ids(json: bytes) -> Ids:
+    """Which record a JSON is. Raises ValueError."""
+    return _ids.decode(json)
+
+
 def opened(first_line: bytes) -> int:
     """When a segment was opened, by its first line. Raises UnreadableSegment."""
     try:
@@ -123,12 +130,11 @@ def recover(data: bytes) -> Recovered:
         if not after:
             break
         try:
-            _, json = split(data[end : after - 1])
-            ids = _ids.decode(json)
+            found = ids(split(data[end : after - 1])[1])
         except ValueError:
             break
-        key = (ids.node, ids.worker, ids.epoch)
-        marks[key] = max(marks.get(key, 0), ids.sequence)
+        key = (found.node, found.worker, found.epoch)
+        marks[key] = max(marks.get(key, 0), found.sequence)
         records += 1
         end = after
     return Recovered(head.number, opened_at, marks, records, end)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from falkirk.decide import cel, snapshot
+from falkirk.decide import cel
 from falkirk.decide.rules import Compiler, PolicySource, RuleError, RuleSource, RuleTable, Verdict, check, compile
 from falkirk.wire.context import TunnelContext
 
@@ -208,14 +208,6 @@ def test_explain_says_what_became_of_each_rule() -> None:
     assert len(rules.explain(context(), address("10.1.2.3"), 443, TCP, limit=2)[1]) == 2
 
 
-def test_one_expression_is_kept_once() -> None:
-    when = 'device.posture["os"] == "linux"'
-    data = compile([PolicySource(t, "p", 0, [RuleSource("r", when)]) for t in ("t-acme", "t-other")])
-    head = next(iter(snapshot.read(data)))
-    assert head == snapshot.Head(2, 2, 1)
-    assert decide(load(data), tenant_id="t-other").allowed
-
-
 def test_loading_goes_in_steps_and_is_the_same_for_any_size() -> None:
     rules = [RuleSource(f"r{i}", f'net.port == {i} && device.posture["os"] == "linux"') for i in range(1000)]
     loading = RuleTable.load(compile([PolicySource("t-acme", "p", 0, rules)]))
@@ -223,18 +215,6 @@ def test_loading_goes_in_steps_and_is_the_same_for_any_size() -> None:
     assert steps > 1000 // 16
     assert loading.table is not None
     assert decide(loading.table, port=777).rule == "p/r777"
-
-
-@given(cut=st.integers(0, 2000), flip=st.integers(0, 2000), bit=st.integers(0, 7))
-@settings(max_examples=300, deadline=None)
-def test_damaged_snapshots_are_refused_or_load(cut: int, flip: int, bit: int) -> None:
-    data = bytearray(compile([PolicySource("t-acme", "p", 0, [RuleSource("r", 'device.posture["os"] == "linux"')])]))
-    data[flip % len(data)] ^= 1 << bit
-    for damaged in (bytes(data), bytes(data[: cut % len(data)])):
-        try:
-            load(damaged)
-        except snapshot.UnreadableRules:
-            continue
 
 
 # The oracle: every rule evaluated by CEL in order, no index, no guards.
