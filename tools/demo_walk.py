@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -26,10 +27,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from falkirk.cli.trace import Receiver, Span, render
 from tools.load import http_server
 from tools.mesh import Mesh, resource, rule
 from tools.netlab import Lab, LabError, guard_signals, stop, wait_for
-from tools.traces import Receiver, tree
 
 SIZE = 1 << 30
 HTTP = 80
@@ -203,11 +204,20 @@ class Demo:
         self.head("One flow's trace")
         started = [item for item in records if item.get("event") == "started" and item.get("destination_port") == HTTP]
         trace_id = str(started[0]["flow_id"]) if started else ""
-        spans = self.receiver.trace(trace_id, services=4, seconds=15)
+        spans = self._spans(trace_id)
         self.result["trace_spans"] = len(spans)
         self.result["trace_services"] = sorted({span.service for span in spans})
-        for text in tree(spans):
+        for text in render(spans).splitlines() if spans else []:
             self.line(text)
+
+    def _spans(self, trace_id: str) -> list[Span]:
+        """The trace once it has every step's span, or what there is of it after 15 s."""
+        deadline = time.monotonic() + 15
+        while True:
+            spans = self.receiver.traces().get(trace_id, [])
+            if {span.name for span in spans} >= set(SPANS) or time.monotonic() > deadline:
+                return spans
+            self.receiver.wait(1.0)
 
     def explain(self) -> None:
         """Every stage's answer for the denied destination."""
@@ -256,7 +266,7 @@ class Demo:
             self.line(f"{script}    # ends it")
 
 
-def _place(directory: Path) -> IO[bytes]:
+def _place(directory: Path) -> io.BufferedRandom:
     """Where the download goes: memory where there is plenty, since a disk would be what is measured; else a file."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     if int(fields["MemAvailable"].split()[0]) * 1024 > 3 * SIZE:
