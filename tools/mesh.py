@@ -35,7 +35,7 @@ def resource(kind: str, name: str, tenant: str = "", **spec: Any) -> dict[str, A
 
 def rule(name: str, when: str, action: str) -> dict[str, str]:
     """One rule of a policy; action is allow or deny."""
-    return {"name": name, "when": when, "action": f"RULE_ACTION_{action.upper()}"}
+    return {"name": name, "when": when, "action": action}
 
 
 def records(text: str, key: str) -> list[dict[str, Any]]:

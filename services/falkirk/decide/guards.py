@@ -1,0 +1,179 @@
+"""What a rule needs at least: conditions by which an index may pass it over without evaluating it. PURE.
+
+A guard says: unless this variable has one of these values, the expression is false. CEL's && and || absorb errors
+(`false && error` is false), so a rule whose guard isn't met is false and not an error, and may be passed over even
+where an error would deny. Guards come from comparisons with literals, joined by && and ||:
+
+    net.port == 443        net.protocol in ["tcp", "udp"]        "eng" in identity.groups        net.dst.inCidr("10.0.0.0/8")
+
+Everything else has no guard and is evaluated. An expression that is nothing but such comparisons is `exact`: guards met
+means true, and it is never evaluated at all.
+
+Limit: 256 values a guard; with more the guard is left out (the rule is then evaluated).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Final
+
+import msgspec
+
+from falkirk.decide.cel import Compiled, Diagnostic, InvalidExpression, position
+from falkirk.decide.checked import Checked, Node, walk
+
+MAX_VALUES: Final = 256
+DESTINATION: Final = "net.dst"
+GROUPS: Final = "identity.groups"
+SCALARS: Final = (
+    "net.port",
+    "net.protocol",
+    "net.protocol_number",
+    "net.family",
+    "device.name",
+    "identity.user",
+    "vnet.name",
+    "identity.tenant",
+)
+"""Variables with one value, compared with ==."""
+
+_ALIASES: Final = {"device.groups": GROUPS}
+
+Value = int | str
+"""Of a scalar its value; of a group its name; of a destination a prefix in text ("10.0.0.0/8")."""
+
+
+class Guards(msgspec.Struct, frozen=True):
+    """Variable -> values of which one must be met; all variables must be met. `exact`: and nothing else need hold."""
+
+    values: dict[str, frozenset[Value]]
+    exact: bool
+
+
+NOTHING: Final = Guards({}, exact=False)
+
+
+def guards(source: str, compiled: Compiled) -> Guards:
+    """The guards of an expression. Raises InvalidExpression for literals that can never match: malformed prefixes, prefixes with
+    host bits, addresses not in RFC 5952 form."""
+    problems = _literals(source, compiled.checked)
+    if problems:
+        raise InvalidExpression(problems)
+    found = _extract(compiled.checked.root)
+    kept = {variable: values for variable, values in found.values.items() if len(values) <= MAX_VALUES}
+    return Guards(kept, found.exact and len(kept) == len(found.values))
+
+
+def _extract(node: Node) -> Guards:
+    if node.kind == "const" and node.value is True:
+        return Guards({}, exact=True)
+    if node.kind != "call":
+        return NOTHING
+    if node.name == "_&&_":
+        return _both(_extract(node.children[0]), _extract(node.children[1]))
+    if node.name == "_||_":
+        return _either(_extract(node.children[0]), _extract(node.children[1]))
+    return _comparison(node)
+
+
+def _both(left: Guards, right: Guards) -> Guards:
+    merged = dict(left.values)
+    exact = left.exact and right.exact
+    for variable, values in right.values.items():
+        if variable not in merged:
+            merged[variable] = values
+        elif variable in SCALARS:
+            merged[variable] &= values
+        else:  # a set of groups or nested prefixes: one of the two still is a guard, but not all that must hold
+            merged[variable] = min(merged[variable], values, key=len)
+            exact = False
+    return Guards(merged, exact)
+
+
+def _either(left: Guards, right: Guards) -> Guards:
+    for side in (left, right):
+        if side.exact and not side.values:  # true || anything
+            return side
+    union = {
+        variable: left.values[variable] | right.values[variable]
+        for variable in left.values.keys() & right.values.keys()
+    }
+    same = left.values.keys() == right.values.keys() and len(union) == 1
+    return Guards(union, left.exact and right.exact and same)
+
+
+def _comparison(node: Node) -> Guards:
+    """A call that compares a variable with literals, or nothing."""
+    if node.name == "inCidr" and len(node.children) == 2:
+        subject, literals = node.children[0], [node.children[1]]
+        if subject.name != DESTINATION:
+            return NOTHING
+    elif node.name == "_==_":
+        subject, literal = node.children
+        if subject.kind == "const":
+            subject, literal = literal, subject
+        literals = [literal]
+        if subject.name not in SCALARS and subject.name != DESTINATION:
+            return NOTHING
+    elif node.name == "@in":
+        subject, container = node.children
+        literals = list(container.children) if container.kind == "list" else []
+        if container.kind == "ident" and _ALIASES.get(container.name, container.name) == GROUPS:
+            subject, literals = container, [subject]
+        elif subject.name not in SCALARS and subject.name != DESTINATION:
+            return NOTHING
+    else:
+        return NOTHING
+    if subject.kind != "ident" or not literals:
+        return NOTHING
+    values: set[Value] = set()
+    for literal in literals:
+        if literal.kind != "const" or not isinstance(literal.value, int | str) or isinstance(literal.value, bool):
+            return NOTHING
+        if subject.name == DESTINATION:
+            values.add(str(ipaddress.ip_network(literal.value)))
+        else:
+            values.add(literal.value)
+    return Guards({_ALIASES.get(subject.name, subject.name): frozenset(values)}, exact=True)
+
+
+def _literals(source: str, checked: Checked) -> list[Diagnostic]:
+    """Literals that make a comparison false for ever, or an error."""
+    problems = []
+    for node in walk(checked.root):
+        if node.kind != "call":
+            continue
+        constants: list[Node] = []
+        check = _address_problem
+        if node.name == "inCidr" and len(node.children) == 2:
+            constants, check = [node.children[1]], _prefix_problem
+        elif node.name in ("_==_", "_!=_") and any(_is_destination(child) for child in node.children):
+            constants = list(node.children)
+        elif node.name == "@in" and _is_destination(node.children[0]):
+            constants = list(node.children[1].children)
+        for constant in constants:
+            if constant.kind == "const" and isinstance(constant.value, str):
+                problem = check(constant.value)
+                if problem:
+                    problems.append(position(source, checked, constant.id, problem))
+    return problems
+
+
+def _is_destination(node: Node) -> bool:
+    return node.kind == "ident" and node.name == DESTINATION
+
+
+def _prefix_problem(text: str) -> str | None:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _address_problem(text: str) -> str | None:
+    try:
+        canonical = str(ipaddress.ip_address(text))
+    except ValueError as error:
+        return str(error)
+    return None if canonical == text else f"net.dst is never {text!r}: write it as {canonical!r}"

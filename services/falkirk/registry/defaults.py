@@ -1,0 +1,135 @@
+"""What the registry fills in or does by itself: pools, addresses, the default virtual network.
+
+A field that is left to the registry may be empty in any request: at creation it is filled, and at an update what was
+filled stays. So a manifest that leaves it out can be applied again and again without a change.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from falkirk.api.registry.v1.device_service_pb2 import Device
+from falkirk.api.registry.v1.route_service_pb2 import Route
+from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
+from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
+from falkirk.registry import kinds, pools
+from falkirk.registry.kinds import BY_NAME, Kind, Value
+from falkirk.registry.refusal import Reason, Refused
+
+if TYPE_CHECKING:
+    from falkirk.registry.engine import Engine
+
+DEFAULT_NETWORK = "default"
+"""The name of the virtual network that comes with a tenant."""
+
+
+def fill(engine: Engine, kind: Kind, value: Value, stored: Value | None) -> None:
+    """Fill in what a request left to the registry. Raises `Refused` where a pool is exhausted."""
+    if isinstance(value, Tenant):
+        assert stored is None or isinstance(stored, Tenant)
+        if not value.device_pool4:
+            value.device_pool4 = stored.device_pool4 if stored else pools.DEFAULT_POOL4
+        if not value.device_pool6:
+            value.device_pool6 = stored.device_pool6 if stored else pools.ula(engine.surroundings.random(5))
+    elif isinstance(value, Device) and not value.addresses:
+        assert stored is None or isinstance(stored, Device)
+        value.addresses.extend(stored.addresses if stored else _take_addresses(engine, value.metadata.tenant_id))
+    elif isinstance(value, Route) and not value.virtual_network:
+        assert stored is None or isinstance(stored, Route)
+        value.virtual_network = (
+            stored.virtual_network if stored else _default_network(engine, value.metadata.tenant_id).metadata.name
+        )
+    elif isinstance(value, VirtualNetwork) and isinstance(stored, VirtualNetwork) and stored.is_default:
+        # The mark moves by setting it on another one; a tenant is never without.
+        value.is_default = True
+
+
+def after_write(engine: Engine, kind: Kind, value: Value, stored: Value | None) -> None:
+    """What else a write brings about in the same transaction."""
+    if isinstance(value, Tenant) and stored is None:
+        network = VirtualNetwork(is_default=True)
+        network.metadata.name = DEFAULT_NETWORK
+        network.metadata.tenant, network.metadata.tenant_id = value.metadata.name, value.metadata.id
+        engine.put(BY_NAME["virtual_network"], network, None)
+    elif (
+        isinstance(value, VirtualNetwork)
+        and value.is_default
+        and not (isinstance(stored, VirtualNetwork) and stored.is_default)
+    ):
+        _unmark_others(engine, value)
+
+
+def before_delete(engine: Engine, kind: Kind, stored: Value) -> None:
+    """Refuse to remove a default virtual network; take a tenant's own along with it."""
+    if isinstance(stored, VirtualNetwork) and stored.is_default:
+        raise Refused(
+            Reason.IS_DEFAULT,
+            f"virtual network {stored.metadata.name} is the default of tenant {stored.metadata.tenant}; make another one the default first",
+            kind=kind.name,
+            name=stored.metadata.name,
+        )
+    if isinstance(stored, Tenant):
+        engine.remove(BY_NAME["virtual_network"], _default_network(engine, stored.metadata.id))
+        engine.connection.execute("DELETE FROM pool WHERE tenant_id = ?", (stored.metadata.id,))
+
+
+def discount(counts: dict[str, int]) -> None:
+    """Leave the default virtual network out of a tenant's contents: it came with the tenant and goes with it."""
+    counts["virtual_networks"] -= 1
+    if not counts["virtual_networks"]:
+        del counts["virtual_networks"]
+
+
+def _unmark_others(engine: Engine, value: VirtualNetwork) -> None:
+    kind = BY_NAME["virtual_network"]
+    rows = engine.connection.execute(
+        "SELECT body FROM resource WHERE tenant_id = ? AND kind = ? AND id != ?",
+        (value.metadata.tenant_id, kind.number, value.metadata.id),
+    ).fetchall()
+    for (body,) in rows:
+        other = kinds.parse(kind, body)
+        assert isinstance(other, VirtualNetwork)
+        if other.is_default:
+            other.is_default = False
+            engine.resave(kind, other)
+
+
+def _default_network(engine: Engine, tenant_id: str) -> VirtualNetwork:
+    (body,) = engine.connection.execute(
+        "SELECT body FROM claim JOIN resource ON resource.id = claim.holder WHERE scope = ? AND key = ''",
+        (kinds.default_scope(tenant_id),),
+    ).fetchone()
+    network = kinds.parse(BY_NAME["virtual_network"], body)
+    assert isinstance(network, VirtualNetwork)
+    return network
+
+
+def _take_addresses(engine: Engine, tenant_id: str) -> list[str]:
+    (body,) = engine.connection.execute("SELECT body FROM resource WHERE id = ?", (tenant_id,)).fetchone()
+    tenant = kinds.parse(BY_NAME["tenant"], body)
+    assert isinstance(tenant, Tenant)
+    return [_take(engine, tenant, 4, tenant.device_pool4), _take(engine, tenant, 6, tenant.device_pool6)]
+
+
+def _take(engine: Engine, tenant: Tenant, version: int, pool: str) -> str:
+    """The next free address of a pool. One claim at a time is asked for, so a full pool costs one pass over it."""
+    key = tenant.metadata.id
+    row = engine.connection.execute(
+        "SELECT cursor FROM pool WHERE tenant_id = ? AND version = ?", (key, version)
+    ).fetchone()
+    for index in pools.indexes(pool, row[0] if row else 0):
+        address = pools.at(pool, index)
+        taken = engine.connection.execute(
+            "SELECT 1 FROM claim WHERE scope = ? AND key = ?", (f"address:{key}", address)
+        ).fetchone()
+        if taken is None:
+            engine.connection.execute(
+                "INSERT OR REPLACE INTO pool (tenant_id, version, cursor) VALUES (?, ?, ?)", (key, version, index)
+            )
+            return address
+    raise Refused(
+        Reason.POOL_EXHAUSTED,
+        f"all {pools.capacity(pool)} addresses of {pool} are taken; give the tenant a larger device_pool{version}",
+        field="addresses",
+        pool=pool,
+    )

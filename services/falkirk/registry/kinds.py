@@ -1,0 +1,300 @@
+"""The six kinds of resources as one table: message, references, what must be unique, and how a value is judged.
+
+The engine knows nothing of a single kind; whatever differs stands here as a row of `KINDS` and a function without
+I/O. `judge` brings a message to its canonical form in place and raises `Refused` with the field's path where it
+can't. What needs the store (addresses from a pool, the default virtual network) is in `defaults`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from falkirk.api.net.v1 import net_pb2
+from falkirk.api.registry.v1 import registry_service_pb2 as registry_pb2
+from falkirk.api.registry.v1.device_service_pb2 import Device
+from falkirk.api.registry.v1.policy_document_service_pb2 import RULE_ACTION_ALLOW, RULE_ACTION_DENY, Policy
+from falkirk.api.registry.v1.route_service_pb2 import Route
+from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
+from falkirk.api.registry.v1.user_service_pb2 import User
+from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
+from falkirk.decide import rules as decide_rules
+from falkirk.registry import fields
+from falkirk.registry.refusal import Reason, Refused
+
+Value = Tenant | User | Device | VirtualNetwork | Route | Policy
+"""A resource of any kind, as it is stored and sent."""
+
+RULES = 10_000
+"""Most rules of one policy."""
+EXPRESSION = 8192
+"""Most characters of a rule's expression."""
+
+_BUILT_TARGETS = frozenset({"internet", "blackhole"})
+_BUILT_TREATMENTS = frozenset({net_pb2.TREATMENT_UNSPECIFIED, net_pb2.TREATMENT_L3, net_pb2.TREATMENT_L4})
+_DIAL_LIMIT_MS = 600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Something that one resource at a time may hold within a scope, beside its name."""
+
+    scope: str
+    key: str
+    taken: Reason
+    message: str
+    about: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A field that names another resource of the same tenant."""
+
+    field: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A row of the table."""
+
+    number: int
+    """As in falkirk.api.registry.v1.Kind."""
+    name: str
+    """The field in messages and requests: `virtual_network`."""
+    plural: str
+    """The field of lists: `virtual_networks`."""
+    service: str
+    """The full name of its service."""
+    message: type[Value]
+    judge: Callable[[Value], None]
+    references: tuple[Reference, ...] = ()
+    claims: Callable[[Value, Mapping[str, str]], list[Claim]] | None = None
+    """What a value holds beside its name; the second argument gives ids of references by field."""
+
+    @property
+    def scoped(self) -> bool:
+        """Whether it lives in a tenant."""
+        return self.number != registry_pb2.KIND_TENANT
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.name.replace("_", " ")
+
+
+def judge_metadata(kind: Kind, value: Value) -> None:
+    """What all kinds share: a legal name and labels, no tenant on a tenant."""
+    fields.label(value.metadata.name, "metadata.name")
+    fields.pairs(value.metadata.labels, "metadata.labels")
+    if not kind.scoped:
+        fields.empty(value.metadata.tenant, "metadata.tenant")
+
+
+def _judge_tenant(value: Value) -> None:
+    assert isinstance(value, Tenant)
+    fields.text(value.display_name, "display_name", 200)
+    if value.device_pool4:
+        value.device_pool4 = fields.pool4(value.device_pool4, "device_pool4")
+    if value.device_pool6:
+        value.device_pool6 = fields.pool6(value.device_pool6, "device_pool6")
+
+
+def _judge_user(value: Value) -> None:
+    assert isinstance(value, User)
+    fields.email(value.email, "email")
+    value.groups[:] = fields.words(value.groups, "groups")
+
+
+def _judge_device(value: Value) -> None:
+    assert isinstance(value, Device)
+    value.groups[:] = fields.words(value.groups, "groups")
+    fields.pairs(value.posture, "posture")
+    found: dict[int, str] = {}
+    for position, text in enumerate(value.addresses):
+        place = f"addresses[{position}]"
+        canonical = fields.address(text, place)
+        version = ip_address(canonical).version
+        if version in found:
+            raise Refused(Reason.INVALID_FIELD, f"{place}: a device has at most one IPv{version} address", field=place)
+        found[version] = canonical
+    value.addresses[:] = [found[version] for version in sorted(found)]
+
+
+def _device_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
+    assert isinstance(value, Device)
+    return [
+        Claim(
+            f"address:{value.metadata.tenant_id}",
+            text,
+            Reason.ADDRESS_TAKEN,
+            f"another device of tenant {value.metadata.tenant} has the address {text}",
+            {"field": f"addresses[{position}]", "address": text},
+        )
+        for position, text in enumerate(value.addresses)
+    ]
+
+
+def _judge_virtual_network(value: Value) -> None:
+    assert isinstance(value, VirtualNetwork)
+    fields.text(value.comment, "comment")
+
+
+def _virtual_network_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
+    assert isinstance(value, VirtualNetwork)
+    if not value.is_default:
+        return []
+    scope = default_scope(value.metadata.tenant_id)
+    return [Claim(scope, "", Reason.IS_DEFAULT, "the tenant has two default virtual networks", {"field": "is_default"})]
+
+
+def default_scope(tenant_id: str) -> str:
+    """The scope of the one claim that a tenant's default virtual network holds."""
+    return f"default:{tenant_id}"
+
+
+def _judge_route(value: Value) -> None:
+    assert isinstance(value, Route)
+    value.prefix = fields.prefix(value.prefix, "prefix")
+    fields.text(value.comment, "comment")
+    target = value.target.WhichOneof("target")
+    if target is None:
+        raise Refused(Reason.INVALID_FIELD, "target: a route needs one, such as internet or blackhole", field="target")
+    if target not in _BUILT_TARGETS:
+        raise Refused(
+            Reason.TARGET_NOT_BUILT,
+            f"target.{target}: this version leads packets to {' or '.join(sorted(_BUILT_TARGETS))} only",
+            field=f"target.{target}",
+        )
+    if target == "internet":
+        internet = value.target.internet
+        if internet.egress_address4:
+            internet.egress_address4 = fields.address(internet.egress_address4, "target.internet.egress_address4", 4)
+        if internet.egress_address6:
+            internet.egress_address6 = fields.address(internet.egress_address6, "target.internet.egress_address6", 6)
+        fields.at_most(internet.connect_timeout_ms, "target.internet.connect_timeout_ms", _DIAL_LIMIT_MS)
+
+
+def _route_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
+    assert isinstance(value, Route)
+    return [
+        Claim(
+            f"prefix:{references['virtual_network']}",
+            value.prefix,
+            Reason.PREFIX_TAKEN,
+            f"virtual network {value.virtual_network} already has a route for exactly {value.prefix}",
+            # The number that operators know from the reference.
+            {"field": "prefix", "code": "1014", "prefix": value.prefix},
+        )
+    ]
+
+
+def _judge_policy(value: Value) -> None:
+    assert isinstance(value, Policy)
+    fields.text(value.comment, "comment")
+    fields.at_most(len(value.rules), "rules", RULES)
+    seen: dict[str, int] = {}
+    for position, rule in enumerate(value.rules):
+        place = f"rules[{position}]"
+        fields.label(rule.name, f"{place}.name")
+        if rule.name in seen:
+            raise Refused(
+                Reason.INVALID_FIELD,
+                f"{place}.name: rules[{seen[rule.name]}] is called {rule.name} too",
+                field=f"{place}.name",
+            )
+        seen[rule.name] = position
+        if not rule.when.strip() or len(rule.when) > EXPRESSION:
+            raise Refused(
+                Reason.INVALID_FIELD,
+                f"{place}.when: needs an expression of at most {EXPRESSION} characters",
+                field=f"{place}.when",
+            )
+        if rule.action not in (RULE_ACTION_ALLOW, RULE_ACTION_DENY):
+            raise Refused(Reason.INVALID_FIELD, f"{place}.action: must be allow or deny", field=f"{place}.action")
+        if rule.treatment not in _BUILT_TREATMENTS:
+            raise Refused(
+                Reason.TREATMENT_NOT_BUILT,
+                f"{place}.treatment: this version lifts to l4 only",
+                field=f"{place}.treatment",
+            )
+    for error in decide_rules.check([decide_rules.RuleSource(rule.name, rule.when) for rule in value.rules]):
+        raise Refused(
+            Reason.RULE_INVALID,
+            f"rule {error.rule}, line {error.line}, column {error.column}: {error.message}",
+            field=f"rules[{seen[error.rule]}].when",
+            rule=error.rule,
+            line=str(error.line),
+            column=str(error.column),
+        )
+
+
+_PACKAGE = "falkirk.api.registry.v1."
+
+KINDS: tuple[Kind, ...] = (
+    Kind(registry_pb2.KIND_TENANT, "tenant", "tenants", f"{_PACKAGE}TenantService", Tenant, _judge_tenant),
+    Kind(
+        registry_pb2.KIND_VIRTUAL_NETWORK,
+        "virtual_network",
+        "virtual_networks",
+        f"{_PACKAGE}VirtualNetworkService",
+        VirtualNetwork,
+        _judge_virtual_network,
+        claims=_virtual_network_claims,
+    ),
+    Kind(registry_pb2.KIND_USER, "user", "users", f"{_PACKAGE}UserService", User, _judge_user),
+    Kind(
+        registry_pb2.KIND_DEVICE,
+        "device",
+        "devices",
+        f"{_PACKAGE}DeviceService",
+        Device,
+        _judge_device,
+        (Reference("user", "user"), Reference("virtual_network", "virtual_network")),
+        _device_claims,
+    ),
+    Kind(
+        registry_pb2.KIND_ROUTE,
+        "route",
+        "routes",
+        f"{_PACKAGE}RouteService",
+        Route,
+        _judge_route,
+        (Reference("virtual_network", "virtual_network"),),
+        _route_claims,
+    ),
+    Kind(registry_pb2.KIND_POLICY, "policy", "policies", f"{_PACKAGE}PolicyService", Policy, _judge_policy),
+)
+"""All kinds, in the order in which one transaction writes them: whatever is referred to comes before what refers to it."""
+
+BY_NAME: Mapping[str, Kind] = {kind.name: kind for kind in KINDS}
+BY_NUMBER: Mapping[int, Kind] = {kind.number: kind for kind in KINDS}
+
+
+def unwrap(resource: registry_pb2.Resource) -> tuple[Kind, Value]:
+    """The kind and value in a `Resource`. Raises `Refused` where none is set."""
+    name = resource.WhichOneof("resource")
+    if name is None:
+        raise Refused(Reason.INVALID_FIELD, "resource: none is set", field="resource")
+    value: Value = getattr(resource, name)
+    return BY_NAME[name], value
+
+
+def wrap(kind: Kind, body: bytes) -> registry_pb2.Resource:
+    """A `Resource` of a stored body."""
+    resource = registry_pb2.Resource()
+    getattr(resource, kind.name).ParseFromString(body)
+    return resource
+
+
+def parse(kind: Kind, body: bytes) -> Value:
+    """A stored body as its message."""
+    value = kind.message()
+    value.ParseFromString(body)
+    return value
+
+
+def serialise(value: Value) -> bytes:
+    """The bytes to store: the same for equal values, so that bodies can be compared."""
+    return value.SerializeToString(deterministic=True)

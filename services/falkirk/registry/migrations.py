@@ -1,0 +1,37 @@
+"""The store's schema, as numbered steps that only go forward. PURE.
+
+Step n brings a store from version n - 1 to n (`PRAGMA user_version`), each in its own transaction. A step that has
+been released is never edited; a store of a newer version than this program knows is refused.
+"""
+
+from __future__ import annotations
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        # epoch (text) and revision (integer) of the store.
+        "CREATE TABLE meta (key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID",
+        # body is the resource's message as it is sent; tenant is its tenant's name ('' for tenants), kept with it for ordered pages.
+        """CREATE TABLE resource (
+            id TEXT PRIMARY KEY, kind INTEGER NOT NULL, tenant_id TEXT NOT NULL, tenant TEXT NOT NULL, name TEXT NOT NULL, body BLOB NOT NULL
+        )""",
+        "CREATE UNIQUE INDEX resource_name ON resource (kind, tenant, name)",
+        "CREATE INDEX resource_tenant ON resource (tenant_id, kind)",
+        # References by id; bodies show the names of the moment.
+        "CREATE TABLE reference (source TEXT NOT NULL, field TEXT NOT NULL, target TEXT NOT NULL, PRIMARY KEY (source, field)) WITHOUT ROWID",
+        "CREATE INDEX reference_target ON reference (target)",
+        # What one resource at a time may hold: a prefix in a virtual network, an address in a tenant.
+        "CREATE TABLE claim (scope TEXT NOT NULL, key TEXT NOT NULL, holder TEXT NOT NULL, PRIMARY KEY (scope, key)) WITHOUT ROWID",
+        "CREATE INDEX claim_holder ON claim (holder)",
+        # The last index that was handed out of a tenant's pool.
+        "CREATE TABLE pool (tenant_id TEXT NOT NULL, version INTEGER NOT NULL, cursor INTEGER NOT NULL, PRIMARY KEY (tenant_id, version)) WITHOUT ROWID",
+        # The history that watches resume from. body is NULL for a removal.
+        "CREATE TABLE past (revision INTEGER PRIMARY KEY, size INTEGER NOT NULL, time_ns INTEGER NOT NULL)",
+        """CREATE TABLE change (
+            revision INTEGER NOT NULL, position INTEGER NOT NULL, kind INTEGER NOT NULL, id TEXT NOT NULL, tenant_id TEXT NOT NULL, body BLOB,
+            PRIMARY KEY (revision, position)
+        )""",
+    ),
+)
+
+SCHEMA = len(MIGRATIONS)
+"""The version that this program writes."""
