@@ -148,7 +148,8 @@ class FlowRig:
         """Give it routes (everything to the internet) and rules."""
         entries = [
             route_table.RouteSource(
-                NETWORK, route_table.RouteEntry("00000000-0000-4000-8000-0000000000f4", "default4", "0.0.0.0/0", "internet")
+                NETWORK,
+                route_table.RouteEntry("00000000-0000-4000-8000-0000000000f4", "default4", "0.0.0.0/0", "internet"),
             ),
             route_table.RouteSource(
                 NETWORK, route_table.RouteEntry("00000000-0000-4000-8000-0000000000f6", "default6", "::/0", "internet")
@@ -243,7 +244,13 @@ class FlowRig:
     def close(self) -> None:
         """Give everything back."""
         self.worker.die()
-        for sock in (self._parent, self.onramp, self.upgrader, self._upgrader_listener, *getattr(self, "tun", {}).values()):
+        for sock in (
+            self._parent,
+            self.onramp,
+            self.upgrader,
+            self._upgrader_listener,
+            *getattr(self, "tun", {}).values(),
+        ):
             if sock is not None:
                 sock.close()
         os.close(self._tenants)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from falkirk.flow.counters import DROPS, FORWARDED, RECEIVED
+from falkirk.flow.counters import FORWARDED, RECEIVED
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.table import Flow, State, Tunnel
 from falkirk.wire.context import Framing
@@ -146,8 +146,8 @@ class Lane:
             worker.counts[FORWARDED] += 1
         return None
 
-    def from_tun(self, _: int) -> None:
-        """Read the device until it is empty or the budget is spent."""
+    def from_tun(self) -> int:
+        """Read the device until it is empty or the budget is spent; returns how many packets there were."""
         view = self.view
         buffers = [view]
         tun = self.tun
@@ -161,6 +161,7 @@ class Lane:
             received += 1
             self._down(end)
         self.worker.counts[RECEIVED] += received
+        return received
 
     def _down(self, end: int) -> None:
         """A packet at [10, end) of the buffer, from the private namespace's kernel."""

@@ -141,9 +141,11 @@ class OnrampLink(Link):
 
     @property
     def name(self) -> str:
+        """For logs."""
         return f"onramp.worker.{self.onramp}"
 
     def datagram(self, data: bytes, fds: list[int]) -> list[int]:
+        """Tunnels come and go."""
         for message in ONRAMP_TO_FLOW.decode(data):
             match message:
                 case Hello():
@@ -163,6 +165,7 @@ class OnrampLink(Link):
         return fds
 
     def over(self, why: str) -> None:
+        """The peer is gone, or refused."""
         super().over(why)
         self._worker.onramps.discard(self)
 
@@ -177,6 +180,7 @@ class UpgraderLink(Link):
     name = "upgrader"
 
     def datagram(self, data: bytes, fds: list[int]) -> list[int]:
+        """What became of dials and streams."""
         tracker = self._worker.tracker
         for message in UPGRADER_TO_FLOW.decode(data):
             match message:
@@ -195,6 +199,7 @@ class UpgraderLink(Link):
         return fds
 
     def over(self, why: str) -> None:
+        """The peer is gone, or refused."""
         super().over(why)
         self._worker.unpaired(self)
 
