@@ -77,7 +77,12 @@ async def _call_within_a_trace(run_dir: Path) -> None:
 
 def test_calls_are_spans_of_their_callers_trace(receiver: Receiver, tmp_path_factory: pytest.TempPathFactory) -> None:
     run_dir = tmp_path_factory.mktemp("r")
-    service = start_service(run_dir, receiver.endpoint)
+    config = run_dir / "falkirk.yaml"
+    config.write_text(
+        "apiVersion: falkirk.dev/v1alpha1\nkind: Settings\n"
+        f"telemetry: {{otlp_endpoint: '{receiver.endpoint}', sample_ratio: 1.0}}\n"
+    )
+    service = start_service(run_dir, "--config", str(config))
     try:
         _call_within_a_trace(run_dir)
         with grpc.insecure_channel(f"unix:{run_dir}/read/registry.sock") as channel:
