@@ -2,6 +2,7 @@
 # Makes .venv and what a tool needs from the system; sourced by the other tools.
 #
 #   falkirk_commands COMMAND=PACKAGE...   have these commands, by apt where root may and they are missing
+#   falkirk_wish COMMAND=PACKAGE...       the same, but go on without
 #   falkirk_environment runtime|dev       have .venv with the locked dependencies and the project, and put it first in PATH
 #
 # Both say what they install before they do, and say what is missing and how to get it where they can't. Dependencies
@@ -28,20 +29,29 @@ falkirk_apt() {
 
 falkirk_can_apt() { [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; }
 
-falkirk_commands() {
-    local pair command missing=() packages=()
+# Sets falkirk_missing and falkirk_packages to what isn't there of COMMAND=PACKAGE...; false where nothing is missing.
+falkirk_lacks() {
+    local pair
+    falkirk_missing=() falkirk_packages=()
     PATH="$PATH:/usr/sbin:/sbin"
     for pair in "$@"; do
-        command="${pair%%=*}"
-        command -v "$command" >/dev/null && continue
-        missing+=("$command")
-        packages+=("${pair#*=}")
+        command -v "${pair%%=*}" >/dev/null && continue
+        falkirk_missing+=("${pair%%=*}")
+        falkirk_packages+=("${pair#*=}")
     done
-    [ "${#missing[@]}" -eq 0 ] && return 0
-    if falkirk_can_apt && falkirk_apt "${packages[@]}"; then
-        return 0
-    fi
-    falkirk_fail "not found: ${missing[*]}. On Debian or Ubuntu, as root: apt-get install ${packages[*]}"
+    [ "${#falkirk_missing[@]}" -gt 0 ]
+}
+
+falkirk_commands() {
+    falkirk_lacks "$@" || return 0
+    falkirk_can_apt && falkirk_apt "${falkirk_packages[@]}" && return 0
+    falkirk_fail "not found: ${falkirk_missing[*]}. On Debian or Ubuntu, as root: apt-get install ${falkirk_packages[*]}"
+}
+
+falkirk_wish() {
+    falkirk_lacks "$@" || return 0
+    falkirk_can_apt && falkirk_apt "${falkirk_packages[@]}" && return 0
+    falkirk_say "going on without ${falkirk_missing[*]} (apt-get install ${falkirk_packages[*]})"
 }
 
 # The newest-enough interpreter in PATH: python3 where it will do, else a versioned one.

@@ -14,10 +14,10 @@ import pytest
 
 from falkirk.runtime import workers
 from falkirk.runtime.workers import Child, WorkerPool
+from tests.process.in_loop import in_loop
 
 WORKER = Path(__file__).with_name("runtime_worker.py")
 DEADLINE = 15.0
-pytestmark = pytest.mark.asyncio
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,7 @@ async def running(seen: Seen, count: int = 2, grace: float = 3.0) -> AsyncIterat
                 os.kill(pid, 0)
 
 
+@in_loop
 async def test_messages_and_descriptors_there_and_back() -> None:
     seen = Seen()
     async with running(seen) as pool:
@@ -102,6 +103,7 @@ async def test_messages_and_descriptors_there_and_back() -> None:
         assert infos[0].start_time.seconds > 0
 
 
+@in_loop
 async def test_a_worker_that_ends_is_started_again() -> None:
     seen = Seen()
     async with running(seen) as pool:
@@ -116,6 +118,7 @@ async def test_a_worker_that_ends_is_started_again() -> None:
         assert (1, 2) not in seen.started
 
 
+@in_loop
 async def test_a_full_socket_queues_in_order() -> None:
     seen = Seen()
     async with running(seen, count=1) as pool:
@@ -128,6 +131,7 @@ async def test_a_full_socket_queues_in_order() -> None:
         assert [int(data.split()[1][:4]) for _, data in seen.messages] == list(range(1000))
 
 
+@in_loop
 async def test_a_stuck_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "QUEUE_MESSAGES", 10)
     seen = Seen()
@@ -139,6 +143,7 @@ async def test_a_stuck_worker_is_replaced(monkeypatch: pytest.MonkeyPatch) -> No
         assert seen.exited == [(0, -signal.SIGKILL)]
 
 
+@in_loop
 async def test_drain_kills_what_does_not_listen() -> None:
     seen = Seen()
     async with running(seen, count=1, grace=0.1) as pool:
@@ -146,6 +151,7 @@ async def test_drain_kills_what_does_not_listen() -> None:
         await seen.until(lambda: len(seen.messages) == 1)
 
 
+@in_loop
 async def test_a_callback_that_fails_ends_the_pool() -> None:
     def fail(worker: int, data: bytes, fds: list[int]) -> None:
         raise ValueError("the parent's fault")
@@ -167,6 +173,7 @@ async def test_a_callback_that_fails_ends_the_pool() -> None:
     assert pool.pids() == []
 
 
+@in_loop
 async def test_a_child_inherits_what_it_is_given() -> None:
     seen = Seen()
     child = Child(

@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import BinaryIO
 
 BLOCK = 32 << 20
 SEED = 0xFA1C
@@ -43,8 +44,8 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     timeout = 60
-    stream: int = -1
-    """A memfd with the block, set once before serving."""
+    stream: BinaryIO
+    """A memfd with the block, set once before serving; read by offset only."""
 
     def do_GET(self) -> None:
         """One request."""
@@ -70,7 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _page(self) -> None:
-        body = f"Hello from the server. I see you as {self.client_address[0]}.\n".encode()
+        client = self.client_address[0].removeprefix("::ffff:")
+        body = f"Hello from the server. I see you as {client}.\n".encode()
         self._head("text/plain", len(body))
         self.wfile.write(body)
 
@@ -79,7 +81,8 @@ class Handler(BaseHTTPRequestHandler):
         sent = 0
         while sent < size:
             offset = sent % BLOCK
-            sent += os.sendfile(self.connection.fileno(), self.stream, offset, min(BLOCK - offset, size - sent))
+            # socket.sendfile, since os.sendfile would see EAGAIN on a socket that has a timeout.
+            sent += self.connection.sendfile(self.stream, offset, min(BLOCK - offset, size - sent))
 
     def _drip(self, seconds: int) -> None:
         self._head("text/plain", None)
@@ -123,8 +126,8 @@ def main() -> None:
     parser.add_argument("--bind", default="::")
     parser.add_argument("--port", type=int, default=80)
     arguments = parser.parse_args()
-    Handler.stream = os.memfd_create("stream")
-    os.write(Handler.stream, block())
+    Handler.stream = os.fdopen(os.memfd_create("stream"), "w+b", buffering=0)
+    Handler.stream.write(block())
     kind = Server6 if ipaddress.ip_address(arguments.bind).version == 6 else Server
     with kind((arguments.bind, arguments.port), Handler) as server:
         print("ready", flush=True)

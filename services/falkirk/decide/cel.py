@@ -31,7 +31,7 @@ import re
 from typing import Any, Final
 
 import msgspec
-from cel_expr_python import cel  # type: ignore[import-untyped]
+from cel_expr_python import cel
 
 from falkirk.decide.checked import Checked, UnreadableExpression, parse
 from falkirk.wire.context import TunnelContext

@@ -25,7 +25,8 @@ class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     congestion: str = "cubic"
     """TCP congestion control; "reno" where the kernel hasn't it."""
     vnet_mtu: int = 1500
-    """Bytes; super-packets make it matter little for speed, and it bounds the MSS that clients are offered."""
+    """Bytes. With super-packets it doesn't show in the speed (two such devices back to back: 12.8 Gbit/s with 1500, 12.7
+    with 65535, veth 22 on the same machine), and 1500 gives segments that fit the wire when they leave by one."""
     raw_mtu: int = 1500
     """Bytes."""
     tx_queue: int = 4000

@@ -67,39 +67,55 @@ def unshare_user_and_network(wide: bool = False) -> None:
             writer.write()
         else:
             _map_self(uid, gid)
+    unshare_network()
+
+
+def join(user_namespace: int, network_namespace: int) -> None:
+    """Move this process into existing namespaces, given by descriptor. Raises NamespaceUnavailable."""
+    own = self_descriptor("user")
+    try:
+        # Joining the namespace that one is in already is an error (EINVAL), though nothing is wrong.
+        if not os.path.sameopenfile(user_namespace, own):
+            _call(_libc.setns, user_namespace, CLONE_NEWUSER)
+        join_network(network_namespace)
+    except OSError as error:
+        raise NamespaceUnavailable(
+            f"joining the namespaces failed ({error.strerror})",
+            "the joining process must have one thread and its maker's uid",
+        ) from error
+    finally:
+        os.close(own)
+
+
+def unshare_network() -> None:
+    """Move this thread into a new network namespace of its own user namespace; takes CAP_SYS_ADMIN.
+
+    Raises NamespaceUnavailable.
+    """
     try:
         _call(_libc.unshare, CLONE_NEWNET)
     except OSError as error:
         raise _refused("a network namespace", error) from error
 
 
-def join(user_namespace: int, network_namespace: int) -> None:
-    """Move this process into existing namespaces, given by descriptor. Raises NamespaceUnavailable."""
-    try:
-        if not os.path.sameopenfile(user_namespace, own := self_descriptor("user")):
-            _call(_libc.setns, user_namespace, CLONE_NEWUSER)
-        os.close(own)
-        _call(_libc.setns, network_namespace, CLONE_NEWNET)
-    except OSError as error:
-        raise NamespaceUnavailable(
-            f"joining the namespaces failed ({error.strerror})",
-            "the joining process must have one thread and its maker's uid",
-        ) from error
+def join_network(network_namespace: int) -> None:
+    """Move this thread into a network namespace of its own user namespace; takes CAP_SYS_ADMIN. Raises OSError."""
+    _call(_libc.setns, network_namespace, CLONE_NEWNET)
 
 
 def self_descriptor(kind: str) -> int:
     """A descriptor of the caller's own namespace ("user" or "net"), close-on-exec; it keeps the namespace alive."""
-    return os.open(f"/proc/self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+    return os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def inode(kind: str) -> int:
     """The number that tells the caller's namespace ("user" or "net") from others on this machine."""
-    return Path(f"/proc/self/ns/{kind}").stat().st_ino
+    return Path(f"/proc/thread-self/ns/{kind}").stat().st_ino
 
 
 def has_ipv6() -> bool:
     """Does the kernel speak IPv6 in the caller's namespace?"""
-    return Path("/proc/self/net/if_inet6").exists()
+    return Path("/proc/thread-self/net/if_inet6").exists()
 
 
 def write_settings(wanted: Mapping[str, str]) -> Settings:

@@ -1,7 +1,7 @@
 """Snapshots on disk: one file that is whole or not there, with its revision and a version tag.
 
-The file is two bytes of length (big endian), that long a MessagePack header (magic, layout version, store epoch, revision number, SHA-256,
-length), zeros up to byte 512, then the bytes. `save` writes beside it, fsyncs, renames and fsyncs the directory; `load` refuses what is cut, damaged or of another layout version
+The file is two bytes of length (big endian), that long a MessagePack header (magic, layout version, store epoch, revision number, SHA-256 of these and
+the bytes, length), zeros up to byte 512, then the bytes. `save` writes beside it, fsyncs, renames and fsyncs the directory; `load` refuses what is cut, damaged or of another layout version
 with `BlobError`, so that a replica from a newer or broken process reads as none. What the bytes mean has its own version at their head.
 
 Packet workers use this to open what their parent's `BlobReplica` keeps, so it imports nothing heavy.
@@ -48,9 +48,7 @@ _decoder: Final = msgspec.msgpack.Decoder(_Header)
 
 def save(path: Path, blob: Blob) -> None:
     """Replaces the file, durably. Raises OSError."""
-    header = msgspec.msgpack.encode(
-        _Header(MAGIC, LAYOUT, blob.epoch, blob.number, hashlib.sha256(blob.data).digest(), len(blob.data))
-    )
+    header = msgspec.msgpack.encode(_Header(MAGIC, LAYOUT, blob.epoch, blob.number, _digest(blob), len(blob.data)))
     if len(header) + 2 > HEADER_BYTES:
         raise ValueError("the epoch is too long")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,13 +77,19 @@ def load(path: Path) -> Blob:
         raise BlobError(f"{path}: {error}") from error
     if header.magic != MAGIC or header.layout != LAYOUT:
         raise BlobError(f"{path}: {header.magic} layout {header.layout}, this process reads layout {LAYOUT}")
-    data = content[HEADER_BYTES:]
-    if len(data) != header.length or hashlib.sha256(data).digest() != header.sha256:
+    found = Blob(header.epoch, header.number, content[HEADER_BYTES:])
+    if len(found.data) != header.length or _digest(found) != header.sha256:
         raise BlobError(f"{path}: damaged")
-    return Blob(header.epoch, header.number, data)
+    return found
 
 
 def remove(path: Path) -> None:
     """Forgets a snapshot."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
+
+
+def _digest(blob: Blob) -> bytes:
+    digest = hashlib.sha256(f"{blob.epoch} {blob.number} ".encode())
+    digest.update(blob.data)
+    return digest.digest()

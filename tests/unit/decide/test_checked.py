@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from falkirk.decide.cel import compile_expression
-from falkirk.decide.checked import Checked, Node, UnreadableExpression, parse, walk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from falkirk.decide.cel import compile_expression
+from falkirk.decide.checked import Checked, Node, UnreadableExpression, parse, walk
 
 
 def shape(node: Node) -> object:

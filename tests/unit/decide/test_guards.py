@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from falkirk.decide.cel import compile_expression
 from falkirk.decide.guards import MAX_VALUES, Guards, guards
 

@@ -6,6 +6,7 @@ import ipaddress
 import random
 
 import pytest
+
 from falkirk.decide.guards import DESTINATION, GROUPS, SCALARS, Value
 from falkirk.decide.index import Question, RuleIndex
 

@@ -6,11 +6,12 @@ import ipaddress
 from typing import Any
 
 import pytest
-from falkirk.decide import cel, snapshot
-from falkirk.decide.rules import Compiler, PolicySource, RuleError, RuleSource, RuleTable, Verdict, check, compile
-from falkirk.wire.context import TunnelContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from falkirk.decide import cel
+from falkirk.decide.rules import Compiler, PolicySource, RuleError, RuleSource, RuleTable, Verdict, check, compile
+from falkirk.wire.context import TunnelContext
 
 TCP, UDP, ICMP6 = 6, 17, 58
 
@@ -139,7 +140,8 @@ def test_a_deny_rule_that_errs_denies() -> None:
     rules = table(RuleSource("a", 'device.posture["disk"] == "bad"', "deny"), RuleSource("b", "true"))
     verdict = decide(rules)
     assert (verdict.allowed, verdict.rule) == (False, "p/a")
-    assert "fail closed" in verdict.why and "disk" in verdict.why
+    assert "fail closed" in verdict.why
+    assert "disk" in verdict.why
 
 
 def test_an_error_beside_an_unmet_guard_is_false_and_not_an_error() -> None:
@@ -201,16 +203,9 @@ def test_explain_says_what_became_of_each_rule() -> None:
     verdict, traces = rules.explain(context(), address("10.1.2.3"), 443, TCP)
     assert verdict == decide(rules)
     assert [trace.outcome for trace in traces] == ["skipped_by_index", "error", "no_match", "matched", "not_reached"]
-    assert traces[1].error and traces[3].when == 'net.dst.inCidr("10.0.0.0/8")'
+    assert traces[1].error
+    assert traces[3].when == 'net.dst.inCidr("10.0.0.0/8")'
     assert len(rules.explain(context(), address("10.1.2.3"), 443, TCP, limit=2)[1]) == 2
-
-
-def test_one_expression_is_kept_once() -> None:
-    when = 'device.posture["os"] == "linux"'
-    data = compile([PolicySource(t, "p", 0, [RuleSource("r", when)]) for t in ("t-acme", "t-other")])
-    head = next(iter(snapshot.read(data)))
-    assert head == snapshot.Head(2, 2, 1)
-    assert decide(load(data), tenant_id="t-other").allowed
 
 
 def test_loading_goes_in_steps_and_is_the_same_for_any_size() -> None:
@@ -220,18 +215,6 @@ def test_loading_goes_in_steps_and_is_the_same_for_any_size() -> None:
     assert steps > 1000 // 16
     assert loading.table is not None
     assert decide(loading.table, port=777).rule == "p/r777"
-
-
-@given(cut=st.integers(0, 2000), flip=st.integers(0, 2000), bit=st.integers(0, 7))
-@settings(max_examples=300, deadline=None)
-def test_damaged_snapshots_are_refused_or_load(cut: int, flip: int, bit: int) -> None:
-    data = bytearray(compile([PolicySource("t-acme", "p", 0, [RuleSource("r", 'device.posture["os"] == "linux"')])]))
-    data[flip % len(data)] ^= 1 << bit
-    for damaged in (bytes(data), bytes(data[: cut % len(data)])):
-        try:
-            load(damaged)
-        except snapshot.UnreadableRules:
-            continue
 
 
 # The oracle: every rule evaluated by CEL in order, no index, no guards.

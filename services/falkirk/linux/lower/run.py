@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Final
 
 from falkirk.linux.lower.admission import admit
@@ -72,19 +73,25 @@ def _run(request: LowerRequest) -> int:
 def _start(command: tuple[str, ...]) -> subprocess.Popen[bytes]:
     # Loaded here: between fork and exec nothing should be.
     prctl = ctypes.CDLL(None).prctl
-    parent = os.getpid()
-    # The handler is replaced before the fork, so that the command starts with the default.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGQUIT, lambda *_: None)
+    started: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, _: FrameType | None) -> None:
+        if not started:
+            sys.exit(128 + number)
+        started[0].send_signal(number)
+
+    # Handlers, not SIG_IGN: a command starts with the default where we have a handler.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, forward)
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda *_: None)
     try:
-        process = subprocess.Popen(command, preexec_fn=_tie_to(parent, prctl))
+        started.append(subprocess.Popen(command, preexec_fn=_tie_to(os.getpid(), prctl)))
     except FileNotFoundError as error:
         raise Stopped(Exit.NOT_FOUND, "COMMAND_NOT_FOUND", f"{command[0]}: no such command") from error
     except OSError as error:
         raise Stopped(Exit.NOT_EXECUTABLE, "COMMAND_NOT_EXECUTABLE", f"{command[0]}: {error.strerror}") from error
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    return process
+    return started[0]
 
 
 def _tie_to(parent: int, prctl: Callable[[int, int], int]) -> Callable[[], None]:

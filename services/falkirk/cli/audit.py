@@ -1,0 +1,167 @@
+"""`falkirk audit query` and `falkirk audit tail`: what happened to flows, by the policy service's audit log.
+
+With --json one record a line, as stored (its fields are documented in `falkirk.flow.spool`); `query` adds `stored_at`. Without it a table for
+people. Exit status 1 with the server's reason where it refuses, 0 otherwise; an interrupted `tail` ends with 0.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import grpc
+import msgspec
+import typer
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import Console
+from rich.table import Table
+
+from falkirk.api.policy.v1 import policy_service_pb2 as pb
+from falkirk.api.policy.v1 import policy_service_pb2_grpc as pb_grpc
+from falkirk.runtime import client
+from falkirk.runtime.errors import FalkirkError, from_rpc
+from falkirk.runtime.settings import default_run_dir
+
+QUERY_SECONDS: Final = 60.0
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_COLUMNS: Final = ("time", "event", "tenant", "device", "source", "destination", "rule", "detail")
+
+app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
+
+RunDir = Annotated[
+    Path | None,
+    typer.Option("--run-dir", envvar="FALKIRK_RUN_DIR", help="Run directory of the mesh.", show_default=False),
+]
+Tenant = Annotated[str, typer.Option(help="Only this tenant (its name).")]
+Device = Annotated[str, typer.Option(help="Only this device (its name).")]
+Event = Annotated[str, typer.Option(help="Only started, denied or ended.")]
+Flow = Annotated[str, typer.Option("--flow", help="Only this flow (its id).")]
+Destination = Annotated[str, typer.Option("--dst", help="Only flows to this address.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+
+
+def register(app_: typer.Typer) -> None:
+    """Add the commands."""
+    app_.add_typer(app, name="audit")
+
+
+@app.command()
+def query(
+    run_dir: RunDir = None,
+    tenant: Tenant = "",
+    device: Device = "",
+    event: Event = "",
+    flow: Flow = "",
+    dst: Destination = "",
+    since: Annotated[str, typer.Option(help="Not older than this: 90s, 15m, 1h, 2d, or a time (RFC 3339).")] = "",
+    until: Annotated[str, typer.Option(help="Older than this, in the same form.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="The newest so many.")] = 1000,
+    json: Json = False,
+) -> None:
+    """Show stored records, newest last."""
+    now = datetime.datetime.now(datetime.UTC)
+    wanted = pb.AuditFilter(tenant=tenant, device=device, event=event, flow_id=flow, destination_address=dst)
+    if since:
+        wanted.time.start.CopyFrom(moment(since, now))
+    if until:
+        wanted.time.end.CopyFrom(moment(until, now))
+    records: list[dict[str, Any]] = []
+    try:
+        with client.sync_channel(run_dir or default_run_dir(), "policy") as channel:
+            request = pb.QueryRequest(filter=wanted, limit=limit)
+            for response in pb_grpc.AuditServiceStub(channel).Query(request, timeout=QUERY_SECONDS):
+                stored_at = {"stored_at": response.stored_at.ToJsonString()}
+                records.append(stored_at | msgspec.json.decode(response.record.json))
+    except (grpc.RpcError, FalkirkError) as error:
+        _fail(error)
+    if json:
+        _lines(records)
+        return
+    table = Table(*_COLUMNS, box=None, header_style="bold")
+    for record in records:
+        table.add_row(*row(record))
+    Console().print(table)
+
+
+@app.command()
+def tail(
+    run_dir: RunDir = None,
+    tenant: Tenant = "",
+    device: Device = "",
+    event: Event = "",
+    flow: Flow = "",
+    dst: Destination = "",
+    json: Json = False,
+) -> None:
+    """Show records as they are stored, until interrupted."""
+    wanted = pb.AuditFilter(tenant=tenant, device=device, event=event, flow_id=flow, destination_address=dst)
+    try:
+        with client.sync_channel(run_dir or default_run_dir(), "policy") as channel:
+            for response in pb_grpc.AuditServiceStub(channel).Tail(pb.TailRequest(filter=wanted)):
+                if json:
+                    _lines([msgspec.json.decode(response.record.json)])
+                else:
+                    print("  ".join(row(msgspec.json.decode(response.record.json))), flush=True)
+    except KeyboardInterrupt:
+        return
+    except (grpc.RpcError, FalkirkError) as error:
+        _fail(error)
+
+
+def moment(text: str, now: datetime.datetime) -> Timestamp:
+    """A time, or a duration before `now`. Raises typer.BadParameter."""
+    match = re.fullmatch(r"(\d+)([smhdw])", text)
+    try:
+        if match:
+            when = now - datetime.timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+        else:
+            when = datetime.datetime.fromisoformat(text)
+            when = when if when.tzinfo else when.replace(tzinfo=datetime.UTC)
+        timestamp = Timestamp()
+        timestamp.FromDatetime(when)
+    except (ValueError, OverflowError) as error:
+        raise typer.BadParameter(f"{text!r} is neither a duration (90s, 15m, 1h, 2d) nor a time (RFC 3339)") from error
+    return timestamp
+
+
+def row(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of the table."""
+    return (
+        str(record.get("time", record.get("stored_at", "")))[:23],
+        str(record.get("event", "")),
+        str(record.get("tenant", "")),
+        str(record.get("device", "")),
+        _endpoint(record, "source"),
+        _endpoint(record, "destination"),
+        str(record.get("rule", "")),
+        _detail(record),
+    )
+
+
+def _endpoint(record: Mapping[str, Any], side: str) -> str:
+    address, port = str(record.get(side, "")), record.get(f"{side}_port")
+    if port is None:
+        return address
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _detail(record: Mapping[str, Any]) -> str:
+    if record.get("event") == "ended":
+        seconds = record.get("duration_ns", 0) / 1e9
+        return f"{record.get('reason', '')} {record.get('bytes_up', 0)} up {record.get('bytes_down', 0)} down {seconds:.1f} s"
+    return str(record.get("why") or record.get("reason") or record.get("problem") or "")
+
+
+def _lines(records: Iterable[Mapping[str, Any]]) -> None:
+    for record in records:
+        sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
+    sys.stdout.flush()
+
+
+def _fail(error: grpc.RpcError | FalkirkError) -> None:
+    print(f"falkirk audit: {error if isinstance(error, FalkirkError) else from_rpc(error)}", file=sys.stderr)
+    raise typer.Exit(1)

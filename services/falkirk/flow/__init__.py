@@ -1,0 +1,19 @@
+"""The flow tracker: packet -> flow -> memoised path.
+
+    tunnel ──► lane.up ──known──► rewrite ──► TUN        lane.py, the fast path
+                 │ unknown
+                 ▼
+               ingress: well formed? own address? SYN?   ingress.py
+                 ▼
+               decision: route, then rule (memoised)     decision.py, PURE
+                 ▼
+               tracker: limits, slot, record, hold       tracker.py
+                 ▼ Prepare                ▲ Connected
+               upgrader worker  ──────────┘              peers.py
+
+A parent process serves FlowService (`service.py`) and delivers the audit spool (`delivery.py`); N worker processes own
+the packets (`worker.py`). They share memory instead of asking each other: the live table (`live.py`), counters, and the
+tenants' flow counts (`limits.py`).
+
+Limits: TCP only; UDP, ICMP and fragments are answered or dropped with a reason that says that they aren't built.
+"""

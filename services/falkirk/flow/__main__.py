@@ -1,0 +1,76 @@
+"""Wiring of the flow service's parent."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from falkirk.api.flow.v1 import flow_service_pb2_grpc
+from falkirk.api.net.v1 import net_pb2
+from falkirk.api.policy.v1 import policy_service_pb2, policy_service_pb2_grpc
+from falkirk.api.router.v1 import router_service_pb2, router_service_pb2_grpc
+from falkirk.flow.events import EventFeed
+from falkirk.flow.fleet import Fleet
+from falkirk.flow.service import FlowService
+from falkirk.flow.settings import FlowSettings
+from falkirk.runtime import telemetry
+from falkirk.runtime.client import channel
+from falkirk.runtime.metrics import CountersCollector
+from falkirk.runtime.replica import BlobReplica
+from falkirk.runtime.server import Server
+from falkirk.runtime.settings import arguments
+
+
+async def main() -> None:
+    """Serve until SIGTERM."""
+    shell, settings = arguments("flow", FlowSettings)
+    telemetry.setup("flow", shell)
+    server = Server("flow", shell)
+    feed = EventFeed()
+    fleet = Fleet(shell, settings, feed, server.set_ready)
+    server.metrics.register(
+        CountersCollector("falkirk_drops", "Packets dropped, by reason.", ("service", "reason"), fleet.drops)
+    )
+    server.metrics.register(
+        CountersCollector("falkirk_flow_counts", "What the flow workers count.", ("worker", "name"), fleet.counts)
+    )
+    policy = channel(shell, "policy")
+    router = channel(shell, "router")
+    rules = policy_service_pb2_grpc.PolicyServiceStub(policy)
+    routes = router_service_pb2_grpc.RouterServiceStub(router)
+    directory = shell.data("flow") / "replica"
+
+    async def new_rules(path: Path, revision: net_pb2.Revision) -> None:
+        await fleet.snapshot("rules", path, revision)
+
+    async def new_routes(path: Path, revision: net_pb2.Revision) -> None:
+        await fleet.snapshot("routes", path, revision)
+
+    fleet.replica = {
+        "rules": BlobReplica(
+            "rules",
+            directory,
+            lambda have: rules.WatchRules(policy_service_pb2.WatchRulesRequest(have=have)),
+            new_rules,
+        ),
+        "routes": BlobReplica(
+            "routes",
+            directory,
+            lambda have: routes.WatchRoutes(router_service_pb2.WatchRoutesRequest(have=have)),
+            new_routes,
+        ),
+    }
+    for replica in fleet.replica.values():
+        await replica.load_disk()
+    server.add(
+        flow_service_pb2_grpc.add_FlowServiceServicer_to_server,
+        FlowService(fleet, feed),
+        "falkirk.api.flow.v1.FlowService",
+    )
+    audit = policy_service_pb2_grpc.AuditServiceStub(policy)
+    background = (fleet.pool.run, *(replica.run for replica in fleet.replica.values()), *fleet.deliverers(audit))
+    await server.run(*background)
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

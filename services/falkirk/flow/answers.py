@@ -1,0 +1,94 @@
+"""What Falkirk says itself: resets and ICMP errors, towards the tunnel that a packet came from.
+
+ICMP errors are limited a tunnel (RFC 1812 4.3.2.8, RFC 4443 2.4 f); resets aren't, as each answers one segment. A packet
+that must not be answered (an ICMP error, a multicast source: RFC 1122 3.2.2) is dropped as `unanswerable`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from errno import EACCES, ECONNREFUSED, ECONNRESET, ENETUNREACH, EPERM
+from typing import TYPE_CHECKING
+
+from falkirk.flow.counters import ANSWERED
+from falkirk.flow.table import Tunnel
+from falkirk.wire import build
+from falkirk.wire.icmp import Unreachable
+from falkirk.wire.packet import Packet, parse
+
+if TYPE_CHECKING:
+    from falkirk.flow.lane import Lane
+    from falkirk.flow.worker import Worker
+
+HEADER = 10
+
+
+class Answers:
+    """Answers of one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        settings = worker.settings
+        self._source4 = ipaddress.IPv4Address(settings.icmp_source4).packed
+        self._source6 = ipaddress.IPv6Address(settings.icmp_source6).packed
+
+    def reset(self, tunnel: Tunnel, data: bytes) -> None:
+        """A RST for the segment in `data` (behind its virtio-net header)."""
+        self._say(tunnel, build.reset(parse(data, HEADER, len(data) - HEADER)))
+
+    def dial_failed(self, tunnel: Tunnel, data: bytes, errno: int) -> None:
+        """What a host or a router on the way would have said of this failed connection."""
+        if errno in (ECONNREFUSED, ECONNRESET):
+            self.reset(tunnel, data)
+        elif errno == ENETUNREACH:
+            self._unreachable(tunnel, data, Unreachable.NET)
+        elif errno in (EACCES, EPERM):
+            self._unreachable(tunnel, data, Unreachable.PROHIBITED)
+        else:
+            self._unreachable(tunnel, data, Unreachable.HOST)
+
+    def no_route(self, tunnel: Tunnel, data: bytes) -> None:
+        """There is no way to the destination."""
+        self._unreachable(tunnel, data, Unreachable.NET)
+
+    def not_built(self, tunnel: Tunnel, lane: Lane, packet: Packet, reason: str) -> None:
+        """A protocol that this version doesn't carry."""
+        data = bytes(lane.view[: HEADER + packet.total_length])
+        if not self._allowed(tunnel):
+            self._worker.drop(reason)
+            return
+        self._say(tunnel, build.unreachable(data, packet, Unreachable.PROTOCOL, self._source(packet)), reason)
+
+    def time_exceeded(self, tunnel: Tunnel, lane: Lane, packet: Packet) -> None:
+        """The TTL ran out here (RFC 1812 5.3.1)."""
+        data = bytes(lane.view[: HEADER + packet.total_length])
+        if not self._allowed(tunnel):
+            self._worker.drop("icmp_rate_limit")
+            return
+        self._say(tunnel, build.time_exceeded(data, packet, self._source(packet)))
+
+    def _unreachable(self, tunnel: Tunnel, data: bytes, kind: Unreachable) -> None:
+        if not self._allowed(tunnel):
+            self._worker.drop("icmp_rate_limit")
+            return
+        packet = parse(data, HEADER, len(data) - HEADER)
+        self._say(tunnel, build.unreachable(data, packet, kind, self._source(packet)))
+
+    def _source(self, packet: Packet) -> bytes:
+        return self._source4 if packet.version == 4 else self._source6
+
+    def _allowed(self, tunnel: Tunnel) -> bool:
+        if tunnel.icmp_tick != self._worker.second:
+            tunnel.icmp_tick = self._worker.second
+            tunnel.icmp_left = self._worker.settings.icmp_per_second
+        if tunnel.icmp_left == 0:
+            return False
+        tunnel.icmp_left -= 1
+        return True
+
+    def _say(self, tunnel: Tunnel, answer: bytes | None, otherwise: str = "unanswerable") -> None:
+        if answer is None:
+            self._worker.drop(otherwise)
+            return
+        if self._worker.say(tunnel, answer):
+            self._worker.counts[ANSWERED] += 1

@@ -1,0 +1,82 @@
+"""What becomes of a new flow: route, then rule. PURE.
+
+The same function answers packets in the workers and `Explain` in the parent. A decision depends on the tunnel's context,
+the destination, its port and the protocol only, so it is memoised a tunnel until the rules or the routes change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from falkirk.decide.routes import RouteEntry, RouteTable, martian
+from falkirk.decide.rules import RuleTable, Verdict
+from falkirk.wire.context import TunnelContext
+
+
+class Outcome(StrEnum):
+    """What is done with the first packet."""
+
+    LIFT = "lift"
+    """Held, dialled, lifted to a stream."""
+    DENY = "answer_rst"
+    """Answered with a reset: it looks like a closed port."""
+    UNREACHABLE = "answer_unreachable"
+    """Answered with an ICMP error: there is no way there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """A decision and why. `reason` is what audit and counters name."""
+
+    outcome: Outcome
+    reason: str
+    why: str
+    route: RouteEntry | None = None
+    verdict: Verdict | None = None
+
+    @property
+    def rule(self) -> str:
+        """The rule that decided, empty where none was asked or the default deny did."""
+        return self.verdict.rule if self.verdict else ""
+
+    @property
+    def route_id(self) -> str:
+        """The route that was found."""
+        return self.route.route_id if self.route else ""
+
+
+def resolve(routes: RouteTable, context: TunnelContext, destination: bytes) -> RouteEntry | Decision:
+    """The route that a destination takes, or the decision that there is none."""
+    special = martian(destination)
+    if special is not None:
+        return Decision(Outcome.UNREACHABLE, "martian_destination", special)
+    route = routes.lookup(context.virtual_network_id, destination)
+    if route is None:
+        return Decision(Outcome.UNREACHABLE, "no_route", f"no route in virtual network {context.virtual_network}")
+    return route
+
+
+def authorise(
+    rules: RuleTable, route: RouteEntry, context: TunnelContext, destination: bytes, port: int, protocol: int
+) -> Decision:
+    """The decision on a flow that has a route."""
+    verdict = rules.decide(context, destination, port, protocol)
+    if not verdict.allowed:
+        return Decision(Outcome.DENY, "denied", verdict.why, route, verdict)
+    if route.target == "blackhole":
+        return Decision(Outcome.UNREACHABLE, "blackhole", f"route {route.name} leads nowhere", route, verdict)
+    if verdict.treatment not in ("", "l4"):
+        why = f"rule {verdict.rule} asks for treatment {verdict.treatment}, which this version doesn't build"
+        return Decision(Outcome.DENY, "treatment_not_built", why, route, verdict)
+    return Decision(Outcome.LIFT, "allowed", verdict.why, route, verdict)
+
+
+def decide(
+    routes: RouteTable, rules: RuleTable, context: TunnelContext, destination: bytes, port: int, protocol: int
+) -> Decision:
+    """Route, then rule. `destination` is packed, `protocol` the IP protocol number."""
+    route = resolve(routes, context, destination)
+    if isinstance(route, Decision):
+        return route
+    return authorise(rules, route, context, destination, port, protocol)

@@ -1,0 +1,79 @@
+"""ICMP from a tunnel. Errors that quote a segment of one of its flows go on to the private namespace's kernel, so that its
+TCP hears of a smaller path MTU or of a host that is gone; RFC 5508 4.2. Each is translated to the flow's slot, an address
+that no other flow has, so what the kernel learns from it (the path MTU) touches this flow only.
+
+Limit: echo isn't built in this version.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from falkirk.flow.counters import FORWARDED
+from falkirk.flow.lane import ZERO_HEADER
+from falkirk.flow.table import Flow, State, Tunnel
+from falkirk.wire.malformed import MalformedPacket
+from falkirk.wire.nat import Rewrite
+from falkirk.wire.packet import Packet
+from falkirk.wire.protocol import TCP
+from falkirk.wire.translate import Quoted, quoted, translate
+
+if TYPE_CHECKING:
+    from falkirk.flow.lane import Lane
+    from falkirk.flow.worker import Worker
+
+
+class IcmpErrors:
+    """ICMP of one worker's tunnels."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def from_tunnel(self, lane: Lane, tunnel: Tunnel, packet: Packet) -> None:
+        """An ICMP or ICMPv6 message in the lane's buffer, from an address of the device."""
+        worker = self._worker
+        if not packet.is_icmp_error:
+            worker.drop("icmp_not_built")
+            return
+        try:
+            quote = quoted(lane.buffer, packet)
+        except MalformedPacket as error:
+            worker.drop(error.reason)
+            return
+        flow = self._flow(tunnel, quote)
+        error_packet = None
+        if flow is not None and flow.state is not State.HELD:
+            error_packet = translate(lane.buffer, packet, quote, _forward(flow))
+        if error_packet is None:
+            worker.drop("icmp_error_unmatched")
+            return
+        try:
+            os.writev(lane.tun, [ZERO_HEADER, error_packet])
+        except OSError:
+            worker.drop("tun_write_error")
+        else:
+            worker.counts[FORWARDED] += 1
+
+    @staticmethod
+    def _flow(tunnel: Tunnel, quote: Quoted) -> Flow | None:
+        """The flow whose segment to the client is quoted."""
+        if quote.protocol != TCP:
+            return None
+        ports = quote.destination_port.to_bytes(2, "big") + quote.source_port.to_bytes(2, "big")
+        return tunnel.flows.get(quote.destination + quote.source + ports)
+
+
+def _forward(flow: Flow) -> Rewrite:
+    """The flow's rewrite towards the private namespace."""
+    size = 4 if flow.family == 4 else 16
+    return Rewrite(
+        flow.source,
+        flow.destination,
+        flow.source_port,
+        flow.destination_port,
+        flow.forward[:size],
+        flow.forward[size : 2 * size],
+        int.from_bytes(flow.forward[-4:-2], "big"),
+        int.from_bytes(flow.forward[-2:], "big"),
+    )

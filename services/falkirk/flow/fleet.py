@@ -1,0 +1,208 @@
+"""The workers, as their parent holds them: what they share, what they said, what they must know."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from falkirk.api.net.v1 import net_pb2
+from falkirk.api.policy.v1 import policy_service_pb2_grpc
+from falkirk.decide.routes import RouteTable
+from falkirk.decide.rules import RuleTable
+from falkirk.flow import control, counters, limits
+from falkirk.flow.delivery import Delivery
+from falkirk.flow.events import EventFeed
+from falkirk.flow.live import LiveReader, LiveRecord
+from falkirk.flow.settings import FlowSettings
+from falkirk.flow.text import address_text
+from falkirk.runtime import blob, telemetry
+from falkirk.runtime.counters import Counters
+from falkirk.runtime.replica import BlobReplica
+from falkirk.runtime.settings import Shell
+from falkirk.runtime.workers import WorkerPool
+from falkirk.wire.context import TunnelContext
+from falkirk.wire.handover import encode
+from falkirk.wire.slots import SlotPlan
+
+log = structlog.get_logger()
+NAMES: Final = ("rules", "routes")
+
+
+class Fleet:
+    """All workers of the service. `on_ready` hears when all are ready, and when not any more."""
+
+    def __init__(self, shell: Shell, settings: FlowSettings, feed: EventFeed, on_ready: Callable[[bool], None]) -> None:
+        self.workers = shell.workers
+        self.counters = [Counters.create(counters.NAMES) for _ in range(shell.workers)]
+        self.routes = RouteTable()
+        self.rules = RuleTable.empty()
+        self.settings = settings
+        self.replica: dict[str, BlobReplica] = {}
+        self._shell = shell
+        self._on_ready = on_ready
+        self._tenants = os.memfd_create("falkirk-tenants", os.MFD_CLOEXEC)
+        os.ftruncate(self._tenants, limits.SIZE)
+        self._plan = SlotPlan(shell.workers)
+        self._directory = shell.data("flow")
+        self._snapshots: dict[str, control.Load] = {}
+        self._contexts: list[dict[int, TunnelContext]] = [{} for _ in range(shell.workers)]
+        self._ready = [False] * shell.workers
+        self._live: list[LiveReader | None] = [None] * shell.workers
+        self._deliveries = [
+            Delivery(self._directory / "spool" / f"worker-{worker}", feed.lines) for worker in range(shell.workers)
+        ]
+        self.pool = WorkerPool(
+            "flow.worker",
+            shell.workers,
+            lambda _, fd: [sys.executable, "-m", "falkirk.flow.worker", "--control-fd", str(fd)],
+            self._message,
+            self._started,
+            self._exited,
+        )
+
+    # workers
+
+    def _started(self, worker: int, generation: int) -> None:
+        shell = self._shell
+        start = control.Start(
+            worker=worker,
+            workers=self.workers,
+            generation=generation,
+            node=shell.node,
+            sample_ratio=shell.telemetry.sample_ratio if telemetry.exporting() else 0.0,
+            run_dir=str(shell.run_dir),
+            data_dir=str(shell.data_dir),
+            mesh_uids=shell.mesh_uids,
+            settings=self.settings,
+        )
+        self.pool.send(worker, encode([start]), (self.counters[worker].fd, self._tenants))
+        for load in self._snapshots.values():
+            self.pool.send(worker, encode([load]))
+
+    def _exited(self, worker: int, status: int) -> None:
+        log.warning("worker_exited", worker=worker, status=status)
+        self._contexts[worker].clear()
+        self._set_ready(worker, False)
+        self._forget_live(worker)
+
+    def _message(self, worker: int, data: bytes, fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        for message in control.TO_PARENT.decode(data):
+            match message:
+                case control.Spooled():
+                    self._deliveries[worker].grown()
+                case control.TunnelOpened():
+                    self._contexts[worker][message.tunnel] = message.context
+                case control.TunnelEnded():
+                    self._contexts[worker].pop(message.tunnel, None)
+                case control.Status():
+                    self._set_ready(worker, message.ready)
+                case control.Loaded():
+                    if message.error:
+                        log.error("snapshot_refused", worker=worker, name=message.name, error=message.error)
+
+    def _set_ready(self, worker: int, ready: bool) -> None:
+        self._ready[worker] = ready
+        self._on_ready(all(self._ready))
+
+    def terminate(self, worker: int, record: LiveRecord, reason: str) -> bool:
+        """Ask a worker to end a flow; False where the worker is away."""
+        return self.pool.send(worker, encode([control.Terminate(record.slot, record.flow_id, reason)]))
+
+    def processes(self) -> list[net_pb2.ProcessInfo]:
+        """The workers' processes."""
+        return self.pool.processes()
+
+    # what they share
+
+    def live(self, worker: int) -> LiveReader | None:
+        """The worker's live table; None before its first start."""
+        path = self._directory / "live" / f"worker-{worker}"
+        reader = self._live[worker]
+        if reader is None and path.exists():
+            try:
+                reader = self._live[worker] = LiveReader(path)
+            except ValueError:
+                return None
+        return reader
+
+    def _forget_live(self, worker: int) -> None:
+        reader, self._live[worker] = self._live[worker], None
+        if reader is not None:
+            reader.close()
+
+    def context(self, worker: int, tunnel: int) -> TunnelContext | None:
+        """Whom a tunnel speaks for; None where it is closed."""
+        return self._contexts[worker].get(tunnel)
+
+    def context_of(self, tenant: str, device: str) -> TunnelContext | None:
+        """The context of an open tunnel of a device, by names."""
+        for contexts in self._contexts:
+            for context in contexts.values():
+                if context.tenant == tenant and context.device == device:
+                    return context
+        return None
+
+    def slot_address(self, worker: int, record: LiveRecord) -> str:
+        """The slot's address in the private namespace."""
+        address = self._plan.address4 if record.family == 4 else self._plan.address6
+        return address_text(address(worker, record.slot))
+
+    def drops(self) -> Iterator[tuple[dict[str, str], int]]:
+        """Dropped packets of all workers, for metrics."""
+        for reason, place in counters.DROPS.items():
+            yield {"service": "flow", "reason": reason}, sum(counts.view[place] for counts in self.counters)
+
+    def counts(self) -> Iterator[tuple[dict[str, str], int]]:
+        """Everything else that workers count."""
+        for worker, counts in enumerate(self.counters):
+            for place, name in enumerate(counters.NAMES[: counters.PAIRED]):
+                yield {"worker": str(worker), "name": name}, counts.view[place]
+
+    # what they must know
+
+    async def snapshot(self, name: str, path: Path, revision: net_pb2.Revision) -> None:
+        """A new snapshot lies at `path`: load it here, and have every worker load it."""
+        data = (await asyncio.to_thread(blob.load, path)).data
+        if name == "routes":
+            self.routes = await asyncio.to_thread(_load_routes, data)
+        else:
+            self.rules = await asyncio.to_thread(_load_rules, data)
+        load = control.Load(name, str(path), revision.epoch, revision.number)
+        self._snapshots[name] = load
+        for worker in range(self.workers):
+            self.pool.send(worker, encode([load]))
+
+    def replicas(self) -> list[net_pb2.ReplicaStatus]:
+        """What the replicas stand at."""
+        return [replica.status() for replica in self.replica.values()]
+
+    def spooled(self) -> int:
+        """Audit records that policy hasn't acknowledged."""
+        return sum(delivery.pending for delivery in self._deliveries)
+
+    def deliverers(
+        self, stub: policy_service_pb2_grpc.AuditServiceStub
+    ) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        """One background task a worker's spool."""
+        return [partial(delivery.run, stub) for delivery in self._deliveries]
+
+
+def _load_routes(data: bytes) -> RouteTable:
+    return RouteTable.loaded(data)
+
+
+def _load_rules(data: bytes) -> RuleTable:
+    loading = RuleTable.load(data)
+    for _ in loading:
+        pass
+    assert loading.table is not None
+    return loading.table

@@ -1,0 +1,185 @@
+"""The slow path in: packets that don't belong to an established flow, or that need a closer look.
+
+Order of a packet's tests: is it well formed; does it come from an address of its device; is its TTL left; is it TCP; is
+its virtio-net header true; does a flow know it; and, for a SYN, route, rule, limits. What fails is answered as a router
+or a host would, or dropped, and counted either way.
+
+IP options and IPv6 extension headers are checked by the parser and then taken off: a lifted packet ends here as an IP
+packet, and nothing of them may reach the private namespace's kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from falkirk.flow.decision import Decision, Outcome, authorise, resolve
+from falkirk.flow.table import Flow, Tunnel
+from falkirk.flow.tracker import ACK, FIN, RST, SYN
+from falkirk.wire import ipv4, vnet
+from falkirk.wire.malformed import MalformedPacket
+from falkirk.wire.packet import Packet, parse, split, verify
+from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
+
+if TYPE_CHECKING:
+    from falkirk.flow.lane import Lane
+    from falkirk.flow.worker import Worker
+
+HEADER: Final = 10
+MEMO: Final = 65536
+"""Decisions that a tunnel remembers; beyond, it starts over."""
+
+
+class Ingress:
+    """Slow path of one worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def packed(self, lane: Lane, tunnel: Tunnel, data: bytes) -> int:
+        """Several packets in one raw datagram; returns how many (a malformed rest counts as one)."""
+        count = 0
+        try:
+            for at, length in split(data, len(data)):
+                count += 1
+                lane.view[HEADER : HEADER + length] = data[at : at + length]
+                lane.up(tunnel, HEADER + length)
+        except MalformedPacket as error:
+            count += 1
+            self._worker.drop("second_context" if data[:1] == b"{" else error.reason)
+        return count
+
+    def packet(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
+        """A packet at [10, end) of the lane's buffer."""
+        worker = self._worker
+        if end <= HEADER:
+            worker.drop("vnet_too_short")
+            return
+        try:
+            packet = parse(lane.buffer, HEADER, end - HEADER)
+            if packet.total_length != end - HEADER:
+                raise MalformedPacket("bad_total_length")
+        except MalformedPacket as error:
+            # No IP version and no virtio-net header begins like JSON.
+            second = lane.buffer[HEADER if lane.raw else 0] == ord("{")
+            worker.drop("second_context" if second else error.reason)
+            return
+        if packet.source not in tunnel.context.addresses:
+            worker.drop("spoofed_source")
+        elif packet.ttl < 2:
+            worker.answers.time_exceeded(tunnel, lane, packet)
+        elif packet.protocol == TCP:
+            self._tcp(lane, tunnel, packet, end)
+        elif packet.protocol in (ICMP, ICMPV6):
+            worker.errors.from_tunnel(lane, tunnel, packet)
+        else:
+            worker.answers.not_built(
+                tunnel, lane, packet, "udp_not_built" if packet.protocol == UDP else "protocol_not_built"
+            )
+
+    def vnet(self, lane: Lane, flow: Flow, l4: int, end: int) -> bool:
+        """Whether the virtio-net header tells the truth about the segment; counted where not. The tunnel's word is not trusted."""
+        if self._vnet(lane, flow.tunnel, l4, end, 4 if l4 == 30 else 6):
+            flow.vnet_ok = lane.view[:HEADER].tobytes()
+            return True
+        return False
+
+    def _vnet(self, lane: Lane, tunnel: Tunnel, l4: int, end: int, version: int) -> bool:
+        if lane.raw:
+            return True
+        try:
+            admit = vnet.admit_tcp4 if version == 4 else vnet.admit_tcp6
+            admit(lane.buffer, 0, end, l4 - HEADER, tunnel.mtu)
+        except MalformedPacket as error:
+            self._worker.drop(error.reason)
+            return False
+        return True
+
+    def _tcp(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> None:
+        worker = self._worker
+        plain = ipv4.MINIMUM if packet.version == 4 else 40
+        if not self._vnet(lane, tunnel, HEADER + packet.header_length, end, packet.version):
+            return
+        if packet.header_length != plain:
+            end = self._strip(lane, packet, end, plain)
+        view = lane.view
+        key = view[22:34].tobytes() if plain == 20 else view[18:54].tobytes()
+        if key in tunnel.flows:
+            lane.up(tunnel, end)
+            return
+        flags = packet.flags
+        if flags & SYN and flags & (FIN | RST):
+            worker.drop("bad_tcp_flags")
+            return
+        if not lane.buffer[0] & 1:
+            try:
+                verify(
+                    lane.buffer, packet if packet.header_length == plain else parse(lane.buffer, HEADER, end - HEADER)
+                )
+            except MalformedPacket as error:
+                worker.drop(error.reason)
+                return
+        if flags & RST:
+            worker.drop("reset_of_nothing")
+        elif flags & SYN and not flags & ACK:
+            self._begin(lane, tunnel, key, packet, end)
+        else:
+            # RFC 9293 3.10.7.1: a segment that isn't for a connection is answered with a reset.
+            worker.answers.reset(tunnel, view[:end].tobytes())
+
+    def _begin(self, lane: Lane, tunnel: Tunnel, key: bytes, packet: Packet, end: int) -> None:
+        worker = self._worker
+        if not worker.ready:
+            # The client tries again within a second.
+            worker.drop("not_ready")
+            return
+        at = (packet.destination, packet.destination_port, TCP)
+        decision = tunnel.memo.get(at)
+        timing = (0, 0)
+        if decision is None:
+            decision, timing = self._decide(tunnel, packet)
+            if len(tunnel.memo) >= MEMO:
+                tunnel.memo.clear()
+            tunnel.memo[at] = decision
+        data = lane.view[:end].tobytes()
+        if decision.outcome is Outcome.LIFT:
+            worker.tracker.begin(lane, tunnel, key, decision, data, timing)
+            return
+        if decision.outcome is Outcome.DENY:
+            worker.answers.reset(tunnel, data)
+        else:
+            worker.answers.no_route(tunnel, data)
+        worker.tracker.refused(tunnel, key, decision, decision.reason, decision.why)
+
+    def _decide(self, tunnel: Tunnel, packet: Packet) -> tuple[Decision, tuple[int, int]]:
+        worker = self._worker
+        begun = worker.clock()
+        route = resolve(worker.routes, tunnel.context, packet.destination)
+        resolved = worker.clock()
+        if isinstance(route, Decision):
+            return route, (resolved - begun, 0)
+        decision = authorise(worker.rules, route, tunnel.context, packet.destination, packet.destination_port, TCP)
+        return decision, (resolved - begun, worker.clock() - resolved)
+
+    @staticmethod
+    def _strip(lane: Lane, packet: Packet, end: int, plain: int) -> int:
+        """Take options or extension headers off; returns the new end."""
+        buffer = lane.buffer
+        extra = packet.header_length - plain
+        buffer[HEADER + plain : end - extra] = buffer[HEADER + packet.header_length : end]
+        # The buffer keeps its size: assignment of equal lengths only.
+        end -= extra
+        length = end - HEADER
+        if packet.version == 4:
+            buffer[10] = 0x45
+            buffer[12:14] = length.to_bytes(2, "big")
+            buffer[20:22] = b"\0\0"
+            total = int.from_bytes(buffer[10:30], "little") % 0xFFFF
+            buffer[20:22] = (0xFFFF - total).to_bytes(2, "little")
+        else:
+            buffer[14:16] = (length - 40).to_bytes(2, "big")
+            buffer[16] = TCP
+        if buffer[0] & 1:
+            head = vnet.unpack(buffer, 0, end)
+            moved = head._replace(hdr_len=head.hdr_len - extra, csum_start=head.csum_start - extra)
+            buffer[:HEADER] = moved.pack()
+        return end

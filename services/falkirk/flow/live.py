@@ -1,0 +1,189 @@
+"""The live table: every live flow of a worker, in a file that outlives it.
+
+One writer (the worker), any readers (the parent answers List, Get and Stats from it; a restarted worker learns from it
+which clients to reset and which audit records lack their end). Records are fixed: 256 bytes behind a 4 KiB header.
+A record is free where its state byte is 0; the state byte is written last at the start and first at the end, so a
+reader sees whole records or none. Counts are as of the last checkpoint (1 s).
+
+It is a file in the data directory rather than a memfd in another process, so that it survives whichever of the two
+processes dies, and both at once. Limit: `capacity` flows a worker; a full table refuses new flows.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+HEADER: Final = struct.Struct("<8sIIQQII")
+"""magic, version, capacity, epoch, places in use so far, slot cursor of the vnet pool, of the raw pool."""
+HEADER_SIZE: Final = 4096
+MAGIC: Final = b"FKLIVE\0\0"
+VERSION: Final = 1
+RECORD_SIZE: Final = 256
+_RECORD: Final = struct.Struct("<BBBBIIHH16s16s16sQQQQQQQ16sB119s")
+_COUNTS: Final = struct.Struct("<QQQQQ")
+_COUNTS_AT: Final = 80
+_HIGH_WATER_AT: Final = 24
+_CURSORS_AT: Final = 32
+_U64: Final = struct.Struct("<Q")
+_CURSORS: Final = struct.Struct("<II")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveRecord:
+    """One live flow. Addresses are packed; times are wall-clock nanoseconds; `sequence` is its started record's."""
+
+    index: int
+    state: int
+    family: int
+    kind: int
+    protocol: int
+    tunnel: int
+    slot: int
+    source_port: int
+    destination_port: int
+    flow_id: bytes
+    source: bytes
+    destination: bytes
+    sequence: int
+    start: int
+    last: int
+    bytes_up: int
+    bytes_down: int
+    packets_up: int
+    packets_down: int
+    route_id: bytes
+    rule: str
+
+
+class LiveTable:
+    """The worker's side: a fresh file in place of the predecessor's."""
+
+    def __init__(self, path: Path, capacity: int, epoch: int) -> None:
+        fresh = path.with_suffix(".new")
+        with fresh.open("w+b") as file:
+            file.truncate(HEADER_SIZE + capacity * RECORD_SIZE)
+            self._map = mmap.mmap(file.fileno(), 0)
+        self._map[: HEADER.size] = HEADER.pack(MAGIC, VERSION, capacity, epoch, 0, 0, 0)
+        fresh.replace(path)
+        self.capacity = capacity
+        self._free: list[int] = []
+        self._high_water = 0
+
+    def claim(self) -> int | None:
+        """A place for a flow, or None where the table is full."""
+        if self._free:
+            return self._free.pop()
+        if self._high_water == self.capacity:
+            return None
+        self._high_water += 1
+        _U64.pack_into(self._map, _HIGH_WATER_AT, self._high_water)
+        return self._high_water - 1
+
+    def write(self, record: LiveRecord) -> None:
+        """Fill a claimed place."""
+        at = HEADER_SIZE + record.index * RECORD_SIZE
+        rule = record.rule.encode()[:119]
+        _RECORD.pack_into(
+            self._map,
+            at,
+            0,
+            record.family,
+            record.kind,
+            record.protocol,
+            record.tunnel,
+            record.slot,
+            record.source_port,
+            record.destination_port,
+            record.flow_id,
+            record.source,
+            record.destination,
+            record.sequence,
+            record.start,
+            record.last,
+            record.bytes_up,
+            record.bytes_down,
+            record.packets_up,
+            record.packets_down,
+            record.route_id,
+            len(rule),
+            rule,
+        )
+        self._map[at] = record.state
+
+    def state(self, index: int, state: int) -> None:
+        """Change a flow's state."""
+        self._map[HEADER_SIZE + index * RECORD_SIZE] = state
+
+    def counts(self, index: int, last: int, up: int, down: int, packets_up: int, packets_down: int) -> None:
+        """Checkpoint a flow's counts."""
+        _COUNTS.pack_into(
+            self._map, HEADER_SIZE + index * RECORD_SIZE + _COUNTS_AT, last, up, down, packets_up, packets_down
+        )
+
+    def cursors(self, vnet: int, raw: int) -> None:
+        """Keep where the slot pools stand, for a successor."""
+        _CURSORS.pack_into(self._map, _CURSORS_AT, vnet, raw)
+
+    def release(self, index: int) -> None:
+        """Free a place."""
+        self._map[HEADER_SIZE + index * RECORD_SIZE] = 0
+        self._free.append(index)
+
+
+class LiveReader:
+    """A reader's side. Raises ValueError for a file that isn't a live table of this version."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        magic, version, self.capacity, self.epoch, *_ = HEADER.unpack_from(self._map)
+        if magic != MAGIC or version != VERSION:
+            raise ValueError(f"{path}: not a live table of version {VERSION}")
+
+    @property
+    def cursors(self) -> tuple[int, int]:
+        """Where the slot pools stood."""
+        vnet, raw = _CURSORS.unpack_from(self._map, _CURSORS_AT)
+        return vnet, raw
+
+    def __iter__(self) -> Iterator[LiveRecord]:
+        return self.records(0)
+
+    def records(self, start: int) -> Iterator[LiveRecord]:
+        """Live flows from place `start` on."""
+        high_water: int = _U64.unpack_from(self._map, _HIGH_WATER_AT)[0]
+        for index in range(start, min(high_water, self.capacity)):
+            record = self.record(index)
+            if record is not None:
+                yield record
+
+    def record(self, index: int) -> LiveRecord | None:
+        """The flow at a place, None where it is free."""
+        at = HEADER_SIZE + index * RECORD_SIZE
+        if not self._map[at]:
+            return None
+        *values, length, rule = _RECORD.unpack_from(self._map, at)
+        family = values[1]
+        size = 4 if family == 4 else 16
+        values[9] = values[9][:size]
+        values[10] = values[10][:size]
+        return LiveRecord(*(index, *values, rule[:length].decode(errors="replace")))
+
+    def find(self, flow_id: bytes) -> LiveRecord | None:
+        """The live flow with this id."""
+        at = self._map.find(flow_id, HEADER_SIZE)
+        while at >= 0:
+            index, offset = divmod(at - HEADER_SIZE, RECORD_SIZE)
+            if offset == 16:
+                return self.record(index)
+            at = self._map.find(flow_id, at + 1)
+        return None
+
+    def close(self) -> None:
+        """Let the file go."""
+        self._map.close()

@@ -1,0 +1,230 @@
+"""The flow worker's neighbours: on-ramps, which hand it tunnels, and the upgrader worker beside it.
+
+Both speak `falkirk.wire.handover` over SEQPACKET sockets. On-ramps connect to this worker's socket; this worker connects
+to its upgrader's, and goes on trying every 50 ms while that is away. A neighbour's death costs what it held and nothing
+else: tunnels stay open without their on-ramp, and come back to the next one as `Held`.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from falkirk.linux import seqpacket
+from falkirk.wire.handover import (
+    MAX_DATAGRAM,
+    ONRAMP_TO_FLOW,
+    PROTOCOL,
+    UPGRADER_TO_FLOW,
+    Adopt,
+    Adopted,
+    AdoptRefused,
+    Closed,
+    Connected,
+    Devices,
+    DialFailed,
+    Held,
+    Hello,
+    Message,
+    TunnelClosed,
+    batches,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from falkirk.flow.worker import Worker
+
+READ: Final = select.EPOLLIN | select.EPOLLRDHUP
+RETRY: Final = 50_000_000
+"""Nanoseconds between attempts to reach the upgrader worker."""
+BUDGET: Final = 64
+
+
+class Link:
+    """One SEQPACKET connection: what can't be sent at once waits, in order, and is never lost while the peer lives."""
+
+    def __init__(self, worker: Worker, sock: socket.socket) -> None:
+        self._worker = worker
+        self.sock = sock
+        self._waiting: deque[tuple[bytes, list[int]]] = deque()
+        self.generation = 0
+        worker.watch(sock.fileno(), READ, self.ready)
+
+    def ready(self, mask: int) -> None:
+        """What epoll says of it."""
+        if mask & select.EPOLLOUT:
+            self._drain()
+        for _ in range(BUDGET):
+            try:
+                received = seqpacket.receive(self.sock, MAX_DATAGRAM + 1)
+            except OSError:
+                received = (b"", [])
+            if received is None:
+                return
+            data, fds = received
+            if not data:
+                self.over("connection closed")
+                return
+            try:
+                left = self.datagram(data, fds)
+            except (msgspec.DecodeError, ValueError, IndexError) as error:
+                self._worker.log.error("peer_refused", peer=self.name, error=str(error))
+                left = fds
+            for fd in left:
+                os.close(fd)
+            if self.sock.fileno() < 0:
+                return
+
+    def datagram(self, data: bytes, fds: list[int]) -> list[int]:
+        """Take a datagram; returns the descriptors that it didn't keep. ValueError ends nothing but this datagram."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        raise NotImplementedError
+
+    def over(self, why: str) -> None:
+        """The peer is gone, or refused."""
+        self._worker.unwatch(self.sock.fileno())
+        self.sock.close()
+        for _, fds in self._waiting:
+            for fd in fds:
+                os.close(fd)
+        self._waiting.clear()
+        self._worker.log.info("peer_gone", peer=self.name, why=why)
+
+    def send(self, messages: list[Message]) -> None:
+        """Send messages without descriptors, as many datagrams as it takes."""
+        for data in batches(messages):
+            self.send_data(data, [])
+
+    def send_data(self, data: bytes, fds: list[int]) -> None:
+        """Send one datagram with copies of descriptors that are the caller's."""
+        if self.sock.fileno() < 0:
+            return
+        if not self._waiting:
+            try:
+                if seqpacket.send(self.sock, data, fds):
+                    return
+            except OSError:
+                return  # The reader's side finds the end and says so.
+        if not self._waiting:
+            self._worker.rewatch(self.sock.fileno(), READ | select.EPOLLOUT)
+        self._waiting.append((data, [os.dup(fd) for fd in fds]))
+
+    def _drain(self) -> None:
+        while self._waiting:
+            data, fds = self._waiting[0]
+            try:
+                if not seqpacket.send(self.sock, data, fds):
+                    return
+            except OSError:
+                return
+            self._waiting.popleft()
+            for fd in fds:
+                os.close(fd)
+        self._worker.rewatch(self.sock.fileno(), READ)
+
+
+class OnrampLink(Link):
+    """An on-ramp that connected."""
+
+    onramp = -1
+    """Its worker number, once it said hello."""
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+        return f"onramp.worker.{self.onramp}"
+
+    def datagram(self, data: bytes, fds: list[int]) -> list[int]:
+        """Tunnels come and go."""
+        for message in ONRAMP_TO_FLOW.decode(data):
+            match message:
+                case Hello():
+                    check(message, "onramp", self._worker.onramp_generations)
+                    self.onramp, self.generation = message.worker, message.generation
+                    self._worker.onramp_arrived(self)
+                case Adopt():
+                    fd = fds.pop(0)
+                    refusal = self._worker.adopt(self, message, fd)
+                    if refusal is None:
+                        self.send([Adopted(message.tunnel)])
+                    else:
+                        os.close(fd)
+                        self.send([AdoptRefused(message.tunnel, *refusal)])
+                case TunnelClosed():
+                    self._worker.close_tunnel(message.tunnel, message.reason)
+        return fds
+
+    def over(self, why: str) -> None:
+        """The peer is gone, or refused."""
+        super().over(why)
+        self._worker.onramps.discard(self)
+
+    def hold(self, message: Held, fd: int) -> None:
+        """Give a new on-ramp a copy of a tunnel that is read already."""
+        self.send_data(encode([message]), [fd])
+
+
+class UpgraderLink(Link):
+    """The upgrader worker beside this one."""
+
+    name = "upgrader"
+
+    def datagram(self, data: bytes, fds: list[int]) -> list[int]:
+        """What became of dials and streams."""
+        tracker = self._worker.tracker
+        for message in UPGRADER_TO_FLOW.decode(data):
+            match message:
+                case Connected():
+                    tracker.connected(message)
+                case DialFailed():
+                    tracker.dial_failed(message)
+                case Closed():
+                    tracker.closed(message)
+                case Hello():
+                    check(message, "upgrader", self._worker.upgrader_generations)
+                    self.generation = message.generation
+                case Devices():
+                    self._worker.paired(self, message, fds[:2])
+                    fds = fds[2:]
+        return fds
+
+    def over(self, why: str) -> None:
+        """The peer is gone, or refused."""
+        super().over(why)
+        self._worker.unpaired(self)
+
+
+def check(hello: Hello, role: str, seen: dict[int, int]) -> None:
+    """Refuse a peer of another protocol or role, or one that was replaced. Raises ValueError."""
+    if hello.protocol != PROTOCOL:
+        raise ValueError(f"{hello.role} speaks protocol {hello.protocol}, this is {PROTOCOL}: upgrade both together")
+    if hello.role != role:
+        raise ValueError(f"expected {role}, got {hello.role}")
+    if hello.generation < seen.get(hello.worker, 0):
+        raise ValueError(f"{role} {hello.worker} of generation {hello.generation} was replaced")
+    seen[hello.worker] = hello.generation
+
+
+def dial_upgrader(worker: Worker, path: Path, hello: Hello) -> UpgraderLink | None:
+    """One attempt to reach the upgrader worker; None where it isn't there."""
+    try:
+        sock = seqpacket.connect(path)
+    except OSError:
+        return None
+    if not worker.trusted(seqpacket.peer(sock).uid):
+        sock.close()
+        worker.log.error("peer_refused", peer="upgrader", error=f"{path} belongs to a uid that isn't of this mesh")
+        return None
+    link = UpgraderLink(worker, sock)
+    link.send([hello])
+    return link

@@ -1,0 +1,46 @@
+"""Settings of the flow tracker."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import msgspec
+
+
+class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The `flow` section of the settings file."""
+
+    slots: int = 524_288
+    """NAT slots of each kind (vnet, raw) a worker, 16 bytes each; fewer where its prefix is smaller. A freed slot rests a minute,
+    so this is also the most flows a minute."""
+    max_flows: int = 262_144
+    """Live flows a worker."""
+    device_flows: int = 16_384
+    """Live flows a device, where the registry doesn't say otherwise."""
+    device_held: int = 1_024
+    """Flows of a device whose upstream is being dialled."""
+    tenant_flows: int = 131_072
+    """Live flows a tenant on this node, where the registry doesn't say otherwise."""
+    connect_timeout_ms: int = 10_000
+    """How long a dial may take where the route doesn't say, in milliseconds."""
+    established_idle_s: int = 7_440
+    """Idle time after which an established TCP flow ends, in seconds. RFC 5382 REQ-5: at least 2 h 4 min."""
+    transitory_idle_s: int = 240
+    """The same for one that is opening or closing, in seconds. RFC 5382 REQ-5: at least 4 min."""
+    tunnel_queue_bytes: int = 1_048_576
+    """Bytes that wait for a tunnel whose reader is slow; more is dropped (tunnel_full)."""
+    icmp_source4: str = "192.0.0.8"
+    """Address that ICMP errors come from. RFC 7600: the IPv4 dummy address."""
+    icmp_source6: str = "fd66:616c:6b69:726b::1"
+    """Address that ICMPv6 errors come from."""
+    icmp_per_second: int = 1_000
+    """ICMP errors a tunnel at most (RFC 1812 4.3.2.8, RFC 4443 2.4 f)."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.slots <= 1 << 23:
+            raise ValueError("flow.slots must be 1 to 8388608")
+        for name in ("max_flows", "device_flows", "device_held", "tenant_flows", "connect_timeout_ms"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"flow.{name} must be at least 1")
+        ipaddress.IPv4Address(self.icmp_source4)
+        ipaddress.IPv6Address(self.icmp_source6)

@@ -1,0 +1,172 @@
+"""The audit spool: what a worker did, on its own disk before the world sees it.
+
+A record's id is (node, worker, epoch, sequence). The worker appends the records of a loop turn with one write, before
+the messages of that turn leave, so no flow's first packet goes out unrecorded. Segments are NDJSON files named
+`<epoch>-<number>.ndjson`; the parent reads them, delivers them to `policy` and deletes those that are acknowledged,
+except the newest two, from which a restarted worker learns how far its predecessor came.
+
+A worker killed in mid-write leaves a torn last line: its successor cuts it off. Records aren't fsynced here: they
+survive the process, not the machine; `policy` fsyncs what it stores.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+SEGMENT_BYTES: Final = 8 * 1024 * 1024
+
+
+class AuditRecord(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One audit record; keys are absent where they don't apply. Times are wall clock; durations are monotonic."""
+
+    event: str
+    """started, denied or ended."""
+    flow_id: str
+    """32 hexadecimal digits; also the trace id."""
+    time: str
+    """RFC 3339 in UTC with nanoseconds."""
+    node: str
+    worker: int
+    epoch: int
+    sequence: int
+    tenant: str = ""
+    tenant_id: str = ""
+    device: str = ""
+    device_id: str = ""
+    user: str = ""
+    virtual_network: str = ""
+    tunnel_id: int = 0
+    protocol: str = ""
+    source: str = ""
+    source_port: int = 0
+    destination: str = ""
+    destination_port: int = 0
+    rule: str = ""
+    """The rule that decided, as policy/rule; absent for the default deny."""
+    why: str = ""
+    route_id: str = ""
+    treatment: str = ""
+    reason: str = ""
+    """Why it was denied or how it ended."""
+    bytes_up: int = 0
+    """IP bytes from the initiator."""
+    bytes_down: int = 0
+    packets_up: int = 0
+    packets_down: int = 0
+    duration_ns: int = 0
+    count: int = 0
+    """How often the same denied flow was tried again since the last record of it."""
+    sampled: bool = False
+    span_id: str = ""
+    """The flow's root span, 16 hexadecimal digits, where it is sampled."""
+    resolve_ns: int = 0
+    """How long the route took to find, where it is sampled."""
+    decide_ns: int = 0
+    """How long the verdict took, where it is sampled."""
+
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+class SpoolWriter:
+    """Appends records of one epoch."""
+
+    def __init__(self, directory: Path, epoch: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self.epoch = epoch
+        self.sequence = 0
+        self._number = 0
+        self._size = 0
+        self._pending: list[bytes] = []
+        self._file = self._open()
+
+    def add(self, record: AuditRecord) -> None:
+        """Queue a record whose sequence is `next()`'s."""
+        self._pending.append(_encode(record))
+
+    def next(self) -> int:
+        """The next sequence number."""
+        self.sequence += 1
+        return self.sequence
+
+    def flush(self) -> bool:
+        """Write what is queued; True where there was something. Raises OSError where the disk doesn't take it."""
+        if not self._pending:
+            return False
+        self._pending.append(b"")
+        data = b"\n".join(self._pending)
+        self._pending = []
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file, view) :]
+        self._size += len(data)
+        if self._size >= SEGMENT_BYTES:
+            os.close(self._file)
+            self._number += 1
+            self._size = 0
+            self._file = self._open()
+        return True
+
+    def close(self) -> None:
+        """Let the segment go; what wasn't flushed is lost."""
+        os.close(self._file)
+
+    def _open(self) -> int:
+        path = self._directory / f"{self.epoch:020d}-{self._number:08d}.ndjson"
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
+def segments(directory: Path) -> list[Path]:
+    """Segments in the order in which they were written."""
+    return sorted(directory.glob("*.ndjson"))
+
+
+def epoch_of(segment: Path) -> int:
+    """The epoch that a segment belongs to."""
+    return int(segment.name.split("-")[0])
+
+
+def repair(directory: Path) -> None:
+    """Cut a torn last line off the newest segment."""
+    found = segments(directory)
+    if not found:
+        return
+    with found[-1].open("r+b") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        if end != len(data):
+            file.truncate(end)
+
+
+class LastWords(msgspec.Struct):
+    """What the newest segments of an epoch say of its end."""
+
+    sequence: int
+    """The last one written; 0 where there is none."""
+    ended: set[str]
+    """Flows whose end was written, of those that can still be in the live table."""
+
+
+class _Head(msgspec.Struct):
+    event: str
+    flow_id: str
+    sequence: int
+    epoch: int
+
+
+def last_words(directory: Path, epoch: int) -> LastWords:
+    """Read them from the newest two segments of the epoch (the live table is cleared a turn after the end is written)."""
+    words = LastWords(0, set())
+    decode = msgspec.json.Decoder(_Head).decode
+    for segment in [path for path in segments(directory) if epoch_of(path) == epoch][-2:]:
+        for line in segment.read_bytes().splitlines():
+            head = decode(line)
+            words.sequence = max(words.sequence, head.sequence)
+            if head.event == "ended":
+                words.ended.add(head.flow_id)
+    return words

@@ -1,0 +1,232 @@
+"""Flows and tunnels as a worker holds them, and the timers that end what is idle. PURE.
+
+A tunnel has a dict from the signature's bytes, sliced out of the packet, to its flow: for IPv4 the 12 bytes of
+addresses and ports, for IPv6 the 36. A flow carries all that the fast path needs, computed once: the twelve (or
+thirty-six) bytes to write over the signature each way, and the RFC 1624 deltas of the checksums.
+
+A complete checksum is the complement of its sum, so it takes the opposite direction's delta: HC' = ~(~HC + d) is HC - d
+(RFC 1624 eqn. 3, modulo 65,535). A partial one (virtio NEEDS_CSUM) is the plain sum of the pseudo-header. Deltas are sums of 16-bit words in the machine's own byte order, modulo 65,535 (RFC 1071 2(B)): the packet's checksum
+fields are read in that order too, so nothing is swapped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from falkirk.wire.context import Framing, TunnelContext
+
+if TYPE_CHECKING:
+    from falkirk.flow.decision import Decision
+
+
+class State(IntEnum):
+    """Where a flow is; numbers are those of the live table and of FlowState."""
+
+    HELD = 1
+    OPENING = 2
+    ESTABLISHED = 3
+    CLOSING = 4
+
+
+def native_sum(data: bytes) -> int:
+    """The sum of 16-bit words in native order, modulo 65,535. Even length."""
+    return int.from_bytes(data, "little") % 0xFFFF
+
+
+class Flow:
+    """One flow. `forward` and `back` replace the signature's bytes; deltas are for `forward`, their negatives for `back`."""
+
+    __slots__ = (
+        "back",
+        "bucket",
+        "bytes_down",
+        "bytes_up",
+        "decision",
+        "delta_addresses",
+        "delta_addresses_back",
+        "delta_all",
+        "delta_all_back",
+        "fin_acked_down",
+        "fin_acked_up",
+        "fin_down",
+        "fin_up",
+        "flow_id",
+        "forward",
+        "held",
+        "index",
+        "key",
+        "over",
+        "packets_down",
+        "packets_up",
+        "port",
+        "reason",
+        "reset",
+        "sequence",
+        "slot",
+        "span_id",
+        "start",
+        "start_wall",
+        "state",
+        "tick",
+        "tunnel",
+        "vnet_ok",
+    )
+
+    def __init__(self, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, index: int) -> None:
+        size = 8 if len(key) == 12 else 32
+        self.tunnel = tunnel
+        self.key = key
+        self.slot = slot
+        self.index = index
+        self.forward = forward
+        half = size // 2
+        self.back = key[half:size] + key[:half] + key[size + 2 :] + key[size : size + 2]
+        self.delta_addresses = (native_sum(forward[:size]) - native_sum(key[:size])) % 0xFFFF
+        self.delta_all = (native_sum(forward) - native_sum(key)) % 0xFFFF
+        self.delta_addresses_back = (0xFFFF - self.delta_addresses) % 0xFFFF
+        self.delta_all_back = (0xFFFF - self.delta_all) % 0xFFFF
+        self.port = int.from_bytes(key[size : size + 2], "little")
+        """The initiator's port in native order."""
+        self.state = State.HELD
+        self.held: bytes | None = None
+        """The first packet behind its virtio-net header, while the upstream is dialled."""
+        self.vnet_ok = b""
+        """The last virtio-net header from the tunnel that was found to be true."""
+        self.tick = 0
+        """The second of the last packet."""
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.packets_up = 0
+        self.packets_down = 0
+        self.bucket = 0
+        self.fin_up: int | None = None
+        """The sequence number that acknowledges the initiator's FIN, once it has passed."""
+        self.fin_down: int | None = None
+        self.fin_acked_up = False
+        self.fin_acked_down = False
+        self.reset = False
+        """A RST has passed towards the initiator."""
+        self.over = False
+        """The upgrader has nothing more of this slot."""
+        self.reason = ""
+        self.flow_id = b""
+        self.sequence = 0
+        self.start = 0
+        self.start_wall = 0
+        self.span_id = b""
+        self.decision: Decision | None = None
+
+    @property
+    def family(self) -> int:
+        """4 or 6."""
+        return 4 if len(self.key) == 12 else 6
+
+    @property
+    def source(self) -> bytes:
+        """The initiator's address."""
+        return self.key[:4] if len(self.key) == 12 else self.key[:16]
+
+    @property
+    def destination(self) -> bytes:
+        """The destination's address."""
+        return self.key[4:8] if len(self.key) == 12 else self.key[16:32]
+
+    @property
+    def source_port(self) -> int:
+        """The initiator's port."""
+        return int.from_bytes(self.key[-4:-2], "big")
+
+    @property
+    def destination_port(self) -> int:
+        """The destination's port."""
+        return int.from_bytes(self.key[-2:], "big")
+
+
+class DeviceCounts:
+    """What a device has on this worker, over all its tunnels."""
+
+    __slots__ = ("flows", "held", "tunnels")
+
+    def __init__(self) -> None:
+        self.flows = 0
+        self.held = 0
+        self.tunnels = 0
+
+
+class Tunnel:
+    """One tunnel: whom it speaks for, its flows, and the bounded queue towards a slow reader."""
+
+    __slots__ = (
+        "context",
+        "device",
+        "fd",
+        "flows",
+        "framing",
+        "icmp_left",
+        "icmp_tick",
+        "id",
+        "memo",
+        "mtu",
+        "queue",
+        "queued",
+        "refused",
+        "row",
+    )
+
+    def __init__(
+        self, number: int, context: TunnelContext, framing: Framing, mtu: int, fd: int, row: int, device: DeviceCounts
+    ) -> None:
+        self.id = number
+        self.device = device
+        self.context = context
+        self.framing = framing
+        self.mtu = mtu
+        self.fd = fd
+        self.row = row
+        """The tenant's row in the shared counts."""
+        self.flows: dict[bytes, Flow] = {}
+        self.memo: dict[tuple[bytes, int, int], Decision] = {}
+        self.queue: deque[bytes] = deque()
+        self.queued = 0
+        self.refused: dict[tuple[bytes, int, str], list[int]] = {}
+        """Refusals of the last seconds by (destination, port, reason): [second of the record, repeats since]."""
+        self.icmp_tick = 0
+        self.icmp_left = 0
+
+
+class Wheel:
+    """Ends what is idle without scanning: a flow lies in the bucket of the second at which it would time out if nothing
+    more came, and is moved when the bucket's turn comes and something had. Moving costs O(1), so does leaving."""
+
+    def __init__(self, now: int) -> None:
+        self._now = now
+        self._buckets: dict[int, dict[Flow, None]] = {}
+
+    def place(self, flow: Flow, deadline: int) -> None:
+        """Put a flow into the bucket of `deadline` (monotonic seconds), out of the one it was in."""
+        deadline = max(deadline, self._now + 1)
+        if flow.bucket:
+            self.remove(flow)
+        flow.bucket = deadline
+        self._buckets.setdefault(deadline, {})[flow] = None
+
+    def remove(self, flow: Flow) -> None:
+        """Take a flow out."""
+        bucket = self._buckets.get(flow.bucket)
+        if bucket is not None:
+            bucket.pop(flow, None)
+            if not bucket:
+                del self._buckets[flow.bucket]
+        flow.bucket = 0
+
+    def due(self, now: int) -> list[Flow]:
+        """Flows whose bucket's turn has come; the caller ends them or places them anew."""
+        flows: list[Flow] = []
+        while self._now < now:
+            self._now += 1
+            flows.extend(self._buckets.pop(self._now, ()))
+        for flow in flows:
+            flow.bucket = 0
+        return flows

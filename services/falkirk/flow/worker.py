@@ -1,0 +1,559 @@
+"""A flow worker: one thread, one epoll loop, all packets of the tunnels it was given.
+
+A turn: read what is ready (each descriptor to EAGAIN or its budget), expire what is idle, then write: the spool first,
+then messages to the upgrader, then the rest. So no upstream is dialled for a flow that isn't on record.
+
+A worker starts from what its predecessor left: the live table names the clients whose streams are lost. Its upgrader
+resets those streams (AbortAll) once their tunnels are back or a second has passed; the kernel's own RSTs, which carry the
+right sequence numbers, find their way through the predecessor's slots (`orphans`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from falkirk.decide.routes import RouteTable
+from falkirk.decide.rules import RuleTable
+from falkirk.flow import control, counters, peers, spool
+from falkirk.flow.answers import Answers
+from falkirk.flow.egress import Egress
+from falkirk.flow.errors import IcmpErrors
+from falkirk.flow.ingress import Ingress
+from falkirk.flow.lane import BUDGET, ZERO_HEADER, Lane
+from falkirk.flow.limits import TenantCounts
+from falkirk.flow.live import LiveTable
+from falkirk.flow.orphans import Orphans
+from falkirk.flow.slots import SlotPool
+from falkirk.flow.table import DeviceCounts, Flow, Tunnel, Wheel
+from falkirk.flow.tracker import Tracker
+from falkirk.linux import seqpacket
+from falkirk.runtime.blob import HEADER_BYTES
+from falkirk.runtime.counters import Counters
+from falkirk.runtime.log import Log
+from falkirk.wire.context import Framing
+from falkirk.wire.handover import (
+    Abort,
+    AbortAll,
+    Adopt,
+    Devices,
+    Held,
+    Hello,
+    Message,
+    Traced,
+    TunnelClosed,
+    encode,
+)
+from falkirk.wire.slots import FIRST_INDEX, SlotPlan
+
+SECOND: Final = 1_000_000_000
+ADOPTION: Final = SECOND
+"""How long a restarted worker waits for its predecessor's tunnels before it resets their streams."""
+LOAD_SLICE: Final = 2_000_000
+"""Nanoseconds a turn for loading a snapshot."""
+TUNNEL_BUFFER: Final = 4 * 1024 * 1024
+
+
+class Worker:
+    """State and loop of one worker."""
+
+    def __init__(self, parent: socket.socket, start: control.Start, counts: Counters, tenants_fd: int) -> None:
+        self.start = start
+        self.settings = start.settings
+        self.log = Log(f"flow.worker.{start.worker}")
+        self.counts = counts.view
+        self.clock = time.monotonic_ns
+        self.now = time.monotonic_ns()
+        self.wall = time.time_ns()
+        self.second = self.now // SECOND
+        self.flow_count = 0
+        self.ready = False
+        self.tunnels: dict[int, Tunnel] = {}
+        self.dirty: list[Flow] = []
+        self.released: list[int] = []
+        self.to_upgrader: list[Message] = []
+        self.onramps: set[peers.OnrampLink] = set()
+        self.onramp_generations: dict[int, int] = {}
+        self.upgrader_generations: dict[int, int] = {}
+        self.routes = RouteTable()
+        self.rules = RuleTable.empty()
+        self.wheel = Wheel(self.second)
+        self.tenants = TenantCounts(tenants_fd, start.workers, start.worker)
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[int], None]] = {}
+        self._parent = parent
+        self._to_parent: deque[bytes] = deque()
+        self._loading: list[tuple[control.Load, Iterator[None]]] = []
+        self._loaded: set[str] = set()
+        self._devices: dict[str, DeviceCounts] = {}
+        self._plan = SlotPlan(start.workers)
+        self._upgrader: peers.UpgraderLink | None = None
+        self._next_dial = 0
+        self._lost_at: int | None = None
+        self.listener_port = b""
+        self._generation = time.time_ns()
+        self._alive = True
+        data = Path(start.data_dir, "flow")
+        epoch = self.wall
+        self._spool_directory = data / "spool" / f"worker-{start.worker}"
+        self.orphans = Orphans(
+            data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker
+        )
+        self.spool = spool.SpoolWriter(self._spool_directory, epoch)
+        self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
+        self._lanes = {framing: self._lane(framing) for framing in Framing}
+        self.tracker = Tracker(self, os.urandom)
+        self.answers = Answers(self)
+        self.ingress = Ingress(self)
+        self.egress = Egress(self)
+        self.errors = IcmpErrors(self)
+        self._adoption_deadline = self.now + ADOPTION
+        self.orphans.bury(self)
+        self._listen()
+
+    # set-up
+
+    def _lane(self, framing: Framing) -> Lane:
+        slots = min(self.settings.slots, self._plan.last_index - FIRST_INDEX)
+        cursor = self.orphans.cursors[framing is Framing.RAW]
+        first = self._plan.slot(framing, FIRST_INDEX)
+        lane = Lane(self, framing, SlotPool(0, slots, start=cursor), first, slots)
+        lane.slot_base = self._plan.base(self.start.worker) + first
+        return lane
+
+    def _listen(self) -> None:
+        path = Path(self.start.run_dir, "mesh", f"flow.worker.{self.start.worker}.sock")
+        self._listener = seqpacket.listen(path, 0o660)
+
+        def accept(_: int) -> None:
+            while (accepted := seqpacket.accept(self._listener)) is not None:
+                if self.trusted(seqpacket.peer(accepted).uid):
+                    self.onramps.add(peers.OnrampLink(self, accepted))
+                else:
+                    self.log.error("peer_refused", peer="onramp", error="its uid isn't of this mesh (mesh_uids)")
+                    accepted.close()
+
+        self.watch(self._listener.fileno(), select.EPOLLIN, accept)
+        self.watch(self._parent.fileno(), peers.READ, self._from_parent)
+
+    def trusted(self, uid: int) -> bool:
+        """Whether a peer on a mesh socket may speak to this worker."""
+        return uid in (0, os.getuid(), *self.start.mesh_uids)
+
+    # the loop
+
+    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
+        """Call `handler` with epoll's mask from now on."""
+        self._epoll.register(fd, events)
+        self._handlers[fd] = handler
+
+    def rewatch(self, fd: int, events: int) -> None:
+        """Change what is waited for."""
+        self._epoll.modify(fd, events)
+
+    def unwatch(self, fd: int) -> None:
+        """Stop calling."""
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def run(self) -> None:
+        """Until the parent's pair ends."""
+        while self._alive:
+            if self._loading:
+                self.turn(0)
+            elif self.ready and self._upgrader is not None:
+                self.turn(1.0)
+            else:
+                self.turn(peers.RETRY / SECOND)
+
+    def turn(self, timeout: float) -> None:
+        """One turn: wait at most `timeout` seconds for something, then do everything that is ready."""
+        events = self._epoll.poll(timeout)
+        self.now = time.monotonic_ns()
+        self.wall = time.time_ns()
+        if self.now // SECOND != self.second:
+            self.second = self.now // SECOND
+            self._each_second()
+        for fd, mask in events:
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler(mask)
+        self._end_of_turn()
+
+    def die(self) -> None:
+        """Close every descriptor, and tidy nothing: what a kill does."""
+        for fd in list(self._handlers):
+            self.unwatch(fd)
+        self._epoll.close()
+        for link in (*self.onramps, *([self._link] if self._link else [])):
+            link.sock.close()
+        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self._lanes.values())):
+            if fd >= 0:
+                os.close(fd)
+        self._listener.close()
+        self._parent.close()
+        self.spool.close()
+        self.orphans.close()
+
+    def _end_of_turn(self) -> None:
+        self.tracker.end_of_turn()
+        if self._upgrader is None or self._lost_at is not None or not self.ready:
+            self._mend()
+        if self._loading:
+            self._load()
+        if self.spool.flush():
+            self.tell(control.Spooled())
+        if self.to_upgrader:
+            if self._upgrader is not None:
+                self._upgrader.send(self.to_upgrader)
+            self.to_upgrader = []
+        if self.released:
+            for index in self.released:
+                self.live.release(index)
+            self.released = []
+        while self._to_parent:
+            try:
+                if not seqpacket.send(self._parent, self._to_parent[0]):
+                    break
+            except OSError:
+                self._alive = False
+                break
+            self._to_parent.popleft()
+
+    def _each_second(self) -> None:
+        self.tracker.expire()
+        self.tracker.checkpoint()
+        vnet, raw = self._lanes[Framing.VNET].pool, self._lanes[Framing.RAW].pool
+        self.live.cursors(vnet.cursor, raw.cursor)
+        self.counts[counters.FLOWS] = self.flow_count
+        self.counts[counters.SLOTS_ACTIVE] = vnet.active + raw.active
+        self.counts[counters.SLOTS_RESTING] = vnet.resting + raw.resting
+        self.counts[counters.SLOTS_TOTAL] = vnet.size + raw.size
+        self.counts[counters.TUNNELS] = len(self.tunnels)
+        self.counts[counters.PAIRED] = self._upgrader is not None
+
+    def timestamp(self) -> str:
+        """The turn's wall-clock time, RFC 3339 with nanoseconds."""
+        seconds, rest = divmod(self.wall, SECOND)
+        return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z"
+
+    # packets
+
+    def drop(self, reason: str) -> None:
+        """Count a dropped packet."""
+        self.counts[counters.DROPS[reason]] += 1
+
+    def lane(self, framing: Framing) -> Lane:
+        """The lane of a framing."""
+        return self._lanes[framing]
+
+    def flow_of(self, slot: int) -> Flow | None:
+        """The live flow of a slot number."""
+        for lane in self._lanes.values():
+            index = slot - lane.first_slot
+            if 0 <= index < len(lane.flows):
+                return lane.flows[index]
+        return None
+
+    def slot_address(self, slot: int, key_length: int) -> bytes:
+        """The address of a slot in the family of a key."""
+        plan = self._plan
+        return plan.address4(self.start.worker, slot) if key_length == 12 else plan.address6(self.start.worker, slot)
+
+    def listener(self, lane: Lane, key: bytes) -> bytes:
+        """What follows the slot's address in the rewritten signature: listener's address, client's port, listener's port."""
+        return self.slot_address(self._plan.slot(lane.framing, 1), len(key)) + key[-4:-2] + self.listener_port
+
+    def inject(self, flow: Flow, packet: bytes) -> None:
+        """Send a held packet (behind its virtio-net header) on its way."""
+        lane = self._lanes[flow.tunnel.framing]
+        lane.view[: len(packet)] = packet
+        lane.up(flow.tunnel, len(packet))
+
+    def say(self, tunnel: Tunnel, packet: bytes) -> bool:
+        """Send a packet of our own to a tunnel."""
+        return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet)
+
+    def deliver(self, tunnel: Tunnel, data: bytes | memoryview) -> bool:
+        """Send to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped."""
+        if tunnel.fd < 0:
+            self.drop("tunnel_closed")
+            return False
+        if not tunnel.queue:
+            try:
+                os.write(tunnel.fd, data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                self.drop("tunnel_closed")
+                return False
+            else:
+                return True
+        if tunnel.queued + len(data) > self.settings.tunnel_queue_bytes:
+            self.drop("tunnel_full")
+            return False
+        if not tunnel.queue:
+            self.rewatch(tunnel.fd, peers.READ | select.EPOLLOUT)
+        tunnel.queue.append(bytes(data))
+        tunnel.queued += len(data)
+        return True
+
+    def _drain(self, tunnel: Tunnel) -> None:
+        while tunnel.queue:
+            try:
+                os.write(tunnel.fd, tunnel.queue[0])
+            except BlockingIOError:
+                return
+            except OSError:
+                tunnel.queue.clear()
+                break
+            tunnel.queued -= len(tunnel.queue.popleft())
+        tunnel.queued = 0
+        self.rewatch(tunnel.fd, peers.READ)
+
+    # tunnels
+
+    def adopt(self, link: peers.OnrampLink, message: Adopt, fd: int) -> tuple[str, str] | None:
+        """Read a tunnel from now on; or why not (code, message)."""
+        if message.tunnel in self.tunnels:
+            return "TUNNEL_EXISTS", f"tunnel {message.tunnel} is read already"
+        row = self.tenants.row(bytes.fromhex(message.context.tenant_id.replace("-", "")))
+        if row is None:
+            return "LIMIT", "this node carries as many tenants as it can"
+        context = message.context
+        device = self._devices.setdefault(context.device_id, DeviceCounts())
+        device.tunnels += 1
+        os.set_blocking(fd, False)
+        grow(fd)
+        tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
+        self.tunnels[message.tunnel] = tunnel
+        lane = self._lanes[message.framing]
+
+        def ready(mask: int) -> None:
+            if mask & select.EPOLLOUT:
+                self._drain(tunnel)
+            if mask & ~select.EPOLLOUT:
+                gone = mask & (select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR) != 0
+                if not lane.from_tunnel(tunnel, gone):
+                    self.close_tunnel(tunnel.id, "closed by the producer")
+
+        self.watch(fd, peers.READ, ready)
+        self.orphans.remember(message.tunnel, context)
+        if message.greeting:
+            self.deliver(tunnel, message.greeting)
+        self.tell(control.TunnelOpened(message.tunnel, context, message.framing, message.mtu))
+        return None
+
+    def close_tunnel(self, number: int, reason: str) -> None:
+        """End a tunnel and its flows."""
+        tunnel = self.tunnels.pop(number, None)
+        if tunnel is None:
+            return
+        for flow in list(tunnel.flows.values()):
+            self.to_upgrader.append(Abort(flow.slot))
+            self.tracker.finish(flow, "tunnel_closed")
+        self.unwatch(tunnel.fd)
+        os.close(tunnel.fd)
+        tunnel.fd = -1
+        tunnel.device.tunnels -= 1
+        if not tunnel.device.tunnels:
+            self._devices.pop(tunnel.context.device_id, None)
+        for link in self.onramps:
+            link.send([TunnelClosed(number, reason)])
+        self.tell(control.TunnelEnded(number))
+        self.log.info("tunnel_closed", tunnel=number, reason=reason)
+
+    def onramp_arrived(self, link: peers.OnrampLink) -> None:
+        """A (new) on-ramp said hello: give it copies of what is read here."""
+        link.send([self._hello()])
+        for tunnel in self.tunnels.values():
+            link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu), tunnel.fd)
+
+    def trace(self, flow: Flow) -> None:
+        """A sampled flow began: let the on-ramp add its span."""
+        for link in self.onramps:
+            link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, flow.start_wall)])
+
+    # the upgrader
+
+    def paired(self, link: peers.UpgraderLink, message: Devices, fds: list[int]) -> None:
+        """The upgrader worker gave its devices."""
+        if message.workers != self.start.workers:
+            for fd in fds:
+                os.close(fd)
+            self.log.error("workers_differ", flow=self.start.workers, upgrader=message.workers)
+            return
+        self._bereave()
+        self.listener_port = message.listener_port.to_bytes(2, "big")
+        for framing, fd in zip((Framing.VNET, Framing.RAW), fds, strict=True):
+            lane = self._lanes[framing]
+            if lane.tun >= 0:
+                self.unwatch(lane.tun)
+                os.close(lane.tun)
+            os.set_blocking(fd, False)
+            lane.tun = fd
+        self._upgrader = link
+        self._lost_at = None
+        self.counts[counters.PAIRED] = 1
+        self._mend()
+
+    def unpaired(self, link: peers.UpgraderLink) -> None:
+        """The upgrader worker is gone. What its sockets say at their end (RST) still comes out of the devices."""
+        if self._upgrader is link:
+            self._lost_at = self.now
+            self._upgrader = None
+            self.ready = False
+            self._next_dial = self.now
+            self.counts[counters.PAIRED] = 0
+            self.tell(control.Status(paired=False, ready=False))
+
+    def _bereave(self) -> None:
+        """End the flows of an upgrader that is gone; first what its kernel still had to say, which are resets mostly."""
+        for lane in self._lanes.values():
+            while lane.tun >= 0 and lane.from_tun() == BUDGET:
+                pass
+        for tunnel in self.tunnels.values():
+            for flow in list(tunnel.flows.values()):
+                self.orphans.reset(self, flow)
+                self.tracker.finish(flow, "upgrader_lost")
+
+    def _mend(self) -> None:
+        """Towards being ready: reach the upgrader, clear what is lost, take new flows."""
+        if self._lost_at is not None and self.now - self._lost_at > SECOND // 2:
+            self._bereave()
+            self._lost_at = None
+        if self._upgrader is None:
+            if self.now >= self._next_dial and not self._dialling():
+                self._next_dial = self.now + peers.RETRY
+                path = Path(self.start.run_dir, "mesh", f"upgrader.worker.{self.start.worker}.sock")
+                self._link = peers.dial_upgrader(self, path, self._hello())
+            return
+        if self.ready or self._loaded != {"rules", "routes"}:
+            return
+        if self.orphans.tunnels - self.tunnels.keys() and self.now < self._adoption_deadline:
+            return
+        self._upgrader.send([AbortAll()])
+        for lane in self._lanes.values():
+            if lane.tun not in self._handlers:
+                self.watch(lane.tun, select.EPOLLIN, partial(_read_device, lane))
+        self.ready = True
+        self.tell(control.Status(paired=True, ready=True))
+
+    _link: peers.UpgraderLink | None = None
+
+    def _dialling(self) -> bool:
+        return self._link is not None and self._link.sock.fileno() >= 0
+
+    def _hello(self) -> Hello:
+        return Hello("flow", self.start.worker, self._generation)
+
+    # the parent
+
+    def tell(self, message: Message) -> None:
+        """Send to the parent at the end of the turn."""
+        self._to_parent.append(encode([message]))
+
+    def _from_parent(self, _: int) -> None:
+        while (received := seqpacket.receive(self._parent, 65536)) is not None:
+            data, fds = received
+            for fd in fds:
+                os.close(fd)
+            if not data:
+                self._alive = False
+                return
+            for message in control.TO_WORKER.decode(data):
+                match message:
+                    case control.Load():
+                        self._begin_load(message)
+                    case control.Terminate():
+                        self._terminate(message)
+
+    def _terminate(self, message: control.Terminate) -> None:
+        flow = self.flow_of(message.slot)
+        if flow is not None and flow.flow_id == message.flow_id:
+            self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
+
+    def _begin_load(self, message: control.Load) -> None:
+        try:
+            with open(message.path, "rb") as file:
+                file.seek(HEADER_BYTES)
+                data = file.read()
+        except OSError as error:
+            self.tell(control.Loaded(message.name, message.epoch, message.number, str(error)))
+            return
+        self._loading = [entry for entry in self._loading if entry[0].name != message.name]
+        steps = self._load_routes(data) if message.name == "routes" else self._load_rules(data)
+        self._loading.append((message, steps))
+
+    def _load_routes(self, data: bytes) -> Iterator[None]:
+        table = RouteTable()
+        yield from table.load(data)
+        self.routes = table
+
+    def _load_rules(self, data: bytes) -> Iterator[None]:
+        loading = RuleTable.load(data)
+        yield from loading
+        assert loading.table is not None
+        self.rules = loading.table
+
+    def _load(self) -> None:
+        """A slice of loading; the table decides once it is whole."""
+        message, steps = self._loading[0]
+        until = time.monotonic_ns() + LOAD_SLICE
+        error = ""
+        try:
+            for _ in steps:
+                if time.monotonic_ns() > until:
+                    return
+        except ValueError as failed:
+            error = str(failed)
+        self._loading.pop(0)
+        if not error:
+            self._loaded.add(message.name)
+            for tunnel in self.tunnels.values():
+                tunnel.memo.clear()
+            self._mend()
+        self.tell(control.Loaded(message.name, message.epoch, message.number, error))
+
+
+def _read_device(lane: Lane, _: int) -> None:
+    lane.from_tun()
+
+
+def grow(fd: int) -> None:
+    """Let a tunnel hold a few dozen super-packets; the kernel's limit for unprivileged processes applies."""
+    sock = socket.socket(fileno=os.dup(fd))
+    with sock:
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, TUNNEL_BUFFER)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point: `--control-fd N` is the inherited pair; the first message says everything else."""
+    parser = argparse.ArgumentParser(prog="falkirk.flow.worker")
+    parser.add_argument("--control-fd", type=int, required=True)
+    parent = socket.socket(fileno=parser.parse_args(argv).control_fd)
+    parent.setblocking(True)
+    received = seqpacket.receive(parent, 65536)
+    if received is None or not received[0]:
+        return 1
+    data, fds = received
+    (start,) = control.TO_WORKER.decode(data)
+    if not isinstance(start, control.Start) or len(fds) != start.descriptors:
+        raise ValueError("the first message must be Start with its descriptors")
+    parent.setblocking(False)
+    Worker(parent, start, Counters.attach(fds[0], counters.NAMES), fds[1]).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,25 @@
+"""On-ramp: where packets enter and a tenant is attached.
+
+A producer connects to `tunnel.sock` (SOCK_SEQPACKET) and says in its first datagram for which tenant and device it speaks. The
+kernel says who it is (SO_PEERCRED). The on-ramp's worker judges both against its tables and hands the accepted descriptor,
+with the `TunnelContext` that it made, to the flow worker of that device. From then on it is off the packets' way:
+
+    producer ─connect─► gate ─first datagram─► parser ─► admission ─► flow link ─Adopt + descriptor─► flow worker
+                         │ silent, forbidden,    │ wrong shape  │ unknown, disabled      │ down, refuses
+                         └───────────────────────┴──────────────┴────────────────────────┴─► {"error":{code,message}}
+
+The worker keeps a copy of every tunnel's descriptor: it sees the producer leave, hands the tunnel to the next flow worker
+when one dies, and can shut it at once (`shutdown` ends all copies, wherever they are). A new on-ramp worker gets its copies back
+from the flow workers (`Held`).
+
+The parent (gRPC) mirrors tenants, users, devices and virtual networks from the registry, and pushes them to its
+worker as transactions; the worker reviews the tunnels that a transaction touches and closes those whose context no longer holds.
+
+    admission, context, context_json, tables   PURE: who may enter, and as whom
+    worker, gate, links, tunnels               the packet-side process: raw epoll, no gRPC
+    service, mirror, __main__                  the parent
+
+Limits: contexts of 16 KiB; 1024 connections that haven't been admitted yet, each for 5 s at most; one worker, since
+admission is rare. The context of a tunnel never changes: what would change it closes the tunnel, and the producer
+connects again.
+"""

@@ -1,0 +1,137 @@
+"""Who may enter, and as whom. PURE.
+
+`admit` turns (uid, request) into a `TunnelContext` or a `Refusal`; `review` tells whether a context that was admitted earlier
+would still be given. The on-ramp's worker and `OnrampService.Explain` both call it.
+
+A uid that may not speak for a tenant learns nothing about it: the check comes before the first look at the tables. Grants name
+tenants, so a renamed tenant needs its grants changed.
+
+Limit: a change of flow limits or of names alone closes no tunnel; it counts from the next admission on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_address
+from typing import Final
+
+import msgspec
+
+from falkirk.onramp.context import Code, ContextRequest, Refusal, shown
+from falkirk.onramp.tables import DeviceRow, NetworkRow, Tables, TenantRow
+from falkirk.wire.context import TunnelContext
+
+ANY: Final = "*"
+_REVIEWED: Final = ("device_id", "virtual_network_id", "addresses", "user_id", "groups", "posture")
+
+
+class Grants:
+    """Which uid may speak for which tenants."""
+
+    def __init__(self, by_uid: Iterable[tuple[int, Iterable[str]]]) -> None:
+        """Several entries of one uid add up; the tenant "*" is every tenant."""
+        self._by_uid: dict[int, frozenset[str]] = {}
+        for uid, tenants in by_uid:
+            self._by_uid[uid] = self._by_uid.get(uid, frozenset()) | frozenset(tenants)
+
+    def knows(self, uid: int) -> bool:
+        """May this uid connect at all?"""
+        return uid in self._by_uid
+
+    def check_uid(self, uid: int) -> None:
+        """Raises Refusal where the uid may not connect at all."""
+        if uid not in self._by_uid:
+            raise Refusal(Code.UID_FORBIDDEN, f"uid {uid} may not open tunnels here; see the setting onramp.tunnels")
+
+    def check(self, uid: int, tenant: str) -> None:
+        """Raises Refusal where the uid may not speak for a tenant of this name."""
+        self.check_uid(uid)
+        granted = self._by_uid[uid]
+        if ANY not in granted and tenant not in granted:
+            raise Refusal(Code.TENANT_FORBIDDEN, f"uid {uid} may not speak for tenant {shown(tenant)}")
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """A context, and whether its virtual network was asked for by name (then a new selection doesn't concern it)."""
+
+    context: TunnelContext
+    pinned: bool
+
+
+def admit(tables: Tables, request: ContextRequest) -> Admission:
+    """The context that the request gets. `Grants.check` comes first, and isn't made here. Raises Refusal."""
+    tenant = tables.tenant(request.tenant)
+    if tenant is None:
+        raise Refusal(Code.UNKNOWN_TENANT, f"there is no tenant {shown(request.tenant)}")
+    device = tables.device(tenant.id, request.device)
+    if device is None:
+        raise Refusal(Code.UNKNOWN_DEVICE, f"tenant {tenant.name} has no device {shown(request.device)}")
+    network = tables.network(tenant.id, request.virtual_network or device.virtual_network)
+    if network is None:
+        name = request.virtual_network or device.virtual_network or "default"
+        raise Refusal(Code.UNKNOWN_VIRTUAL_NETWORK, f"tenant {tenant.name} has no virtual network {shown(name)}")
+    return Admission(_context(tables, tenant, device, network, request.attributes), bool(request.virtual_network))
+
+
+def review(tables: Tables, admission: Admission) -> str:
+    """Why the tunnel must be closed; empty where its context still holds."""
+    held = admission.context
+    tenant = tables.tenant_by_id(held.tenant_id)
+    if tenant is None:
+        return "tenant_removed"
+    device = tables.device_by_id(held.device_id)
+    if device is None or device.tenant_id != tenant.id:
+        return "device_removed"
+    if admission.pinned:
+        network = tables.network_by_id(held.virtual_network_id)
+    else:
+        network = tables.network(tenant.id, device.virtual_network)
+    if network is None or network.tenant_id != tenant.id:
+        return "virtual_network_removed"
+    try:
+        now = _context(tables, tenant, device, network, held.attributes)
+    except Refusal as refusal:
+        return refusal.code.lower()
+    return "" if all(getattr(now, field) == getattr(held, field) for field in _REVIEWED) else "context_changed"
+
+
+def resumed(tables: Tables, context: TunnelContext) -> Admission:
+    """An admission of which only the context is known: taken for pinned where it isn't what the device has selected."""
+    device = tables.device_by_id(context.device_id)
+    selected = tables.network(context.tenant_id, device.virtual_network) if device else None
+    return Admission(context, selected is None or selected.id != context.virtual_network_id)
+
+
+def _context(
+    tables: Tables, tenant: TenantRow, device: DeviceRow, network: NetworkRow, attributes: Mapping[str, str]
+) -> TunnelContext:
+    if device.disabled:
+        raise Refusal(Code.DEVICE_DISABLED, f"device {device.name} is disabled")
+    user = tables.user(tenant.id, device.user) if device.user else None
+    if user is not None and user.disabled:
+        raise Refusal(Code.USER_DISABLED, f"user {user.name} of device {device.name} is disabled")
+    if device.user and user is None:
+        raise Refusal(Code.USER_DISABLED, f"user {device.user} of device {device.name} isn't known")
+    return TunnelContext(
+        tenant_id=tenant.id,
+        tenant=tenant.name,
+        device_id=device.id,
+        device=device.name,
+        virtual_network_id=network.id,
+        virtual_network=network.name,
+        addresses=device.addresses,
+        user_id=user.id if user else "",
+        user=user.name if user else "",
+        groups=tuple(sorted({*device.groups, *(user.groups if user else ())})),
+        posture=device.posture,
+        attributes=dict(attributes),
+        device_max_flows=device.max_flows,
+        tenant_max_flows=tenant.max_flows,
+    )
+
+
+def greeting(tunnel: int, context: TunnelContext, mtu: int, framing: str) -> bytes:
+    """The datagram that tells the producer that it was admitted."""
+    addresses = [str(ip_address(address)) for address in context.addresses]
+    admitted = {"tunnel_id": tunnel, "addresses": addresses, "mtu": mtu, "framing": framing}
+    return msgspec.json.encode({"admitted": admitted})

@@ -1,0 +1,153 @@
+"""What the on-ramp's parent and its worker say to each other over their pair. PURE.
+
+One datagram is one MessagePack message; descriptors ride beside it. The parent speaks first:
+
+    parent -> worker   Setup (counters, listener) Update (rows) Close
+    worker -> parent   State Opened Ended Traced
+
+An `Update` is one transaction; its rows are in a memfd, so a transaction of any size is one message and is applied whole.
+The file holds chunks, each a 4-byte length (big endian) and a MessagePack `Chunk`.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from falkirk.onramp.context import Code
+from falkirk.onramp.tables import Row, chunks
+from falkirk.wire.context import Framing, TunnelContext
+
+COUNTERS: Final = ("admitted", "closed", *(code.value for code in Code))
+"""Names of the shared counters: tunnels admitted and closed, refusals by code."""
+
+_LENGTH: Final = struct.Struct(">I")
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all messages; on the wire an array whose head is the class's name."""
+
+
+class Setup(Message, frozen=True, tag=True):
+    """All that the worker must know. Two descriptors: the counters' memory and the listening tunnel socket."""
+
+    mesh_dir: str
+    """Where the flow workers' sockets are."""
+    flow_workers: int
+    peer_uids: tuple[int, ...]
+    """Uids that a flow worker may have."""
+    grants: tuple[tuple[int, tuple[str, ...]], ...]
+    """(uid, tenant names) of producers."""
+    parser: str
+    mtu: int
+    first_tunnel: int
+    context_timeout_ms: int
+    adopt_timeout_ms: int
+    max_pending: int
+    max_pending_per_uid: int
+    max_tunnels: int
+    max_tunnels_per_device: int
+    log_level: str = "info"
+    log_format: str = "json"
+
+
+class Update(Message, frozen=True, tag=True):
+    """A transaction of the registry, or its whole state. One descriptor: the rows."""
+
+    full: bool
+    epoch: str
+    number: int
+
+
+class Close(Message, frozen=True, tag=True):
+    """Close a tunnel, where it is still open."""
+
+    tunnel: int
+    reason: str
+
+
+class State(Message, frozen=True, tag=True):
+    """How the worker is, after each change: the last update applied, and which flow workers it is connected to."""
+
+    epoch: str
+    number: int
+    links: tuple[bool, ...]
+
+
+class Opened(Message, frozen=True, tag=True):
+    """A tunnel is read by its flow worker. `resumed`: it was so before this on-ramp worker started."""
+
+    tunnel: int
+    context: TunnelContext
+    framing: Framing
+    mtu: int
+    flow_worker: int
+    uid: int
+    pid: int
+    admitted_at: int
+    """Wall-clock nanoseconds."""
+    resumed: bool = False
+
+
+class Ended(Message, frozen=True, tag=True):
+    """A tunnel is over."""
+
+    tunnel: int
+    reason: str
+
+
+class Traced(Message, frozen=True, tag=True):
+    """A sampled flow began on this tunnel (see `falkirk.wire.handover.Traced`)."""
+
+    tunnel: int
+    trace_id: bytes
+    span_id: bytes
+    time: int
+
+
+class Chunk(msgspec.Struct, frozen=True, array_like=True):
+    """Some rows of an update, and (in its first chunk) what the transaction removed."""
+
+    changed: tuple[Row, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
+TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Update | Close)
+TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Ended | Traced)
+_CHUNK: Final = msgspec.msgpack.Decoder(Chunk)
+_encoder: Final = msgspec.msgpack.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """One datagram."""
+    return _encoder.encode(message)
+
+
+def pack(changed: Iterable[Row], removed: Iterable[str]) -> Iterator[bytes]:
+    """The content of an update's file."""
+    first = tuple(removed)
+    if first:
+        yield _framed(Chunk(removed=first))
+    for portion in chunks(changed):
+        yield _framed(Chunk(changed=portion))
+
+
+def unpack(data: memoryview) -> Iterator[Chunk]:
+    """Chunks of an update's file, decoded one at a time. Raises ValueError where it is cut off or broken."""
+    position = 0
+    while position < len(data):
+        if position + _LENGTH.size > len(data):
+            raise ValueError("the update is cut off")
+        (length,) = _LENGTH.unpack_from(data, position)
+        position += _LENGTH.size + length
+        if position > len(data):
+            raise ValueError("the update is cut off")
+        yield _CHUNK.decode(data[position - length : position])
+
+
+def _framed(chunk: Chunk) -> bytes:
+    encoded = _encoder.encode(chunk)
+    return _LENGTH.pack(len(encoded)) + encoded

@@ -1,0 +1,238 @@
+"""Admitted tunnels, and copies of their descriptors.
+
+    WAITING   admitted; its flow worker isn't connected, or hasn't answered. Ends by `Adopted`, or is refused after the timeout
+    HELD      the flow worker reads it
+
+When a flow worker is replaced (another generation), what it held is sent to the new one without a greeting; whether a greeting of a
+WAITING tunnel was written can't be known then, so it may be written twice, but never not at all.
+
+Closing tells the flow worker first, then shuts the connection for every copy of the descriptor.
+
+Limit: about 1.5 kB a tunnel beside its context. Ids count up and aren't reused; after 2^32 - 1 they start over at 1.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Final
+from zlib import crc32
+
+from falkirk.linux.seqpacket import Peer
+from falkirk.onramp import admission, gate
+from falkirk.onramp.admission import Admission
+from falkirk.onramp.context import Code, Refusal
+from falkirk.onramp.links import FlowLink
+from falkirk.onramp.reactor import Reactor, Timer
+from falkirk.onramp.tables import Tables, Touched
+from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.handover import Adopt, Held, TunnelClosed
+
+_LAST_ID: Final = (1 << 32) - 1
+
+
+class Tunnel:
+    """One admitted producer."""
+
+    __slots__ = (
+        "admission",
+        "admitted_at",
+        "context",
+        "framing",
+        "generation",
+        "greeting",
+        "id",
+        "mtu",
+        "peer",
+        "sock",
+        "timer",
+        "worker",
+    )
+
+    def __init__(
+        self,
+        number: int,
+        sock: socket.socket,
+        peer: Peer,
+        context: TunnelContext,
+        framing: Framing,
+        mtu: int,
+        worker: int,
+    ) -> None:
+        self.id, self.sock, self.peer, self.context = number, sock, peer, context
+        self.framing, self.mtu, self.worker = framing, mtu, worker
+        self.admission: Admission | None = None
+        """None where it was admitted by an earlier on-ramp and hasn't been reviewed."""
+        self.admitted_at = 0
+        self.greeting = b""
+        """Not empty until the flow worker has taken the tunnel."""
+        self.generation = 0
+        """Of the flow worker that reads it; 0 while none has said so."""
+        self.timer: Timer | None = None
+
+
+class TunnelTable:
+    """All tunnels. `opened` and `ended` tell the parent; `refused` counts."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        links: list[FlowLink],
+        opened: Callable[[Tunnel, bool], None],
+        ended: Callable[[Tunnel, str], None],
+        refused: Callable[[Code], None],
+        *,
+        first_id: int,
+        mtu: int,
+        adopt_timeout_s: float,
+        max_tunnels: int,
+        max_per_device: int,
+    ) -> None:
+        self._reactor, self._links = reactor, links
+        self._opened, self._ended, self._refused = opened, ended, refused
+        self._next_id, self._mtu, self._adopt_timeout_s = first_id, mtu, adopt_timeout_s
+        self._max_tunnels, self._max_per_device = max_tunnels, max_per_device
+        self._tunnels: dict[int, Tunnel] = {}
+        self._by_device: defaultdict[str, set[int]] = defaultdict(set)
+        self._by_tenant: defaultdict[str, set[int]] = defaultdict(set)
+
+    def __len__(self) -> int:
+        return len(self._tunnels)
+
+    def admit(self, sock: socket.socket, peer: Peer, admitted: Admission, framing: Framing, now: int) -> None:
+        """A new tunnel; `now` is wall-clock nanoseconds. Raises Refusal, and the socket stays the caller's."""
+        device_id = admitted.context.device_id
+        if len(self._tunnels) >= self._max_tunnels:
+            raise Refusal(Code.LIMIT, f"this node has {self._max_tunnels} tunnels")
+        if len(self._by_device.get(device_id, ())) >= self._max_per_device:
+            raise Refusal(Code.LIMIT, f"device {admitted.context.device} has {self._max_per_device} tunnels")
+        worker = crc32(device_id.encode()) % len(self._links)
+        tunnel = Tunnel(self._new_id(), sock, peer, admitted.context, framing, self._mtu, worker)
+        tunnel.admission, tunnel.admitted_at = admitted, now
+        tunnel.greeting = admission.greeting(tunnel.id, tunnel.context, self._mtu, framing)
+        tunnel.timer = self._reactor.later(self._adopt_timeout_s, lambda: self._on_adopt_timeout(tunnel))
+        self._insert(tunnel)
+        self._adopt(tunnel)
+
+    def hold(self, worker: int, generation: int, what: Held, sock: socket.socket, peer: Peer, now: int) -> None:
+        """A tunnel that a flow worker reads since before this on-ramp; nothing where it is known."""
+        number = what.tunnel
+        if number in self._tunnels:
+            sock.close()
+            self.adopted(number, generation)
+            return
+        tunnel = Tunnel(number, sock, peer, what.context, what.framing, what.mtu, worker)
+        tunnel.generation, tunnel.admitted_at = generation, now
+        self._next_id = max(self._next_id, number + 1)
+        self._insert(tunnel)
+        self._opened(tunnel, True)
+
+    def link_up(self, worker: int, generation: int) -> None:
+        """Hand over what this generation of the flow worker doesn't read yet."""
+        for tunnel in self._tunnels.values():
+            if tunnel.worker == worker and tunnel.generation != generation:
+                self._adopt(tunnel)
+
+    def adopted(self, number: int, generation: int) -> None:
+        """A flow worker reads the tunnel."""
+        tunnel = self._tunnels.get(number)
+        if tunnel is None:
+            return
+        tunnel.generation = generation
+        if tunnel.timer is not None:
+            tunnel.timer.cancel()
+        if tunnel.greeting:
+            tunnel.greeting, tunnel.timer = b"", None
+            self._opened(tunnel, False)
+
+    def adopt_refused(self, number: int, code: str, message: str) -> None:
+        """A flow worker doesn't take the tunnel."""
+        tunnel = self._tunnels.get(number)
+        if tunnel is None:
+            return
+        if tunnel.greeting:
+            self._fail(tunnel, Code.ADOPT_REFUSED, f"{code}: {message}")
+        else:
+            self.close(number, f"adopt_refused: {code}", tell_flow=False)
+
+    def close(self, number: int, reason: str, *, tell_flow: bool = True) -> None:
+        """End a tunnel, where it is there."""
+        tunnel = self._tunnels.get(number)
+        if tunnel is None:
+            return
+        self._remove(tunnel)
+        if tell_flow:
+            self._links[tunnel.worker].send(TunnelClosed(number, reason))
+            self._links[tunnel.worker].flush()
+        gate.discard(tunnel.sock)
+        if tunnel.greeting:
+            self._refused(Code.GONE)
+        else:
+            self._ended(tunnel, reason)
+
+    def touched_by(self, touched: Touched) -> set[int]:
+        """Tunnels that a change may concern."""
+        found: set[int] = set()
+        for device in touched.devices:
+            found |= self._by_device.get(device, set())
+        for tenant in touched.tenants:
+            found |= self._by_tenant.get(tenant, set())
+        return found
+
+    def ids(self) -> Iterable[int]:
+        """All tunnels."""
+        return list(self._tunnels)
+
+    def review(self, number: int, tables: Tables) -> None:
+        """Close the tunnel where its context no longer holds."""
+        tunnel = self._tunnels.get(number)
+        if tunnel is None:
+            return
+        if tunnel.admission is None:
+            tunnel.admission = admission.resumed(tables, tunnel.context)
+        reason = admission.review(tables, tunnel.admission)
+        if reason and tunnel.greeting:
+            self._fail(tunnel, Code.NOT_READY, f"{reason} while the tunnel was opened; try again")
+        elif reason:
+            self.close(number, reason)
+
+    def _insert(self, tunnel: Tunnel) -> None:
+        self._tunnels[tunnel.id] = tunnel
+        self._by_device[tunnel.context.device_id].add(tunnel.id)
+        self._by_tenant[tunnel.context.tenant_id].add(tunnel.id)
+        # Hang-ups are always told; reading is the flow worker's.
+        self._reactor.add(tunnel.sock.fileno(), select.EPOLLRDHUP, lambda _: self.close(tunnel.id, "producer_closed"))
+
+    def _remove(self, tunnel: Tunnel) -> None:
+        self._reactor.remove(tunnel.sock.fileno())
+        del self._tunnels[tunnel.id]
+        for index, key in ((self._by_device, tunnel.context.device_id), (self._by_tenant, tunnel.context.tenant_id)):
+            index[key].discard(tunnel.id)
+            if not index[key]:
+                del index[key]
+        if tunnel.timer is not None:
+            tunnel.timer.cancel()
+
+    def _adopt(self, tunnel: Tunnel) -> None:
+        message = Adopt(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.greeting)
+        self._links[tunnel.worker].send(message, tunnel.sock)
+
+    def _on_adopt_timeout(self, tunnel: Tunnel) -> None:
+        self._fail(tunnel, Code.NOT_READY, f"flow worker {tunnel.worker} doesn't take tunnels now; try again")
+
+    def _fail(self, tunnel: Tunnel, code: Code, message: str) -> None:
+        """Refuse a tunnel that was admitted but never read."""
+        self._remove(tunnel)
+        self._links[tunnel.worker].send(TunnelClosed(tunnel.id, code.lower()))
+        self._links[tunnel.worker].flush()
+        self._refused(code)
+        gate.refuse(tunnel.sock, Refusal(code, message).answer())
+
+    def _new_id(self) -> int:
+        while self._next_id in self._tunnels or not 1 <= self._next_id <= _LAST_ID:
+            self._next_id = self._next_id + 1 if self._next_id < _LAST_ID else 1
+        number = self._next_id
+        self._next_id += 1
+        return number

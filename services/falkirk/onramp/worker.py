@@ -1,0 +1,300 @@
+"""The on-ramp's worker process: gate, admission tables, tunnels and links in one loop.
+
+    python -m falkirk.onramp.worker --control-fd N
+
+It waits for `Setup`, accepts producers once the first `Update` is applied, and exits when its parent's end closes, on SIGTERM, and on
+nothing that a producer or a flow worker sends. It leaves tunnels as they are: flow workers read on, and the next
+on-ramp gets them back.
+
+Long work is done in slices: an update is decoded `CHUNKS_A_TURN` chunks a turn and then applied at once; of the tunnels that it
+touches `REVIEWS_A_TURN` are reviewed a turn.
+
+Limit: reports that the parent doesn't read are kept; past `MAX_REPORTS` the gate refuses with NOT_READY until it does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import resource
+import select
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Final
+
+from falkirk.linux import seqpacket
+from falkirk.linux.seqpacket import Peer
+from falkirk.onramp import admission, control, gate, parsers
+from falkirk.onramp.admission import Grants
+from falkirk.onramp.context import Code, ContextRequest, Refusal
+from falkirk.onramp.control import Close, Ended, Opened, Setup, State, Update
+from falkirk.onramp.gate import Gate
+from falkirk.onramp.links import FlowLink
+from falkirk.onramp.reactor import Reactor
+from falkirk.onramp.tables import Row, Tables
+from falkirk.onramp.tunnels import Tunnel, TunnelTable
+from falkirk.runtime.counters import Counters
+from falkirk.runtime.log import Log
+from falkirk.wire import handover
+from falkirk.wire.handover import Adopted, AdoptRefused, Held, TunnelClosed
+
+CHUNKS_A_TURN: Final = 8
+REVIEWS_A_TURN: Final = 200
+MAX_REPORTS: Final = 50_000
+_CONTROL_BYTES: Final = 256 * 1024
+
+
+class Worker:
+    """Everything of one worker, wired together."""
+
+    def __init__(
+        self, reactor: Reactor, parent: socket.socket, setup: Setup, counters: Counters, listener: socket.socket
+    ) -> None:
+        self._reactor, self._parent, self._counters = reactor, parent, counters
+        self._log = Log("onramp", setup.log_level, setup.log_format)
+        self._tables = Tables()
+        self._revision = ("", 0)
+        self._updates: deque[Iterator[None]] = deque()
+        self._reviews: deque[int] = deque()
+        self._reports: deque[bytes] = deque()
+        self._blocked = False
+        self._gate_open = False
+        generation = time.time_ns()
+        self._generations = [0] * setup.flow_workers
+        self._links = [
+            FlowLink(
+                reactor,
+                f"{setup.mesh_dir}/flow.worker.{number}.sock",
+                number,
+                generation,
+                setup.peer_uids,
+                self._log,
+                self._on_link_up,
+                self._on_flow,
+                self._on_link_down,
+            )
+            for number in range(setup.flow_workers)
+        ]
+        self._tunnels = TunnelTable(
+            reactor,
+            self._links,
+            self._on_opened,
+            self._on_ended,
+            self._on_refused,
+            first_id=setup.first_tunnel,
+            mtu=setup.mtu,
+            adopt_timeout_s=setup.adopt_timeout_ms / 1000,
+            max_tunnels=setup.max_tunnels,
+            max_per_device=setup.max_tunnels_per_device,
+        )
+        self._gate = Gate(
+            reactor,
+            listener,
+            parsers.load(setup.parser),
+            Grants(setup.grants),
+            self._admit,
+            self._on_refused,
+            timeout_s=setup.context_timeout_ms / 1000,
+            max_pending=setup.max_pending,
+            max_pending_per_uid=setup.max_pending_per_uid,
+        )
+
+    def start(self) -> None:
+        """Join the loop."""
+        self._reactor.add(self._parent.fileno(), select.EPOLLIN, self._on_parent)
+        self._reactor.after += [self._update, self._review, *(link.flush for link in self._links), self._flush_reports]
+        self._gate.open()
+        for link in self._links:
+            link.connect()
+        self._report_state()
+
+    # From the parent.
+
+    def _on_parent(self, mask: int) -> None:
+        if mask & select.EPOLLOUT:
+            self._blocked = False
+            self._reactor.mask(self._parent.fileno(), select.EPOLLIN)
+        received = seqpacket.receive(self._parent, _CONTROL_BYTES)
+        if received is None:
+            return
+        data, descriptors = received
+        if not data:
+            self._reactor.stop()
+            return
+        match control.TO_WORKER.decode(data):
+            case Update() as update:
+                self._updates.append(self._load(update, descriptors[0]))
+            case Close(tunnel, reason):
+                self._tunnels.close(tunnel, reason)
+
+    def _load(self, update: Update, descriptor: int) -> Iterator[None]:
+        """Decode an update in slices, then apply it at once."""
+        size = os.fstat(descriptor).st_size
+        content = memoryview(mmap.mmap(descriptor, size, prot=mmap.PROT_READ) if size else b"")
+        os.close(descriptor)
+        tables = Tables() if update.full else self._tables
+        staged: list[Row] = []
+        removed: list[str] = []
+        for count, chunk in enumerate(control.unpack(content)):
+            removed += chunk.removed
+            if update.full:
+                tables.apply(chunk.changed)
+            else:
+                staged += chunk.changed
+            if count % CHUNKS_A_TURN == 0:
+                yield
+        touched = tables.apply(staged, removed)
+        self._tables = tables
+        self._reviews.extend(self._tunnels.ids() if update.full else self._tunnels.touched_by(touched))
+        self._revision = (update.epoch, update.number)
+        self._gate_open = True
+        self._report_state()
+
+    def _update(self) -> bool:
+        if not self._updates:
+            return False
+        try:
+            next(self._updates[0])
+        except StopIteration:
+            self._updates.popleft()
+        return bool(self._updates)
+
+    def _review(self) -> bool:
+        for _ in range(min(REVIEWS_A_TURN, len(self._reviews))):
+            self._tunnels.review(self._reviews.popleft(), self._tables)
+        return bool(self._reviews)
+
+    # From producers.
+
+    def _admit(self, sock: socket.socket, peer: Peer, request: ContextRequest) -> None:
+        try:
+            if not self._gate_open:
+                raise Refusal(Code.NOT_READY, "the on-ramp knows no devices yet; try again")
+            if len(self._reports) > MAX_REPORTS:
+                raise Refusal(Code.NOT_READY, "the on-ramp's parent doesn't answer; try again")
+            admitted = admission.admit(self._tables, request)
+            self._tunnels.admit(sock, peer, admitted, request.framing, time.time_ns())
+        except Refusal as refusal:
+            self._on_refused(refusal.code)
+            gate.refuse(sock, refusal.answer())
+
+    def _on_refused(self, code: Code) -> None:
+        self._counters.add(code.value)
+
+    # From flow workers.
+
+    def _on_link_up(self, worker: int, generation: int) -> None:
+        self._generations[worker] = generation
+        self._tunnels.link_up(worker, generation)
+        self._report_state()
+
+    def _on_link_down(self, _: int) -> None:
+        self._report_state()
+
+    def _on_flow(self, worker: int, message: handover.Message, descriptor: int | None) -> None:
+        match message:
+            case Adopted(tunnel):
+                self._tunnels.adopted(tunnel, self._generations[worker])
+            case AdoptRefused(tunnel, code, text):
+                self._tunnels.adopt_refused(tunnel, code, text)
+            case TunnelClosed(tunnel, reason):
+                self._tunnels.close(tunnel, reason, tell_flow=False)
+            case handover.Traced(tunnel, trace_id, span_id, at):
+                self._report(control.Traced(tunnel, trace_id, span_id, at))
+            case Held(tunnel) if descriptor is not None:
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)
+                peer = seqpacket.peer(sock)
+                self._tunnels.hold(worker, self._generations[worker], message, sock, peer, time.time_ns())
+                if self._gate_open:
+                    self._reviews.append(tunnel)
+
+    # To the parent.
+
+    def _on_opened(self, tunnel: Tunnel, resumed: bool) -> None:
+        if not resumed:
+            self._counters.add("admitted")
+        self._report(
+            Opened(
+                tunnel=tunnel.id,
+                context=tunnel.context,
+                framing=tunnel.framing,
+                mtu=tunnel.mtu,
+                flow_worker=tunnel.worker,
+                uid=tunnel.peer.uid,
+                pid=tunnel.peer.pid,
+                admitted_at=tunnel.admitted_at,
+                resumed=resumed,
+            )
+        )
+
+    def _on_ended(self, tunnel: Tunnel, reason: str) -> None:
+        self._counters.add("closed")
+        self._report(Ended(tunnel.id, reason))
+
+    def _report_state(self) -> None:
+        epoch, number = self._revision
+        self._report(State(epoch, number, tuple(link.up for link in self._links)))
+
+    def _report(self, message: control.Message) -> None:
+        self._reports.append(control.encode(message))
+
+    def _flush_reports(self) -> bool:
+        try:
+            while self._reports and not self._blocked:
+                if seqpacket.send(self._parent, self._reports[0]):
+                    self._reports.popleft()
+                else:
+                    self._blocked = True
+                    self._reactor.mask(self._parent.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        except (BrokenPipeError, ConnectionResetError):
+            self._reactor.stop()
+        return False
+
+
+def _receive_setup(parent: socket.socket) -> tuple[Setup, list[int]] | None:
+    """The parent's first message; None where it is gone."""
+    with select.epoll() as epoll:
+        epoll.register(parent.fileno(), select.EPOLLIN)
+        received = None
+        while received is None:
+            epoll.poll()
+            received = seqpacket.receive(parent, _CONTROL_BYTES)
+    data, descriptors = received
+    if not data:
+        return None
+    setup = control.TO_WORKER.decode(data)
+    if not isinstance(setup, Setup):
+        raise ValueError(f"the parent's first message is {type(setup).__name__}, not Setup")
+    return setup, descriptors
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run until the parent is gone."""
+    arguments = argparse.ArgumentParser(prog="falkirk.onramp.worker")
+    arguments.add_argument("--control-fd", type=int, required=True)
+    control_fd: int = arguments.parse_args(argv).control_fd
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    parent = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=control_fd)
+    parent.setblocking(False)
+    os.set_inheritable(control_fd, False)
+    first = _receive_setup(parent)
+    if first is None:
+        return
+    setup, (counters_fd, listener_fd) = first
+    reactor = Reactor()
+    signal.signal(signal.SIGTERM, lambda *_: reactor.stop())
+    # A terminal's ^C goes to the whole group; the parent decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=listener_fd)
+    listener.setblocking(False)
+    Worker(reactor, parent, setup, Counters.attach(counters_fd, control.COUNTERS), listener).start()
+    reactor.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""A flow worker in the test's own process, stepped turn by turn, between a fake on-ramp and a fake upgrader.
+
+Everything is real but the neighbours: SEQPACKET sockets, descriptors passed with SCM_RIGHTS, the spool, the live table,
+compiled rules and routes. The TUN devices are SEQPACKET pairs, which behave like them: a read is a packet.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from falkirk.decide import routes as route_table
+from falkirk.decide import rules as rule_table
+from falkirk.flow import control, counters, limits
+from falkirk.flow.settings import FlowSettings
+from falkirk.flow.spool import AuditRecord, segments
+from falkirk.flow.worker import Worker
+from falkirk.linux import seqpacket
+from falkirk.runtime import blob
+from falkirk.runtime.counters import Counters
+from falkirk.wire import handover
+from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.slots import SlotPlan
+
+TENANT = "00000000-0000-4000-8000-00000000000a"
+OTHER_TENANT = "00000000-0000-4000-8000-00000000000b"
+NETWORK = "00000000-0000-4000-8000-000000000001"
+DEVICE4 = bytes([100, 96, 0, 2])
+DEVICE6 = bytes.fromhex("fd000000000000010000000000000002")
+SERVER4 = bytes([203, 0, 113, 5])
+SERVER6 = bytes.fromhex("20010db8000000000000000000000005")
+PORT = 1024
+"""Where the fake upgrader says that its listeners wait."""
+
+ALLOW_WEB = (
+    rule_table.PolicySource(
+        TENANT,
+        "main",
+        0,
+        [
+            rule_table.RuleSource("no-telnet", "net.port == 23", "deny"),
+            rule_table.RuleSource("all", "net.port != 25", "allow"),
+        ],
+    ),
+)
+
+
+def context(
+    *, tenant: str = TENANT, device: str = "laptop", addresses: Sequence[bytes] = (DEVICE4, DEVICE6), max_flows: int = 0
+) -> TunnelContext:
+    """A device's context."""
+    return TunnelContext(
+        tenant_id=tenant,
+        tenant="acme" if tenant == TENANT else "other",
+        device_id=f"{tenant}/{device}",
+        device=device,
+        virtual_network_id=NETWORK,
+        virtual_network="default",
+        addresses=tuple(addresses),
+        device_max_flows=max_flows,
+    )
+
+
+class FlowRig:
+    """The worker and its surroundings; `close` gives everything back."""
+
+    def __init__(
+        self,
+        directory: Path,
+        settings: FlowSettings | None = None,
+        *,
+        policies: Sequence[rule_table.PolicySource] = ALLOW_WEB,
+        ready: bool = True,
+    ) -> None:
+        self.run_dir, self.data_dir = directory / "run", directory / "data"
+        (self.run_dir / "mesh").mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.policies = policies
+        self.plan = SlotPlan(1)
+        self.counters = Counters.create(counters.NAMES)
+        self._tenants = os.memfd_create("tenants")
+        os.ftruncate(self._tenants, limits.SIZE)
+        self._settings = settings or FlowSettings()
+        self._upgrader_listener = seqpacket.listen(self.run_dir / "mesh" / "upgrader.worker.0.sock")
+        self._next_tunnel = 1
+        self._generation = time.time_ns()
+        self.start()
+        if ready:
+            self.pair()
+            self.load()
+
+    def start(self) -> None:
+        """A worker in place of the last one."""
+        self._parent, inherited = seqpacket.pair()
+        start = control.Start(
+            worker=0,
+            workers=1,
+            generation=1,
+            node="test",
+            sample_ratio=0.0,
+            run_dir=str(self.run_dir),
+            data_dir=str(self.data_dir),
+            mesh_uids=(),
+            settings=self._settings,
+        )
+        (self.run_dir / "mesh" / "flow.worker.0.sock").unlink(missing_ok=True)
+        self.worker = Worker(inherited, start, self.counters, os.dup(self._tenants))
+        self.upgrader: socket.socket | None = None
+        self._inbox: list[handover.Message] = []
+        self.onramp = seqpacket.connect(self.run_dir / "mesh" / "flow.worker.0.sock")
+        self._generation += 1
+        self.say_onramp(handover.Hello("onramp", 0, self._generation))
+
+    def pair(self) -> None:
+        """Be the upgrader: accept, say hello, hand devices over."""
+        self.until(lambda: self._accept_upgrader())
+        self.tun: dict[Framing, socket.socket] = {}
+        fds = []
+        for framing in Framing:
+            ours, theirs = seqpacket.pair()
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            self.tun[framing] = ours
+            fds.append(theirs)
+        assert self.upgrader is not None
+        self._generation += 1
+        hello = handover.Hello("upgrader", 0, self._generation)
+        order = [fds[list(Framing).index(framing)].fileno() for framing in (Framing.VNET, Framing.RAW)]
+        seqpacket.send(self.upgrader, handover.encode([hello, handover.Devices(1, PORT, 1500)]), order)
+        for end in fds:
+            end.close()
+        self.step()
+
+    def _accept_upgrader(self) -> bool:
+        try:
+            self.upgrader = self._upgrader_listener.accept()[0]
+        except BlockingIOError:
+            return False
+        self.upgrader.setblocking(False)
+        return True
+
+    def load(self) -> None:
+        """Give it routes (everything to the internet) and rules."""
+        entries = [
+            route_table.RouteSource(
+                NETWORK,
+                route_table.RouteEntry("00000000-0000-4000-8000-0000000000f4", "default4", "0.0.0.0/0", "internet"),
+            ),
+            route_table.RouteSource(
+                NETWORK, route_table.RouteEntry("00000000-0000-4000-8000-0000000000f6", "default6", "::/0", "internet")
+            ),
+            route_table.RouteSource(
+                NETWORK,
+                route_table.RouteEntry("00000000-0000-4000-8000-0000000000bb", "hole", "198.51.100.0/24", "blackhole"),
+            ),
+        ]
+        for name, data in (("routes", route_table.compile(entries)), ("rules", rule_table.compile(self.policies))):
+            path = self.directory / f"{name}.bin"
+            blob.save(path, blob.Blob("epoch", 1, data))
+            seqpacket.send(self._parent, handover.encode([control.Load(name, str(path), "epoch", 1)]))
+        self.until(lambda: self.worker.ready)
+
+    def say_onramp(self, message: handover.Message, fds: Sequence[int] = ()) -> None:
+        """Speak as the on-ramp."""
+        seqpacket.send(self.onramp, handover.encode([message]), fds)
+        self.step()
+
+    def say_upgrader(self, *messages: handover.Message) -> None:
+        """Speak as the upgrader."""
+        assert self.upgrader is not None
+        seqpacket.send(self.upgrader, handover.encode(messages))
+        self.step()
+
+    def tunnel(self, framing: Framing = Framing.RAW, who: TunnelContext | None = None) -> socket.socket:
+        """A new tunnel; returns the producer's end."""
+        ours, theirs = seqpacket.pair()
+        number, self._next_tunnel = self._next_tunnel, self._next_tunnel + 1
+        self.say_onramp(handover.Adopt(number, who or context(), framing, 1500), [theirs.fileno()])
+        theirs.close()
+        return ours
+
+    def step(self, turns: int = 3) -> None:
+        """Let the worker do what is ready."""
+        for _ in range(turns):
+            self.worker.turn(0)
+
+    def until(self, condition: object, seconds: float = 5.0) -> None:
+        """Step until a condition holds."""
+        assert callable(condition)
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "the condition didn't come true"
+            self.worker.turn(0.01)
+
+    def asked(self) -> list[handover.Message]:
+        """What the worker said to its upgrader since the last call, without the greeting."""
+        assert self.upgrader is not None
+        self.step()
+        said: list[handover.Message] = []
+        while (received := seqpacket.receive(self.upgrader, handover.MAX_DATAGRAM)) is not None and received[0]:
+            said.extend(handover.FLOW_TO_UPGRADER.decode(received[0]))
+        return [message for message in said if not isinstance(message, handover.Hello | handover.AbortAll)]
+
+    def told(self) -> list[handover.Message]:
+        """What the worker said to its on-ramp since the last call."""
+        self.step()
+        said: list[handover.Message] = []
+        while (received := seqpacket.receive(self.onramp, handover.MAX_DATAGRAM)) is not None and received[0]:
+            for fd in received[1]:
+                os.close(fd)
+            said.extend(handover.FLOW_TO_ONRAMP.decode(received[0]))
+        return said
+
+    def records(self) -> list[AuditRecord]:
+        """The whole spool."""
+        self.step()
+        decode = msgspec.json.Decoder(AuditRecord).decode
+        directory = self.data_dir / "flow" / "spool" / "worker-0"
+        return [decode(line) for path in segments(directory) for line in path.read_bytes().splitlines()]
+
+    def drops(self) -> dict[str, int]:
+        """Drop counts that aren't zero."""
+        return {reason: self.counters.view[at] for reason, at in counters.DROPS.items() if self.counters.view[at]}
+
+    def count(self, name: str) -> int:
+        """One counter."""
+        return self.counters.read(name)
+
+    def balanced(self) -> bool:
+        """received = forwarded + answered + dropped (+ held, which is the caller's to know)."""
+        total = self.count("forwarded") + self.count("answered") + sum(self.drops().values())
+        return self.count("received") == total
+
+    def kill(self) -> None:
+        """The worker dies: its descriptors close, nothing is tidied."""
+        self.worker.die()
+        self.upgrader = None
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.worker.die()
+        for sock in (
+            self._parent,
+            self.onramp,
+            self.upgrader,
+            self._upgrader_listener,
+            *getattr(self, "tun", {}).values(),
+        ):
+            if sock is not None:
+                sock.close()
+        os.close(self._tenants)
+        os.close(self.counters.fd)
+
+
+def read(sock: socket.socket) -> list[bytes]:
+    """All datagrams that wait."""
+    packets = []
+    while (received := seqpacket.receive(sock, 1 << 17)) is not None and received[0]:
+        packets.append(received[0])
+    return packets

@@ -1,0 +1,38 @@
+"""Snapshots on disk are whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from falkirk.runtime import blob
+from falkirk.runtime.blob import Blob, BlobError
+
+
+@pytest.mark.parametrize("data", [b"", b"x", bytes(1_000_000)])
+def test_there_and_back(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "new" / "rules.bin"
+    for number in (0, 1, 1 << 60):
+        blob.save(path, Blob("epoch", number, data))
+        assert blob.load(path) == Blob("epoch", number, data)
+    assert [found.name for found in path.parent.iterdir()] == ["rules.bin"]
+
+
+def test_damage_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "rules.bin"
+    blob.save(path, Blob("epoch", 1, b"rules"))
+    whole = path.read_bytes()
+    damaged = [whole[:place] for place in range(len(whole))]
+    damaged += [
+        whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in (0, 1, 3, 20, 40, len(whole) - 1)
+    ]
+    damaged.append(whole + b"x")
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(BlobError):
+            assert blob.load(path) == Blob("epoch", 1, b"rules")
+    blob.remove(path)
+    blob.remove(path)
+    with pytest.raises(FileNotFoundError):
+        blob.load(path)
