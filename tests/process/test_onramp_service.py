@@ -200,14 +200,14 @@ def test_a_killed_worker_is_replaced_and_tunnels_go_on(onramp: Onramp) -> None:
     onramp.flow.accept()
     held = Held(message.tunnel, message.context, message.framing, message.mtu)
     onramp.flow.send(held, fds=(tunnel.fileno(),))
-    answer = datagram(waiting)
-    while b"NOT_READY" in answer:
-        answer = datagram(waiting := onramp.producer())
+    second, end = onramp.flow.adopt()
+    assert second.tunnel > message.tunnel
+    assert b"admitted" in datagram(waiting)
     eventually(lambda: onramp.worker() not in (0, old))
     assert onramp.stub.Get(pb.GetRequest(id=message.tunnel), timeout=5).tunnel == before
     producer.close()
-    while onramp.flow.expect(TunnelClosed if False else object) != TunnelClosed(message.tunnel, "producer_closed"):  # type: ignore[type-var]
-        continue
+    assert onramp.flow.expect(TunnelClosed) == TunnelClosed(message.tunnel, "producer_closed")
+    end.close()
 
 
 def test_a_killed_parent_takes_its_worker_along_and_tunnels_go_on(tmp_path: Path) -> None:

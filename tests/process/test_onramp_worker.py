@@ -85,7 +85,7 @@ def test_producer_that_leaves_is_told_to_flow(parts: Parts) -> None:
     producer.close()
     assert flow.expect(TunnelClosed) == TunnelClosed(message.tunnel, "producer_closed")
     assert onramp.ended(message.tunnel) == "producer_closed"
-    assert onramp.descriptors() == before
+    eventually(lambda: onramp.descriptors() <= before)
     assert tunnel.recv(10) == b""
 
 
@@ -315,4 +315,4 @@ def test_many_tunnels_come_and_go_without_a_trace(parts: Parts) -> None:
         producer.close()
         tunnel.close()
     eventually(lambda: onramp.counters.read("closed") == 90)
-    assert onramp.descriptors() == before
+    eventually(lambda: onramp.descriptors() <= before)

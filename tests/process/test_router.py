@@ -141,9 +141,10 @@ def test_a_watch_gets_a_snapshot_then_each_new_one(router: Router) -> None:
     assert (number, table.routes) == (router.registry.number, 4)
     assert table.lookup("n", ip_address("8.8.8.8").packed) is None
     current = net_pb2.Revision(epoch="e", number=number)
-    (again,) = (response for response, _ in zip(router.stub.WatchRoutes(pb.WatchRoutesRequest(have=current)), "1"))
-    assert again.unchanged
-    stream.cancel()
+    second = router.stub.WatchRoutes(pb.WatchRoutesRequest(have=current), timeout=20)
+    assert next(second).unchanged
+    for watch in (stream, second):
+        watch.cancel()
 
 
 def test_a_renamed_network_keeps_its_routes(router: Router) -> None:
