@@ -70,7 +70,7 @@ def test_an_upstream_that_does_not_answer_times_out(lock: Chamber) -> None:
         lock.prepare(1, full.getsockname()[1], connect_timeout_ms=300)
         failed = lock.hear(DialFailed)
     assert failed.errno == errno.ETIMEDOUT
-    assert 300_000_000 <= failed.dial_ns
+    assert failed.dial_ns >= 300_000_000
     assert lock.counters.read("dialling") == 0
 
 
@@ -158,7 +158,8 @@ def test_more_answers_than_a_datagram_or_the_pair_holds(tmp_path: Path) -> None:
         flow = lock.flow
         assert flow is not None
         wishes = [
-            Prepare(slot, bytes(16), bytes(4), 1, b"", 1000, 10, "nothing") for slot in range(40 * handover.MAX_MESSAGES)
+            Prepare(slot, bytes(16), bytes(4), 1, b"", 1000, 10, "nothing")
+            for slot in range(40 * handover.MAX_MESSAGES)
         ]
         for batch in handover.batches(list(wishes)):
             assert seqpacket.send(flow, batch)
@@ -166,7 +167,9 @@ def test_more_answers_than_a_datagram_or_the_pair_holds(tmp_path: Path) -> None:
         for _ in range(10):
             lock.worker.turn(0)
         lock.until(lambda: len(lock.said) == 2 + len(wishes))
-        assert [message.slot for message in lock.said[2:] if isinstance(message, DialFailed)] == list(range(len(wishes)))
+        assert [message.slot for message in lock.said[2:] if isinstance(message, DialFailed)] == list(
+            range(len(wishes))
+        )
 
 
 def test_streams_outlive_a_flow_worker_and_its_successor_clears_them(lock: Chamber) -> None:

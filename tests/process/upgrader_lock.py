@@ -73,7 +73,18 @@ class Chamber:
         self.spans: list[control.SpanEnded] = []
         self._devices = [os.open(os.devnull, os.O_RDWR) for _ in range(2)]
         setup = control.Setup(
-            0, 1, 5, str(self.path), 0o660, (os.getuid(),) if uids is None else uids, 1024, 1500, open_timeout_s, "", "info", "json"
+            0,
+            1,
+            5,
+            str(self.path),
+            0o660,
+            (os.getuid(),) if uids is None else uids,
+            1024,
+            1500,
+            open_timeout_s,
+            "",
+            "info",
+            "json",
         )
         self.worker = Worker(
             setup,

@@ -118,7 +118,7 @@ class Worker:
         streams = self._relay.streams
         others: list[int] = []
         for fd, events in ready:
-            stream = streams.get(fd)
+            stream = streams[fd] if fd < len(streams) else None
             if stream is not None:
                 if stream.phase is Phase.DIALLING:
                     self._dialled(stream, events, now)

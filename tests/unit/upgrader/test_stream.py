@@ -64,7 +64,10 @@ def test_interest(ended: bool, waiting: int, other_waiting: int, mask: int) -> N
         (["upstream fin", "client fin"], [Command.PASS_FIN, Command.FINISH]),
         # A FIN waits for the bytes before it.
         (["client sent 10 took 4", "client fin", "client flush 6"], [None, None, Command.PASS_FIN]),
-        (["client sent 10 took 0", "client fin", "client flush 9", "client flush 1"], [None, None, None, Command.PASS_FIN]),
+        (
+            ["client sent 10 took 0", "client fin", "client flush 9", "client flush 1"],
+            [None, None, None, Command.PASS_FIN],
+        ),
         # The other direction goes on after it.
         (["client fin", "upstream sent 10 took 10", "upstream fin"], [Command.PASS_FIN, None, Command.FINISH]),
         (
@@ -73,7 +76,14 @@ def test_interest(ended: bool, waiting: int, other_waiting: int, mask: int) -> N
         ),
         # Both FINs wait, and pass in the order in which the bytes go.
         (
-            ["client sent 9 took 1", "upstream sent 9 took 1", "client fin", "upstream fin", "upstream flush 8", "client flush 8"],
+            [
+                "client sent 9 took 1",
+                "upstream sent 9 took 1",
+                "client fin",
+                "upstream fin",
+                "upstream flush 8",
+                "client flush 8",
+            ],
             [None, None, None, None, Command.PASS_FIN, Command.FINISH],
         ),
         # A FIN passes once.
