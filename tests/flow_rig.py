@@ -119,6 +119,11 @@ class FlowRig:
     def pair(self) -> None:
         """Be the upgrader: accept, say hello, hand devices over."""
         self.until(lambda: self._accept_upgrader())
+        self._generation += 1
+        self.hand_over([handover.Hello("upgrader", 0, self._generation)])
+
+    def hand_over(self, before: Sequence[handover.Message] = ()) -> None:
+        """Hand (new) devices over, behind other messages."""
         self.tun: dict[Framing, socket.socket] = {}
         fds = []
         for framing in Framing:
@@ -128,10 +133,8 @@ class FlowRig:
             self.tun[framing] = ours
             fds.append(theirs)
         assert self.upgrader is not None
-        self._generation += 1
-        hello = handover.Hello("upgrader", 0, self._generation)
         order = [fds[list(Framing).index(framing)].fileno() for framing in (Framing.VNET, Framing.RAW)]
-        seqpacket.send(self.upgrader, handover.encode([hello, handover.Devices(1, PORT, 1500)]), order)
+        seqpacket.send(self.upgrader, handover.encode([*before, handover.Devices(1, PORT, 1500)]), order)
         for end in fds:
             end.close()
         self.step()
@@ -148,7 +151,8 @@ class FlowRig:
         """Give it routes (everything to the internet) and rules."""
         entries = [
             route_table.RouteSource(
-                NETWORK, route_table.RouteEntry("00000000-0000-4000-8000-0000000000f4", "default4", "0.0.0.0/0", "internet")
+                NETWORK,
+                route_table.RouteEntry("00000000-0000-4000-8000-0000000000f4", "default4", "0.0.0.0/0", "internet"),
             ),
             route_table.RouteSource(
                 NETWORK, route_table.RouteEntry("00000000-0000-4000-8000-0000000000f6", "default6", "::/0", "internet")
@@ -243,7 +247,13 @@ class FlowRig:
     def close(self) -> None:
         """Give everything back."""
         self.worker.die()
-        for sock in (self._parent, self.onramp, self.upgrader, self._upgrader_listener, *getattr(self, "tun", {}).values()):
+        for sock in (
+            self._parent,
+            self.onramp,
+            self.upgrader,
+            self._upgrader_listener,
+            *getattr(self, "tun", {}).values(),
+        ):
             if sock is not None:
                 sock.close()
         os.close(self._tenants)

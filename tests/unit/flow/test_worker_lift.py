@@ -71,7 +71,9 @@ class Client:
         self.rig.step()
 
 
-@pytest.fixture(params=[(framing, family) for framing in Framing for family in FAMILIES], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    params=[(framing, family) for framing in Framing for family in FAMILIES], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def client(request: pytest.FixtureRequest, rig: FlowRig) -> Client:
     framing, family = request.param
     return Client(rig, framing, family)
