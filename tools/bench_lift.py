@@ -238,7 +238,7 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, default=3, help="interleaved rounds, at least 3 for a result to be quoted"
     )
-    parser.add_argument("--seconds", type=float, default=3, help="length of each measurement")
+    parser.add_argument("--seconds", type=float, default=2, help="length of each measurement")
     parser.add_argument(
         "--peers-only", action="store_true", help="leave Falkirk out: what the machine and the peers give"
     )

@@ -35,7 +35,7 @@ def resource(kind: str, name: str, tenant: str = "", **spec: Any) -> dict[str, A
 
 def rule(name: str, when: str, action: str) -> dict[str, str]:
     """One rule of a policy; action is allow or deny."""
-    return {"name": name, "when": when, "action": f"RULE_ACTION_{action.upper()}"}
+    return {"name": name, "when": when, "action": action}
 
 
 def records(text: str, key: str) -> list[dict[str, Any]]:
@@ -108,9 +108,9 @@ class Mesh:
         """What lets `falkirk` commands find this mesh."""
         return {**os.environ, "FALKIRK_RUN_DIR": str(self.run_dir), "FALKIRK_DATA_DIR": str(self.data_dir)}
 
-    def ask(self, *arguments: str, timeout: float = 30) -> str:
-        """`falkirk ...`; its standard output. Raises LabError where it fails."""
-        return run([self._falkirk, *arguments], timeout, self.environment)
+    def ask(self, *arguments: str, timeout: float = 30, accept: Sequence[int] = (0,)) -> str:
+        """`falkirk ...`; its standard output. Raises LabError where its exit code isn't one of `accept`."""
+        return run([self._falkirk, *arguments], timeout, self.environment, accept)
 
     def ask_json(self, key: str, *arguments: str) -> list[dict[str, Any]]:
         """`falkirk ... --json`, as a list of objects."""

@@ -154,7 +154,9 @@ class Lab:
         return names
 
 
-def run(command: Sequence[str], timeout: float = 30, env: dict[str, str] | None = None) -> str:
+def run(
+    command: Sequence[str], timeout: float = 30, env: dict[str, str] | None = None, accept: Sequence[int] = (0,)
+) -> str:
     """Run to its end; the standard output. Raises LabError with what it said where it fails or takes too long."""
     try:
         done = subprocess.run(
@@ -164,7 +166,7 @@ def run(command: Sequence[str], timeout: float = 30, env: dict[str, str] | None 
         raise LabError(f"{' '.join(command)}: not done within {timeout:g} s") from None
     except FileNotFoundError as error:
         raise LabError(str(error)) from None
-    if done.returncode != 0:
+    if done.returncode not in accept:
         said = (done.stderr.strip() or done.stdout.strip())[-2000:]
         raise LabError(f"{' '.join(command)}: exit {done.returncode}: {said}")
     return done.stdout

@@ -1,18 +1,15 @@
 """A service as small as can be, run as a process by the tests: RegistryService with a Stats that counts, waits or fails.
 
-Watch sends one message a 10 ms; Stats obeys the metadata key `do`: "wait" (finish 300 ms later), "fail", "refuse", "hang".
+Arguments as any service. Watch says synced and stays open; Stats obeys the metadata key `do`: "wait" (finish 300 ms later), "fail", "refuse", "hang".
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc
-import msgspec
 
 from falkirk.api.registry.v1 import registry_service_pb2 as pb
 from falkirk.api.registry.v1 import registry_service_pb2_grpc as pb_grpc
@@ -27,6 +24,9 @@ NAME = "falkirk.api.registry.v1.RegistryService"
 class Service(pb_grpc.RegistryServiceServicer):
     """Answers."""
 
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
         do = dict(context.invocation_metadata()).get("do", "")
         if do == "wait":
@@ -39,7 +39,7 @@ class Service(pb_grpc.RegistryServiceServicer):
         elif do == "hang":
             await asyncio.Event().wait()
         span = current.get()
-        return pb.StatsResponse(schema_version=7, watches=int(span is not None))
+        return pb.StatsResponse(schema_version=7, watches=int(span is not None), processes=[self.server.process()])
 
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.WatchResponse]:
         yield pb.WatchResponse(synced=True)
@@ -47,14 +47,11 @@ class Service(pb_grpc.RegistryServiceServicer):
 
 
 def main() -> None:
-    shell = settings.Shell(run_dir=Path(sys.argv[1]), data_dir=Path(sys.argv[1]))
-    if len(sys.argv) > 2:
-        shell = msgspec.structs.replace(
-            shell, telemetry=settings.TelemetrySettings(otlp_endpoint=sys.argv[2], sample_ratio=1.0)
-        )
+    shell, own = settings.arguments("registry", settings.Section)
+    assert own == settings.Section()
     telemetry.setup("registry", shell)
     server = Server("registry", shell)
-    server.add(pb_grpc.add_RegistryServiceServicer_to_server, Service(), NAME)
+    server.add(pb_grpc.add_RegistryServiceServicer_to_server, Service(server), NAME)
 
     async def background() -> None:
         server.set_ready(True)

@@ -193,7 +193,9 @@ def test_bulk_in_random_pieces_both_ways_at_once(lock: Chamber, seed: int) -> No
     assert (closed.reason, closed.bytes_up, closed.bytes_down) == ("finished", 12_000_000, 9_000_001)
 
 
-def test_many_stalled_streams_use_up_pipes_and_still_arrive_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_stalled_streams_use_up_pipes_and_still_arrive_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("falkirk.upgrader.relay.MAX_PIPES", 2)
     with chamber(tmp_path) as lock:
         pairs = {slot: lock.open(slot) for slot in range(1, 6)}

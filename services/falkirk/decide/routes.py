@@ -63,11 +63,19 @@ class RouteEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     connect_timeout_ms: int = DEFAULT_CONNECT_TIMEOUT_MS
 
 
-class RouteSource(msgspec.Struct, frozen=True):
-    """A route to compile."""
+class RouteSource:
+    """A route to compile: its prefix parsed and its entry encoded once, so that a change costs no more than it must."""
 
-    virtual_network_id: str
-    entry: RouteEntry
+    __slots__ = ("encoded", "entry", "family", "first", "last", "virtual_network_id")
+
+    def __init__(self, virtual_network_id: str, entry: RouteEntry) -> None:
+        """Raises ValueError for a prefix that isn't one, or has host bits set."""
+        network = ip_network(entry.prefix)
+        self.virtual_network_id, self.entry = virtual_network_id, entry
+        self.family = 0 if network.version == 4 else 1
+        self.first = int(network.network_address)
+        self.last = self.first + (1 << (network.max_prefixlen - network.prefixlen)) - 1
+        self.encoded = msgspec.msgpack.encode(entry)
 
 
 class _Ranges:
@@ -78,25 +86,21 @@ class _Ranges:
         self.values: list[int] = []
 
 
-_Prefix = tuple[int, int, int, int]  # first address, -last address, value, so that sorting puts outer before inner
+_Prefix = tuple[int, int, int]  # first address, -last address, value, so that sorting puts outer before inner
 
 
 def compile(routes: Iterable[RouteSource]) -> bytes:
     """The blob that `RouteTable.load` reads. The same routes in any order give the same bytes.
 
-    Raises ValueError for a prefix that isn't one (or has host bits set), RouteConflict for one that stands twice.
+    Raises RouteConflict for a prefix that stands twice in one virtual network.
     """
     ordered = sorted(routes, key=lambda source: (source.virtual_network_id, source.entry.route_id))
-    encoder = msgspec.msgpack.Encoder()
     offsets, entries = array("I"), bytearray()
     prefixes: dict[str, tuple[list[_Prefix], list[_Prefix]]] = defaultdict(lambda: ([], []))
     for index, source in enumerate(ordered):
-        network = ip_network(source.entry.prefix)
-        first = int(network.network_address)
-        last = first + (1 << (network.max_prefixlen - network.prefixlen)) - 1
-        prefixes[source.virtual_network_id][network.version == 6].append((first, -last, index + 1, network.prefixlen))
+        prefixes[source.virtual_network_id][source.family].append((source.first, -source.last, index + 1))
         offsets.append(len(entries))
-        entries += encoder.encode(source.entry)
+        entries += source.encoded
     parents = array("I", bytes(4 * len(ordered)))
     names, ranges = bytearray(), (_Ranges(), _Ranges())
     for network_id, families in prefixes.items():
@@ -135,7 +139,7 @@ def _flatten(found: list[_Prefix], bits: int, ranges: _Ranges, parents: array[in
     stack: list[tuple[int, int]] = []  # (last address, value)
     previous: _Prefix | None = None
     for prefix in found:
-        first, negative_last, value, _ = prefix
+        first, negative_last, value = prefix
         if previous is not None and previous[:2] == prefix[:2]:
             one, other = ordered[previous[2] - 1].entry, ordered[value - 1].entry
             raise RouteConflict(f"routes {one.name} and {other.name} both have the prefix {one.prefix}")

@@ -28,7 +28,7 @@ from falkirk.decide.guards import NOTHING, Guards, guards
 from falkirk.decide.index import Question, RuleIndex
 from falkirk.wire.context import TunnelContext
 
-_WARM_STEP = 16
+_WARM_STEP = 12
 """Expressions deserialised and planned between two yields, 40 us each."""
 _WHY_EXPRESSION = 160
 """Characters of an expression shown in a verdict."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -135,7 +136,7 @@ class Delivery:
     def _forget(self) -> None:
         """Delete segments that are wholly acknowledged, except the newest two."""
         found = segments(self._directory)
-        for segment, following in zip(found[:-2], found[1:], strict=False):
+        for segment, following in pairwise(found[:-1]):
             done = self.acknowledged.epoch > epoch_of(segment)
             if not done and epoch_of(following) == epoch_of(segment):
                 with following.open("rb") as file:

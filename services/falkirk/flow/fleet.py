@@ -189,7 +189,9 @@ class Fleet:
         """Audit records that policy hasn't acknowledged."""
         return sum(delivery.pending for delivery in self._deliveries)
 
-    def deliverers(self, stub: policy_service_pb2_grpc.AuditServiceStub) -> list[Callable[[], Coroutine[Any, Any, None]]]:
+    def deliverers(
+        self, stub: policy_service_pb2_grpc.AuditServiceStub
+    ) -> list[Callable[[], Coroutine[Any, Any, None]]]:
         """One background task a worker's spool."""
         return [partial(delivery.run, stub) for delivery in self._deliveries]
 

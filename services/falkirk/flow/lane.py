@@ -151,8 +151,8 @@ class Lane:
             worker.counts[FORWARDED] += 1
         return None
 
-    def from_tun(self, _: int) -> None:
-        """Read the device until it is empty or the budget is spent."""
+    def from_tun(self) -> int:
+        """Read the device until it is empty or the budget is spent; returns how many packets there were."""
         buffers = self._from_tun
         tun = self.tun
         readv = os.readv
@@ -171,6 +171,7 @@ class Lane:
             received += 1
             self._down(end)
         self.worker.counts[RECEIVED] += received
+        return received
 
     def _down(self, end: int) -> None:
         """A packet at [10, end) of the buffer, from the private namespace's kernel."""

@@ -159,9 +159,11 @@ class OnrampLink(Link):
 
     @property
     def name(self) -> str:
+        """For logs."""
         return f"onramp.worker.{self.onramp}"
 
     def datagram(self, data: bytes, fds: list[int]) -> None:
+        """Tunnels come and go."""
         for message in ONRAMP_TO_FLOW.decode(data):
             greeted = self.greet(message, "onramp", self._worker.onramp_generations)
             match message:
@@ -184,6 +186,7 @@ class OnrampLink(Link):
         self.send([Adopted(message.tunnel) if refusal is None else AdoptRefused(message.tunnel, *refusal)])
 
     def over(self, why: str) -> None:
+        """The peer is gone, or refused."""
         super().over(why)
         self._worker.onramps.discard(self)
 
@@ -198,6 +201,7 @@ class UpgraderLink(Link):
     name = "upgrader"
 
     def datagram(self, data: bytes, fds: list[int]) -> None:
+        """What became of dials and streams."""
         tracker = self._worker.tracker
         for message in UPGRADER_TO_FLOW.decode(data):
             self.greet(message, "upgrader", self._worker.upgrader_generations)
@@ -214,6 +218,7 @@ class UpgraderLink(Link):
                     self._worker.paired(self, message, devices)
 
     def over(self, why: str) -> None:
+        """The peer is gone, or refused."""
         super().over(why)
         self._worker.unpaired(self)
 

@@ -20,6 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +31,7 @@ from falkirk.flow.answers import Answers
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.ingress import Ingress
-from falkirk.flow.lane import ZERO_HEADER, Lane
+from falkirk.flow.lane import BUDGET, ZERO_HEADER, Lane
 from falkirk.flow.limits import TenantCounts
 from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
@@ -440,7 +441,10 @@ class Worker:
             self.tell(control.Status(paired=False, ready=False))
 
     def _bereave(self) -> None:
-        """End the flows of an upgrader that is gone."""
+        """End the flows of an upgrader that is gone; first what its kernel still had to say, which are resets mostly."""
+        for lane in self._lanes.values():
+            while lane.tun >= 0 and lane.from_tun() == BUDGET:
+                pass
         for tunnel in self.tunnels.values():
             for flow in list(tunnel.flows.values()):
                 self.orphans.reset(self, flow)
@@ -464,7 +468,7 @@ class Worker:
         self._upgrader.send([AbortAll()])
         for lane in self._lanes.values():
             if lane.tun not in self._handlers:
-                self.watch(lane.tun, select.EPOLLIN, lane.from_tun)
+                self.watch(lane.tun, select.EPOLLIN, partial(_read_device, lane))
         self.ready = True
         self.tell(control.Status(paired=True, ready=True))
 
@@ -543,6 +547,10 @@ class Worker:
                 tunnel.memo.clear()
             self._mend()
         self.tell(control.Loaded(message.name, message.epoch, message.number, error))
+
+
+def _read_device(lane: Lane, _: int) -> None:
+    lane.from_tun()
 
 
 def grow(fd: int) -> bool:

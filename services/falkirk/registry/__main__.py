@@ -20,7 +20,7 @@ from falkirk.registry.metrics import StoreCollector
 from falkirk.registry.service import Desk, RegistryService, ResourceService, surroundings
 from falkirk.registry.settings import Settings
 from falkirk.registry.store import Store, StoreError, Transaction
-from falkirk.registry.watch import Feed
+from falkirk.registry.watch import FEED_BYTES, Feed
 from falkirk.runtime import telemetry
 from falkirk.runtime.server import MESSAGE_BYTES, Server
 from falkirk.runtime.settings import Shell, arguments
@@ -38,7 +38,7 @@ _REGISTER = {
 async def serve(shell: Shell, settings: Settings, store: Store) -> None:
     """Serve until told to stop."""
     loop = asyncio.get_running_loop()
-    feed = Feed(store, settings.max_watches)
+    feed = Feed(store, settings.max_watches, min(FEED_BYTES, settings.history_bytes))
 
     def committed(transaction: Transaction) -> None:
         loop.call_soon_threadsafe(feed.publish, transaction)

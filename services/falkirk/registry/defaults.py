@@ -13,7 +13,7 @@ from falkirk.api.registry.v1.route_service_pb2 import Route
 from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
 from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
 from falkirk.registry import kinds, pools
-from falkirk.registry.kinds import BY_NAME, Kind, Value
+from falkirk.registry.kinds import BY_NAME, Value
 from falkirk.registry.refusal import Reason, Refused
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ DEFAULT_NETWORK = "default"
 """The name of the virtual network that comes with a tenant."""
 
 
-def fill(engine: Engine, kind: Kind, value: Value, stored: Value | None) -> None:
+def fill(engine: Engine, value: Value, stored: Value | None) -> None:
     """Fill in what a request left to the registry. Raises `Refused` where a pool is exhausted."""
     if isinstance(value, Tenant):
         assert stored is None or isinstance(stored, Tenant)
@@ -44,7 +44,7 @@ def fill(engine: Engine, kind: Kind, value: Value, stored: Value | None) -> None
         value.is_default = True
 
 
-def after_write(engine: Engine, kind: Kind, value: Value, stored: Value | None) -> None:
+def after_write(engine: Engine, value: Value, stored: Value | None) -> None:
     """What else a write brings about in the same transaction."""
     if isinstance(value, Tenant) and stored is None:
         network = VirtualNetwork(is_default=True)
@@ -59,15 +59,20 @@ def after_write(engine: Engine, kind: Kind, value: Value, stored: Value | None) 
         _unmark_others(engine, value)
 
 
-def before_delete(engine: Engine, kind: Kind, stored: Value) -> None:
-    """Refuse to remove a default virtual network; take a tenant's own along with it."""
+def check_delete(stored: Value) -> None:
+    """Refuse to remove a default virtual network."""
     if isinstance(stored, VirtualNetwork) and stored.is_default:
+        tenant, name = stored.metadata.tenant, stored.metadata.name
         raise Refused(
             Reason.IS_DEFAULT,
-            f"virtual network {stored.metadata.name} is the default of tenant {stored.metadata.tenant}; make another one the default first",
-            kind=kind.name,
-            name=stored.metadata.name,
+            f"virtual network {name} is the default of tenant {tenant}; make another one the default first",
+            kind="virtual_network",
+            name=name,
         )
+
+
+def before_delete(engine: Engine, stored: Value) -> None:
+    """Take a tenant's default virtual network along with it."""
     if isinstance(stored, Tenant):
         engine.remove(BY_NAME["virtual_network"], _default_network(engine, stored.metadata.id))
         engine.connection.execute("DELETE FROM pool WHERE tenant_id = ?", (stored.metadata.id,))

@@ -91,8 +91,9 @@ class Engine:
         if stored is None:
             raise not_found(kind, name, tenant)
         _check_revision(kind, stored, revision)
+        defaults.check_delete(stored)
         self._check_unused(kind, stored)
-        defaults.before_delete(self, kind, stored)
+        defaults.before_delete(self, stored)
         self.remove(kind, stored)
 
     def apply(
@@ -134,7 +135,7 @@ class Engine:
             self._identify(value, stored)
         else:
             self._identify_new(value)
-        defaults.fill(self, kind, value, stored)
+        defaults.fill(self, value, stored)
         references = self._resolve(kind, value)
         if stored is not None and _equal(value, stored):
             if stored.metadata.id in self._bereft:
@@ -144,7 +145,7 @@ class Engine:
         self._stamp(value, stored)
         self._claim(kind, value, references)
         self._keep(kind, value, stored, references)
-        defaults.after_write(self, kind, value, stored)
+        defaults.after_write(self, value, stored)
         if stored is not None and stored.metadata.name != value.metadata.name:
             self._rename(kind, value)
         return value, UPDATED if stored is not None else CREATED

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import grpc
 from google.protobuf import any_pb2
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
 
 DOMAIN: Final = "falkirk.dev"
 DETAILS_KEY: Final = "grpc-status-details-bin"

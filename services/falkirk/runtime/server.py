@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final
 
@@ -31,7 +32,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from falkirk.runtime import metrics, roads, telemetry
+from falkirk.api.net.v1 import net_pb2
+from falkirk.runtime import metrics, roads, supervised, telemetry
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.interceptor import Calls, RoadInterceptor, draining
 from falkirk.runtime.settings import ROADS, UNIX_PATH_MAX, Road, SettingsError, Shell
@@ -111,6 +113,7 @@ class Server:
         self._health = Health()
         self._services: list[tuple[Callable[[Any, Any], None], Any]] = []
         self._stop = asyncio.Event()
+        self._started_ns = time.time_ns()
         self.add(health_pb2_grpc.add_HealthServicer_to_server, self._health, "grpc.health.v1.Health")
 
     def add(self, register: Callable[[Any, Any], None], servicer: Any, full_service_name: str) -> None:
@@ -130,6 +133,12 @@ class Server:
         if self.ready != before:
             log.info("ready" if ready else "not_ready")
 
+    def process(self) -> net_pb2.ProcessInfo:
+        """This process, for the `processes` of Stats."""
+        info = net_pb2.ProcessInfo(name=self.name, pid=os.getpid(), generation=supervised.generation())
+        info.start_time.FromNanoseconds(self._started_ns)
+        return info
+
     def stop(self) -> None:
         """Begins to drain, as SIGTERM does."""
         self._stop.set()
@@ -137,8 +146,19 @@ class Server:
     async def run(self, *background: Background) -> None:
         """Serves until SIGTERM, SIGINT, `stop` or the failure of a background coroutine; returns when drained.
 
-        Raises SettingsError where directories or sockets can't be made and roads.AlreadyRunning where another process has the name.
+        Ends the process with a logged reason where it can't begin: status 2 where directories or sockets can't be made as the settings say,
+        1 where another process has the name (it may be about to end; a supervisor tries again).
         """
+        try:
+            await self._run(background)
+        except SettingsError as error:
+            log.error("cannot_start", why=str(error))
+            raise SystemExit(2) from None
+        except roads.AlreadyRunning as error:
+            log.error("cannot_start", why=str(error))
+            raise SystemExit(1) from None
+
+    async def _run(self, background: tuple[Background, ...]) -> None:
         loop = asyncio.get_running_loop()
         roads.prepare(self.shell)
         with roads.sole(self.shell.run_dir, self.name):

@@ -32,6 +32,8 @@ from typing import Any, Final, Literal, TypeVar, get_args
 import msgspec
 import yaml
 
+from falkirk.runtime import supervised
+
 API_VERSION: Final = "falkirk.dev/v1alpha1"
 KIND: Final = "Settings"
 SERVICES: Final = ("registry", "policy", "router", "upgrader", "flow", "onramp")
@@ -229,7 +231,11 @@ def section_of(document: Mapping[str, Any], path: Path | None, section: str, kin
 
 
 def arguments(section: str, kind: type[S], argv: Sequence[str] | None = None) -> tuple[Shell, S]:
-    """Parses --config --run-dir --data-dir and loads; a wrong setting ends the process with status 2 and a message."""
+    """Parses --config --run-dir --data-dir and loads; a wrong setting ends the process with status 2 and a message.
+
+    A service calls this first: it also binds the process to `falkirk up`, where that started it.
+    """
+    supervised.bind()
     parser = argparse.ArgumentParser(prog=f"falkirk {section}", description=f"The {section} service of a Falkirk mesh.")
     parser.add_argument("--config", type=Path, help="settings file (FALKIRK_CONFIG)")
     parser.add_argument("--run-dir", type=Path, help="directory of sockets (FALKIRK_RUN_DIR)")

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from falkirk.flow.settings import FlowSettings
+from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.build import segment
 from falkirk.wire.context import Framing
-from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
+from falkirk.wire.handover import Abort, Adopt, Closed, Connected, DialFailed, Prepare
 from falkirk.wire.packet import Packet, parse, verify
 from tests.flow_rig import DEVICE4, DEVICE6, PORT, SERVER4, SERVER6, FlowRig, context, read
 
@@ -253,16 +254,11 @@ def test_device_limit_binds_that_device_only(rig: FlowRig) -> None:
 
 def test_successor_closes_the_books_and_leads_resets_back(rig: FlowRig) -> None:
     client = Client(rig, Framing.VNET, 4)
-    prepare, slot = established(client)
+    _, slot = established(client)
     tunnel = 1
     rig.kill()
     rig.start()
-    import socket
-
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    ours.setblocking(False)
-    from falkirk.wire.handover import Adopt
-
+    ours, theirs = seqpacket.pair()
     rig.say_onramp(Adopt(tunnel, context(), Framing.VNET, 1500), [theirs.fileno()])
     client.sock = ours
     rig.pair()

@@ -1,0 +1,159 @@
+"""What must be so on a machine before a mesh can run; asked by `falkirk up` (which refuses) and `falkirk doctor` (which tells all).
+
+Each check gives a detail, and a remedy where it failed: one thing to do, preferably a command. A `warning` doesn't keep a mesh from running.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from falkirk.cli import probe
+from falkirk.runtime import roads, settings
+from falkirk.runtime.settings import SERVICES, SettingsError, Shell, host_port
+
+NOFILE_WANTED: Final = 65536
+"""Descriptors per process for about 15,000 streams at once."""
+NOFILE_NEEDED: Final = 1024
+
+
+class Check(msgspec.Struct, frozen=True):
+    """What one check found."""
+
+    name: str
+    state: Literal["ok", "warning", "failed"]
+    detail: str
+    remedy: str = ""
+
+
+def load(config: Path | None, run_dir: Path | None, data_dir: Path | None) -> Shell:
+    """The shell, with every service's section judged. Raises SettingsError."""
+    path = settings.config_path(config)
+    document = settings.read(path)
+    shell = settings.shell_of(document, path, run_dir=run_dir, data_dir=data_dir)
+    for service in SERVICES:
+        settings.section_of(document, path, service, section_kind(service))
+    return shell
+
+
+def section_kind(service: str) -> type[msgspec.Struct]:
+    """The struct of a service's section: `Settings` or `<Service>Settings` in its settings module."""
+    module = importlib.import_module(f"falkirk.{service}.settings")
+    for name in (f"{service.capitalize()}Settings", "Settings"):
+        kind = getattr(module, name, None)
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            return kind
+    raise SettingsError(f"falkirk.{service}.settings has no Settings")
+
+
+def machine() -> Iterator[Check]:
+    """TUN, namespaces, limits."""
+    for answer in probe.run():
+        yield Check(answer.name, "ok" if answer.ok else "failed", answer.detail, answer.remedy)
+    yield nofile(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+
+
+def nofile(hard: int) -> Check:
+    """The hard limit of descriptors; services raise their soft limit to it."""
+    if hard == resource.RLIM_INFINITY or hard >= NOFILE_WANTED:
+        return Check("nofile", "ok", f"{hard} descriptors per process")
+    return Check(
+        "nofile",
+        "warning" if hard >= NOFILE_NEEDED else "failed",
+        f"{hard} descriptors per process bound the streams at once",
+        f"ulimit -Hn {NOFILE_WANTED} as root, LimitNOFILE={NOFILE_WANTED} in the unit, or --ulimit nofile={NOFILE_WANTED} of the container",
+    )
+
+
+def directories(shell: Shell) -> Iterator[Check]:
+    """Run and data directory, made where missing."""
+    try:
+        roads.prepare(shell)
+        yield Check("run_dir", "ok", f"{shell.run_dir} with admin/, mesh/ and read/")
+    except SettingsError as error:
+        yield Check("run_dir", "failed", str(error), "choose a directory of your own with --run-dir")
+    try:
+        shell.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        test = shell.data_dir / f".write-test.{os.getpid()}"
+        test.touch()
+        test.unlink()
+        yield Check("data_dir", "ok", f"{shell.data_dir} can be written")
+    except OSError as error:
+        yield Check(
+            "data_dir",
+            "failed",
+            f"{shell.data_dir}: {error.strerror}",
+            "choose a directory of your own with --data-dir",
+        )
+
+
+def permissions(shell: Shell) -> Iterator[Check]:
+    """Who may enter the roads as they are now."""
+    for road in settings.ROADS:
+        path, wanted = shell.run_dir / road, shell.roads.get(road)
+        try:
+            mode = path.stat().st_mode & 0o777
+        except OSError as error:
+            yield Check(f"road_{road}", "warning", f"{path}: {error.strerror}", f"falkirk up --run-dir {shell.run_dir}")
+            continue
+        if mode == wanted.mode:
+            yield Check(f"road_{road}", "ok", f"{path} has mode {mode:04o}")
+        else:
+            open_wide = road != "read" and bool(mode & ~wanted.mode)
+            yield Check(
+                f"road_{road}",
+                "failed" if open_wide else "warning",
+                f"{path} has mode {mode:04o}, not {wanted.mode:04o}",
+                f"chmod {wanted.mode:04o} {path}",
+            )
+
+
+def ports(shell: Shell, *, running: bool) -> Iterator[Check]:
+    """TCP addresses that the settings name: those of metrics must be free (or answer, when a mesh runs), the OTLP receiver must answer."""
+    for service, address in shell.metrics.items():
+        name = f"metrics_{service}"
+        error = _connect(address) if running else _bind(address)
+        if error is None:
+            yield Check(name, "ok", f"{address} {'answers' if running else 'is free'}")
+        else:
+            yield Check(name, "failed", f"{address}: {error}", f"choose another address in metrics.{service}")
+    endpoint = shell.telemetry.otlp_endpoint
+    if endpoint is not None:
+        error = _connect(endpoint)
+        if error is None:
+            yield Check("otlp", "ok", f"{endpoint} answers")
+        else:
+            yield Check(
+                "otlp", "warning", f"{endpoint}: {error}; spans are lost", f"falkirk trace receive --listen {endpoint}"
+            )
+
+
+def _bind(address: str) -> str | None:
+    try:
+        host, port = host_port(address)
+        for family, kind, _, _, where in socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            with socket.socket(family, kind) as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(where)
+    except (OSError, ValueError) as error:
+        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        return "another process listens there" if in_use else str(error)
+    return None
+
+
+def _connect(address: str) -> str | None:
+    try:
+        socket.create_connection(host_port(address), timeout=2.0).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None

@@ -1,0 +1,69 @@
+"""Wiring of the on-ramp's parent."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+
+from prometheus_client import Gauge
+
+from falkirk.api.net.v1 import net_pb2
+from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
+from falkirk.api.registry.v1 import registry_service_pb2 as registry
+from falkirk.onramp import parsers
+from falkirk.onramp.admission import Grants
+from falkirk.onramp.parent import Parent
+from falkirk.onramp.service import OnrampService
+from falkirk.onramp.settings import Settings
+from falkirk.runtime import client, telemetry
+from falkirk.runtime.metrics import CountersCollector
+from falkirk.runtime.replica import ResourceReplica
+from falkirk.runtime.roads import AlreadyRunning
+from falkirk.runtime.server import Server
+from falkirk.runtime.settings import SettingsError, Shell, arguments
+
+KINDS = (registry.KIND_TENANT, registry.KIND_USER, registry.KIND_DEVICE, registry.KIND_VIRTUAL_NETWORK)
+
+
+async def serve(shell: Shell, settings: Settings) -> None:
+    """Until SIGTERM."""
+    server = Server("onramp", shell)
+    parent = Parent(shell, settings, server.set_ready)
+    replica = ResourceReplica(
+        "resources", shell.data("onramp") / "replica", client.channel(shell, "registry"), KINDS, parent.on_change
+    )
+    process = net_pb2.ProcessInfo(name="onramp", pid=os.getpid(), generation=1)
+    process.start_time.FromNanoseconds(time.time_ns())
+    service = OnrampService(parent, Grants(settings.grants()), replica, lambda: [process, *parent.processes()])
+    server.add(
+        onramp_service_pb2_grpc.add_OnrampServiceServicer_to_server, service, "falkirk.api.onramp.v1.OnrampService"
+    )
+    server.metrics.register(
+        CountersCollector(
+            "falkirk_onramp_admissions",
+            "Answers to producers (admitted, or the code of the refusal), and closed tunnels.",
+            ("result",),
+            lambda: [({"result": name}, count) for name, count in parent.counters.values().items()],
+        )
+    )
+    Gauge("falkirk_onramp_tunnels", "Open tunnels.", registry=server.metrics).set_function(lambda: len(parent.tunnels))
+    await server.run(replica.run, parent.run)
+
+
+def main() -> int:
+    """Reads settings and serves; the exit status."""
+    shell, settings = arguments("onramp", Settings)
+    telemetry.setup("onramp", shell)
+    try:
+        parsers.load(settings.context_parser)
+        asyncio.run(serve(shell, settings))
+    except (SettingsError, AlreadyRunning, parsers.UnknownParser) as error:
+        print(f"falkirk onramp: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

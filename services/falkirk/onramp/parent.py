@@ -1,0 +1,207 @@
+"""The parent's side of the worker: keeps it running, tells it what the registry says, and knows its tunnels.
+
+The listening socket and the counters are the parent's, so producers who connect while a worker is restarted wait in the backlog, and counts
+go on. A restarted worker is told everything, and hears of its old tunnels from the flow workers; those that aren't heard of again
+within `LOST_AFTER_S` are taken for closed.
+
+Limit: packing the whole state for a worker that (re)starts takes the loop about 1 µs a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import structlog
+
+from falkirk.api.net.v1 import net_pb2
+from falkirk.api.registry.v1 import registry_service_pb2
+from falkirk.linux import seqpacket
+from falkirk.onramp import control
+from falkirk.onramp.control import Close, Ended, Opened, Setup, State, Traced, Update
+from falkirk.onramp.rows import rows
+from falkirk.onramp.settings import Settings
+from falkirk.onramp.tables import Row, Tables
+from falkirk.onramp.tunnel_ids import TunnelIds
+from falkirk.runtime import telemetry
+from falkirk.runtime.counters import Counters
+from falkirk.runtime.settings import Shell
+from falkirk.runtime.workers import WorkerPool
+
+LOST_AFTER_S: Final = 5.0
+
+log = structlog.get_logger()
+
+
+class WorkerAway(Exception):
+    """The worker isn't there, or was replaced while it was asked."""
+
+
+class Parent:
+    """Worker, tables and open tunnels. `on_ready` hears whether producers can be admitted."""
+
+    def __init__(self, shell: Shell, settings: Settings, on_ready: Callable[[bool], None]) -> None:
+        """Raises OSError where the data directory can't be read."""
+        self._shell, self._settings, self._on_ready = shell, settings, on_ready
+        self.counters = Counters.create(control.COUNTERS)
+        self.tables = Tables()
+        self.loaded = False
+        """True once the tables hold anything from the registry, be it from disk."""
+        self.tunnels: dict[int, Opened] = {}
+        self._ids = TunnelIds(shell.data("onramp") / "tunnel-ids")
+        self._revision = net_pb2.Revision()
+        self._listener: socket.socket | None = None
+        self._lost: dict[int, Opened] = {}
+        self._closing: dict[int, asyncio.Future[bool]] = {}
+        self._pool = WorkerPool("onramp.worker", 1, _command, self._on_message, self._on_start, self._on_exit)
+        self.processes = self._pool.processes
+
+    async def run(self) -> None:
+        """Listens on tunnel.sock and keeps the worker running, until cancelled. Raises OSError where it can't listen."""
+        path = self._shell.run_dir / "tunnel.sock"
+        # The lock on our name is held: whoever still listens there is the worker of a killed parent, on its way out.
+        path.unlink(missing_ok=True)
+        self._listener = seqpacket.listen(path, self._settings.tunnel_mode)
+        try:
+            await self._pool.run()
+        finally:
+            self._listener.close()
+            path.unlink(missing_ok=True)
+
+    def on_change(
+        self,
+        changed: Sequence[registry_service_pb2.Resource],
+        removed: Sequence[registry_service_pb2.Tombstone],
+        revision: net_pb2.Revision,
+    ) -> None:
+        """A transaction of the registry."""
+        new, gone = rows(changed), [tombstone.id for tombstone in removed]
+        self.tables.apply(new, gone)
+        self._revision = revision
+        first, self.loaded = not self.loaded, True
+        if first:
+            self._push_all()
+        else:
+            self._push(new, gone, full=False)
+
+    async def close(self, tunnel: int, reason: str) -> bool:
+        """Closes a tunnel and waits until it is; False where it isn't open. Raises WorkerAway where that can't be known."""
+        if tunnel not in self.tunnels:
+            return False
+        if not self._pool.send(0, control.encode(Close(tunnel, reason))):
+            raise WorkerAway
+        done = self._closing.setdefault(tunnel, asyncio.get_running_loop().create_future())
+        if not await asyncio.shield(done):
+            raise WorkerAway
+        return True
+
+    def _push_all(self) -> None:
+        self._push(list(self.tables.rows.values()), [], full=True)
+
+    def _push(self, changed: Sequence[Row], removed: Sequence[str], *, full: bool) -> None:
+        update = Update(full, self._revision.epoch, self._revision.number)
+        memory = os.memfd_create("falkirk-rows", os.MFD_CLOEXEC)
+        with open(memory, "wb") as file:
+            file.writelines(control.pack(changed, removed))
+            file.flush()
+            self._pool.send(0, control.encode(update), (memory,))
+
+    def _on_start(self, worker: int, generation: int) -> None:
+        settings, shell = self._settings, self._shell
+        assert self._listener is not None
+        setup = Setup(
+            mesh_dir=str(shell.run_dir / "mesh"),
+            flow_workers=shell.workers,
+            peer_uids=tuple(sorted({0, os.getuid(), *shell.mesh_uids})),
+            grants=settings.grants(),
+            parser=settings.context_parser,
+            mtu=settings.mtu,
+            first_tunnel=self._ids.first(),
+            context_timeout_ms=settings.context_timeout_ms,
+            adopt_timeout_ms=settings.adopt_timeout_ms,
+            max_pending=settings.max_pending,
+            max_pending_per_uid=settings.max_pending_per_uid,
+            max_tunnels=settings.max_tunnels,
+            max_tunnels_per_device=settings.max_tunnels_per_device,
+            log_level=shell.log.level,
+            log_format=shell.log.format,
+        )
+        self._pool.send(worker, control.encode(setup), (self.counters.fd, self._listener.fileno()))
+        self._save_ids()
+        if self.loaded:
+            self._push_all()
+
+    def _on_exit(self, worker: int, status: int) -> None:
+        log.warning("worker_ended", worker=worker, status=status, tunnels=len(self.tunnels))
+        self._on_ready(False)
+        for number in list(self._closing):
+            self._closing.pop(number).set_result(False)
+        self._lost |= self.tunnels
+        asyncio.get_running_loop().call_later(LOST_AFTER_S, self._forget_lost)
+
+    def _forget_lost(self) -> None:
+        for number in [number for number, opened in self._lost.items() if self.tunnels.get(number) is opened]:
+            self._on_ended(Ended(number, "lost"))
+        self._lost.clear()
+
+    def _on_message(self, worker: int, data: bytes, descriptors: list[int]) -> None:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        match control.TO_PARENT.decode(data):
+            case State(epoch, _, links):
+                self._on_ready(bool(epoch) and all(links))
+            case Opened() as opened:
+                self._on_opened(opened)
+            case Ended() as ended:
+                self._on_ended(ended)
+            case Traced() as traced:
+                self._on_traced(traced)
+
+    def _on_opened(self, opened: Opened) -> None:
+        before = self._lost.pop(opened.tunnel, None)
+        if before is None:
+            log.info("tunnel_opened", tunnel=opened.tunnel, tenant=opened.context.tenant, device=opened.context.device)
+        # Its worker doesn't know when a resumed tunnel was admitted; we may.
+        self.tunnels[opened.tunnel] = before or opened
+        self._ids.seen(opened.tunnel)
+        self._save_ids()
+
+    def _save_ids(self) -> None:
+        try:
+            self._ids.save()
+        except OSError as error:  # numbers go on in memory; only a restart of ours could repeat some
+            log.error("tunnel_ids_not_written", why=str(error))
+
+    def _on_ended(self, ended: Ended) -> None:
+        opened = self.tunnels.pop(ended.tunnel, None)
+        if opened is not None:
+            context = opened.context
+            log.info(
+                "tunnel_closed", tunnel=ended.tunnel, tenant=context.tenant, device=context.device, reason=ended.reason
+            )
+        closing = self._closing.pop(ended.tunnel, None)
+        if closing is not None:
+            closing.set_result(True)
+
+    def _on_traced(self, traced: Traced) -> None:
+        opened = self.tunnels.get(traced.tunnel)
+        if opened is None:
+            return
+        attributes: dict[str, str | bool | int | float] = {
+            "tunnel_id": traced.tunnel,
+            "tenant": opened.context.tenant,
+            "device": opened.context.device,
+            "virtual_network": opened.context.virtual_network,
+            "uid": opened.uid,
+            "admitted_at": opened.admitted_at,
+        }
+        # The tunnel was admitted once, for all of its flows: in a flow's trace that is an instant.
+        telemetry.emit_span("admit", traced.trace_id, traced.span_id, None, traced.time, traced.time, attributes)
+
+
+def _command(_: int, fd: int) -> list[str]:
+    return [sys.executable, "-m", "falkirk.onramp.worker", "--control-fd", str(fd)]

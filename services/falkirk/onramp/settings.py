@@ -1,0 +1,64 @@
+"""Settings of the on-ramp."""
+
+from __future__ import annotations
+
+import os
+
+from falkirk.onramp.admission import ANY
+from falkirk.runtime.settings import Section
+
+
+class TunnelGrant(Section, frozen=True, kw_only=True):
+    """Which tenants a uid may speak for on connected tunnels."""
+
+    uid: int
+    """The producer's uid, as the kernel tells it (SO_PEERCRED)."""
+    tenants: tuple[str, ...] = (ANY,)
+    """Tenants by name; "*" is every tenant."""
+
+
+class Settings(Section, frozen=True, kw_only=True):
+    """Section `onramp`."""
+
+    tunnels: tuple[TunnelGrant, ...] | None = None
+    """Who may open connected tunnels. Not set: the on-ramp's own uid and 0, for every tenant."""
+    tunnel_mode: int = 0o666
+    """Permission bits of tunnel.sock; who may connect is decided by uid all the same."""
+    context_parser: str = "json"
+    """Format of the first datagram: json, protobuf, or the name of an entry point in falkirk.context_parsers."""
+    mtu: int = 1500
+    """Largest IP packet of a tunnel in bytes, told to producers; 1280 (RFC 8200 5) to 65535."""
+    context_timeout_ms: int = 5000
+    """How long a producer may be silent after it has connected, in milliseconds."""
+    adopt_timeout_ms: int = 5000
+    """How long an admitted tunnel may wait for its flow worker, in milliseconds."""
+    max_pending: int = 1024
+    """Connections that haven't sent their context, all uids together."""
+    max_pending_per_uid: int = 128
+    """Connections of one uid that haven't sent their context; uids without a grant count as one."""
+    max_tunnels: int = 10_000
+    """Tunnels of this node. Each takes a descriptor here and one in its flow worker."""
+    max_tunnels_per_device: int = 64
+    """Tunnels that a device may have at once."""
+
+    def __post_init__(self) -> None:
+        if not 1280 <= self.mtu <= 65535:
+            raise ValueError("mtu must lie between 1280 and 65535")
+        if not 0 <= self.tunnel_mode <= 0o777:
+            raise ValueError("tunnel_mode must lie between 0 and 0o777")
+        for name in (
+            "context_timeout_ms",
+            "adopt_timeout_ms",
+            "max_pending",
+            "max_pending_per_uid",
+            "max_tunnels",
+            "max_tunnels_per_device",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+
+    def grants(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
+        """(uid, tenants), the default filled in."""
+        if self.tunnels is None:
+            return tuple((uid, (ANY,)) for uid in sorted({0, os.getuid()}))
+        return tuple((grant.uid, grant.tenants) for grant in self.tunnels)
