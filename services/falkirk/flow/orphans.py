@@ -173,7 +173,7 @@ class Orphans:
                 int.from_bytes(random[4:], "big"),
                 ACK,
             )
-            worker.say(flow.tunnel, probe)
+            worker.say(flow.tunnel, probe, counted=False)
 
 
 def read_contexts(path: Path) -> dict[int, TunnelContext]:

@@ -57,6 +57,7 @@ class Flow:
         "held",
         "index",
         "key",
+        "long_rest",
         "over",
         "packets_down",
         "packets_up",
@@ -106,6 +107,8 @@ class Flow:
         self.fin_down: int | None = None
         self.fin_acked_up = False
         self.fin_acked_down = False
+        self.long_rest = False
+        """The kernel has learned an IPv6 path MTU for the slot's address: it rests longer."""
         self.reset = False
         """A RST has passed towards the initiator."""
         self.over = False

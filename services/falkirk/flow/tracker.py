@@ -144,8 +144,10 @@ class Tracker:
     def connected(self, message: Connected) -> None:
         """The upstream is there: let the SYN go."""
         flow = self._worker.flow_of(message.slot)
-        if flow is None or flow.held is None:
+        if flow is None:
             self._worker.to_upgrader.append(Abort(message.slot))
+            return
+        if flow.held is None:
             return
         packet, flow.held = flow.held, None
         flow.tunnel.device.held -= 1
@@ -169,6 +171,9 @@ class Tracker:
         """A segment from the initiator that opens, closes, or comes while the flow isn't established. True: forward it."""
         flags = buffer[l4 + 13]
         state = flow.state
+        if flags & SYN and flags & (FIN | RST):
+            self._worker.drop("bad_tcp_flags")
+            return False
         if state is State.HELD:
             if flags & RST:
                 self._worker.to_upgrader.append(Abort(flow.slot))
@@ -226,6 +231,11 @@ class Tracker:
             return
         flow.over = True
         flow.reason = flow.reason or message.reason
+        if flow.held is not None:
+            # Before it said Connected: for the client there is nothing at the other end.
+            self._refuse(flow, flow.held)
+            self.finish(flow, flow.reason)
+            return
         if message.reason in ("client_reset", "never_opened"):
             self.finish(flow, flow.reason)
             return
@@ -242,14 +252,18 @@ class Tracker:
         """End a live flow: both sides get a RST, the initiator's by the kernel where it has a connection."""
         flow.reason = flow.reason or reason
         if flow.held is not None:
-            packet, flow.held = flow.held, None
-            flow.tunnel.device.held -= 1
-            self._worker.answers.reset(flow.tunnel, packet)
+            self._refuse(flow, flow.held)
             self._worker.to_upgrader.append(Abort(flow.slot))
             self.finish(flow, reason)
             return
         self._worker.to_upgrader.append(Abort(flow.slot))
         self._worker.wheel.place(flow, self._worker.second + LINGER)
+
+    def _refuse(self, flow: Flow, packet: bytes) -> None:
+        """Answer the SYN that is held with a reset."""
+        flow.held = None
+        flow.tunnel.device.held -= 1
+        self._worker.answers.reset(flow.tunnel, packet)
 
     def expire(self) -> None:
         """End what the wheel says is idle."""
@@ -290,7 +304,7 @@ class Tracker:
         lane = worker.lane(tunnel.framing)
         slot = flow.slot - lane.first_slot
         lane.flows[slot] = None
-        lane.pool.release(slot, worker.second)
+        lane.pool.release(slot, worker.second, long=flow.long_rest)
         worker.wheel.remove(flow)
         record = self._record("ended", tunnel, flow.key, flow.flow_id)
         record.reason = reason
