@@ -82,12 +82,13 @@ class SpoolWriter:
         self.sequence = 0
         self._number = 0
         self._size = 0
-        self._pending: list[bytes] = []
+        self.pending: list[bytes] = []
+        """Records that `flush` will write."""
         self._file = self._open()
 
     def add(self, record: AuditRecord) -> None:
         """Queue a record whose sequence is `next()`'s."""
-        self._pending.append(_encode(record))
+        self.pending.append(_encode(record))
 
     def next(self) -> int:
         """The next sequence number."""
@@ -96,11 +97,11 @@ class SpoolWriter:
 
     def flush(self) -> bool:
         """Write what is queued; True where there was something. Raises OSError where the disk doesn't take it."""
-        if not self._pending:
+        if not self.pending:
             return False
-        self._pending.append(b"")
-        data = b"\n".join(self._pending)
-        self._pending = []
+        self.pending.append(b"")
+        data = b"\n".join(self.pending)
+        self.pending = []
         view = memoryview(data)
         while view:
             view = view[os.write(self._file, view) :]

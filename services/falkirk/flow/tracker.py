@@ -61,7 +61,8 @@ class Tracker:
     def __init__(self, worker: Worker, random: Callable[[int], bytes]) -> None:
         self._worker = worker
         self._random = random
-        self._finished: list[tuple[Flow, str]] = []
+        self.finished: list[tuple[Flow, str]] = []
+        """Flows whose last segment passed in this turn, and why they end."""
         self._sampled_below = int(worker.start.sample_ratio * (1 << 32))
 
     # begun
@@ -171,7 +172,7 @@ class Tracker:
         if state is State.HELD:
             if flags & RST:
                 self._worker.to_upgrader.append(Abort(flow.slot))
-                self._finished.append((flow, "client_reset"))
+                self.finished.append((flow, "client_reset"))
             self._worker.drop("syn_held" if flags & SYN else "held")
             return False
         if state is State.OPENING and not flags & SYN:
@@ -235,7 +236,7 @@ class Tracker:
 
     def _maybe_over(self, flow: Flow) -> None:
         if flow.over and (flow.reset or (flow.fin_acked_up and flow.fin_acked_down)):
-            self._finished.append((flow, flow.reason))
+            self.finished.append((flow, flow.reason))
 
     def abort(self, flow: Flow, reason: str) -> None:
         """End a live flow: both sides get a RST, the initiator's by the kernel where it has a connection."""
@@ -267,10 +268,9 @@ class Tracker:
 
     def end_of_turn(self) -> None:
         """End the flows whose last segment passed in this turn."""
-        if self._finished:
-            finished, self._finished = self._finished, []
-            for flow, reason in finished:
-                self.finish(flow, reason)
+        finished, self.finished = self.finished, []
+        for flow, reason in finished:
+            self.finish(flow, reason)
 
     def finish(self, flow: Flow, reason: str) -> None:
         """Take a flow out of everything and record its end. Doing it twice is doing it once."""

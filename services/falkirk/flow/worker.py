@@ -58,6 +58,8 @@ from falkirk.wire.slots import FIRST_INDEX, SlotPlan
 SECOND: Final = 1_000_000_000
 ADOPTION: Final = SECOND
 """How long a restarted worker waits for its predecessor's tunnels before it resets their streams."""
+TELL: Final = SECOND // 50
+"""How often the parent is told that the spool has grown, at most: each telling costs it a read and a message to policy."""
 LOAD_SLICE: Final = 2_000_000
 """Nanoseconds a turn for loading a snapshot."""
 TUNNEL_BUFFER: Final = 4 * 1024 * 1024
@@ -73,8 +75,12 @@ class Worker:
         self.counts = counts.view
         self.clock = time.monotonic_ns
         self.now = time.monotonic_ns()
-        self.wall = time.time_ns()
         self.second = self.now // SECOND
+        self._next_second = (self.second + 1) * SECOND
+        self._wall_offset = time.time_ns() - time.monotonic_ns()
+        self._stamp = (0, "")
+        self._spooled_at = 0
+        self._untold = False
         self.flow_count = 0
         self.ready = False
         self.tunnels: dict[int, Tunnel] = {}
@@ -131,8 +137,8 @@ class Worker:
         return lane
 
     def _listen(self) -> None:
-        path = Path(self.start.run_dir, "mesh", f"flow.worker.{self.start.worker}.sock")
-        self._listener = seqpacket.listen(path, 0o660)
+        self._path = Path(self.start.run_dir, "mesh", f"flow.worker.{self.start.worker}.sock")
+        self._listener = seqpacket.listen(self._path, 0o660)
 
         def accept(_: int) -> None:
             while (accepted := seqpacket.accept(self._listener)) is not None:
@@ -170,18 +176,19 @@ class Worker:
         while self._alive:
             if self._loading:
                 self.turn(0)
+            elif self._untold:
+                self.turn(TELL / SECOND)
             elif self.ready and self._upgrader is not None:
                 self.turn(1.0)
             else:
                 self.turn(peers.RETRY / SECOND)
+        self._path.unlink(missing_ok=True)
 
     def turn(self, timeout: float) -> None:
         """One turn: wait at most `timeout` seconds for something, then do everything that is ready."""
         events = self._epoll.poll(timeout)
-        self.now = time.monotonic_ns()
-        self.wall = time.time_ns()
-        if self.now // SECOND != self.second:
-            self.second = self.now // SECOND
+        now = self.now = time.monotonic_ns()
+        if now >= self._next_second:
             self._each_second()
         for fd, mask in events:
             handler = self._handlers.get(fd)
@@ -205,12 +212,17 @@ class Worker:
         self.orphans.close()
 
     def _end_of_turn(self) -> None:
-        self.tracker.end_of_turn()
+        if self.tracker.finished:
+            self.tracker.end_of_turn()
         if self._upgrader is None or self._lost_at is not None or not self.ready:
             self._mend()
         if self._loading:
             self._load()
-        if self.spool.flush():
+        if self.spool.pending and self.spool.flush():
+            self._untold = True
+        if self._untold and self.now - self._spooled_at >= TELL:
+            self._spooled_at = self.now
+            self._untold = False
             self.tell(control.Spooled())
         if self.to_upgrader:
             if self._upgrader is not None:
@@ -229,9 +241,20 @@ class Worker:
                 break
             self._to_parent.popleft()
 
+    @property
+    def wall(self) -> int:
+        """Wall-clock nanoseconds of this turn; follows the wall clock within a second of its being set."""
+        return self.now + self._wall_offset
+
     def _each_second(self) -> None:
+        self.second = self.now // SECOND
+        self._next_second = (self.second + 1) * SECOND
+        self._wall_offset = time.time_ns() - time.monotonic_ns()
         self.tracker.expire()
         self.tracker.checkpoint()
+        self._gauges()
+
+    def _gauges(self) -> None:
         vnet, raw = self._lanes[Framing.VNET].pool, self._lanes[Framing.RAW].pool
         self.live.cursors(vnet.cursor, raw.cursor)
         self.counts[counters.FLOWS] = self.flow_count
@@ -244,7 +267,9 @@ class Worker:
     def timestamp(self) -> str:
         """The turn's wall-clock time, RFC 3339 with nanoseconds."""
         seconds, rest = divmod(self.wall, SECOND)
-        return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z"
+        if seconds != self._stamp[0]:
+            self._stamp = (seconds, time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(seconds)))
+        return f"{self._stamp[1]}{rest:09d}Z"
 
     # packets
 
@@ -446,6 +471,7 @@ class Worker:
             if lane.tun not in self._handlers:
                 self.watch(lane.tun, select.EPOLLIN, partial(_read_device, lane))
         self.ready = True
+        self._gauges()
         self.tell(control.Status(paired=True, ready=True))
 
     _link: peers.UpgraderLink | None = None
