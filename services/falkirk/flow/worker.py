@@ -26,7 +26,7 @@ from typing import Final
 
 from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
-from falkirk.flow import control, counters, peers, spool
+from falkirk.flow import control, counters, peers, records, spool
 from falkirk.flow.answers import Answers
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
@@ -123,6 +123,7 @@ class Worker:
             data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker
         )
         self.spool = spool.SpoolWriter(self._spool_directory, epoch)
+        self._audit = records.of_worker(start.node, start.worker, epoch)
         self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
         self.tracker = Tracker(self, os.urandom)
@@ -226,7 +227,10 @@ class Worker:
             self._mend()
         if self._loading:
             self._load()
-        if self.spool.pending and self.spool.flush():
+        if self.spool.pending or self.spool.stuck:
+            if not self.spool.flush():
+                # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
+                return
             self._untold = True
         if self._untold and self.now - self._spooled_at >= TELL:
             self._spooled_at = self.now
@@ -261,6 +265,8 @@ class Worker:
         self.tracker.expire()
         self.tracker.checkpoint()
         self._gauges()
+        if self.spool.stuck:
+            self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")
 
     def _gauges(self) -> None:
         vnet, raw = self._lanes[Framing.VNET].pool, self._lanes[Framing.RAW].pool
@@ -271,6 +277,13 @@ class Worker:
         self.counts[counters.SLOTS_TOTAL] = vnet.size + raw.size
         self.counts[counters.TUNNELS] = len(self.tunnels)
         self.counts[counters.PAIRED] = self._upgrader is not None
+
+    def write_record(self, event: str, flow_id: bytes, parts: str) -> int:
+        """Queue an audit record (see `falkirk.flow.records`); returns its sequence number."""
+        sequence = self.spool.next()
+        head = f'{{"event":"{event}","flow_id":"{flow_id.hex()}","time":"{self.timestamp()}",{self._audit}'
+        self.spool.add(f'{head},"sequence":{sequence}{parts}}}')
+        return sequence
 
     def timestamp(self) -> str:
         """The turn's wall-clock time, RFC 3339 with nanoseconds."""
