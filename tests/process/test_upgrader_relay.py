@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from falkirk.wire.handover import DialFailed
+from falkirk.wire.handover import Abort, DialFailed
 from tests.process.upgrader_lock import Chamber, chamber, listen, readable, reset
 
 FAMILIES = [socket.AF_INET, socket.AF_INET6]
@@ -223,11 +223,15 @@ def test_many_stalled_streams_use_up_pipes_and_still_arrive_whole(
             assert lock.closed(slot).reason == "finished"
 
 
-def test_what_waited_of_a_stream_that_was_reset_reaches_no_other(lock4: Chamber) -> None:
+@pytest.mark.parametrize("reason", ["client_reset", "upstream_reset", "aborted"])
+def test_what_waited_of_a_stream_that_was_reset_reaches_no_other(lock4: Chamber, reason: str) -> None:
     client, upstream = lock4.open(1)
     lock4.write_until_full(upstream)
-    reset(client)
-    assert lock4.closed(1).reason == "client_reset"
+    if reason == "aborted":
+        lock4.say(Abort(1))
+    else:
+        reset(client if reason == "client_reset" else upstream)
+    assert lock4.closed(1).reason == reason
     client, upstream = lock4.open(2)
     content, sent, got = b"B" * 6_000_000, 0, b""
     while len(got) < len(content):
