@@ -233,7 +233,7 @@ def test_devices_that_cannot_be_are_refused_whole(rig: FlowRig, devices: Devices
 @pytest.mark.parametrize("framing", list(Framing))
 def test_devices_given_twice_take_the_place_of_the_first(rig: FlowRig, framing: Framing) -> None:
     client = Client(rig, framing, 4)
-    prepare, slot = established(client)
+    prepare, _slot = established(client)
     old = rig.tun
     rig.hand_over()
     assert rig.asked()[-1:] != [Abort(prepare.slot)]
