@@ -377,8 +377,6 @@ class Worker:
     def adopt(self, link: peers.OnrampLink, message: Adopt, fd: int) -> tuple[str, str] | None:
         """Read a tunnel from now on; or why not (code, message)."""
         context = message.context
-        if message.tunnel in self.tunnels:
-            return "TUNNEL_EXISTS", f"tunnel {message.tunnel} is read already"
         if not (
             0 < message.tunnel < 1 << 32
             and MIN_MTU <= message.mtu <= MAX_MTU
