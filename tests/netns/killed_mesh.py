@@ -95,6 +95,7 @@ class Recovery:
     """Seconds from the kill until each thing was seen."""
 
     victim: str
+    lost: int
     streams_lost: float = 0.0
     process: float = 0.0
     health: float = 0.0
@@ -107,10 +108,10 @@ class Recovery:
         return max(self.process, self.health, self.connection)
 
     def __str__(self) -> str:
+        lost = f"streams reset {self.streams_lost:5.2f} s" if self.lost else "no stream lost"
         return (
             f"{self.victim:<22} serves again {self.serves:5.2f} s (process {self.process:5.2f}, health {self.health:5.2f}, "
-            f"new connections {self.connection:5.2f}), streams reset {self.streams_lost:5.2f} s, "
-            f"short streams failed {self.failed_briefly}"
+            f"new connections {self.connection:5.2f}), {lost}, short streams failed {self.failed_briefly}"
         )
 
 
@@ -253,7 +254,7 @@ class KilledMesh:
         others = [stream for stream in streams if _worker(stream) not in victim.takes]
         brief = len(self.load.short)
         before = self.processes(victim.service)
-        recovery = Recovery(victim.name)
+        recovery = Recovery(victim.name, len(doomed))
         start = time.monotonic()
         os.kill(before[victim.name], signal.SIGKILL)
         socket_path = self.mesh.run_dir / "read" / f"{victim.service}.sock"

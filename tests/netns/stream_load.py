@@ -65,6 +65,7 @@ class End:
     """One end of a stream."""
 
     sock: socket.socket
+    connected: bool = False
     to_send: int = 0
     """Bytes of the pattern that are still to be sent."""
     then_fin: bool = False
@@ -228,7 +229,7 @@ class Load:
     def _tick(self, now: float) -> None:
         for stream in list(self.streams.values()):
             for end in (stream.client, stream.server):
-                if end is not None and not end.outcome:
+                if end is not None and end.connected and not end.outcome:
                     self._turn(stream, end)
             if stream.habit is Habit.SHORT and not stream.client.outcome and now - stream.started > BRIEF_S:
                 self._over(stream.client, "given up")
@@ -310,6 +311,7 @@ class Load:
 
     def _rewatch(self, stream: Stream, end: End) -> None:
         """Errors and hang-ups at once; bytes and FINs at the tick, which paces them."""
+        end.connected = True
         self._handlers[end.sock.fileno()] = lambda mask: self._turn(stream, end)
         self._epoll.modify(end.sock, select.EPOLLET)
         self._turn(stream, end)
