@@ -47,7 +47,7 @@ def rig(tmp_path: Path) -> Iterator[FlowRig]:
 
 
 def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def say(rig: FlowRig, sock: socket.socket, messages: list[Message], fds: list[int]) -> None:
