@@ -65,12 +65,8 @@ class Mesh:
         self._lab = lab
         self._directory = directory
         self._prefix = namespace.command() if namespace else []
-<<<<<<< HEAD
         # Not the console script: a tree that is first in PYTHONPATH is the one that runs.
         self._falkirk = (sys.executable, "-m", "falkirk.cli.main")
-=======
-        self._falkirk = [sys.executable, "-m", "falkirk.cli.main"]
->>>>>>> kill
         self._up: subprocess.Popen[bytes] | None = None
 
     def start(self, settings: Mapping[str, Any], *, dies_with_us: bool = True) -> int:
