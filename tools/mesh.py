@@ -22,6 +22,8 @@ from tools.netlab import Lab, LabError, Namespace, run, wait_for
 SERVICES = ("onramp", "flow", "policy", "upgrader", "router", "registry")
 UP_S = 60.0
 """How long all services may take to be SERVING."""
+DRAIN_S = 45.0
+"""How long they may take to drain, one after another."""
 APPLY_S = 120.0
 """How long resources may take to be stored."""
 API = "falkirk.dev/v1alpha1"
@@ -72,7 +74,7 @@ class Mesh:
         self.config.write_text(yaml.safe_dump({"apiVersion": API, "kind": "Settings", **settings}, sort_keys=False))
         command = [*self._prefix, *self._falkirk, "up", *self._options("--config")]
         with self.log.open("ab") as log:
-            self._up = self._lab.start(command, log=log, dies_with_us=dies_with_us)
+            self._up = self._lab.start(command, log=log, dies_with_us=dies_with_us, stop_s=DRAIN_S)
         try:
             wait_for("all services SERVING", self._serving, UP_S)
         except LabError as error:
@@ -84,7 +86,7 @@ class Mesh:
         if self._up is not None and self._up.poll() is None:
             self._up.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._up.wait(20)
+                self._up.wait(DRAIN_S)
 
     def _options(self, *names: str) -> list[str]:
         values = {"--config": self.config, "--run-dir": self.run_dir, "--data-dir": self.data_dir}
@@ -107,9 +109,9 @@ class Mesh:
         """What lets `falkirk` commands find this mesh."""
         return {**os.environ, "FALKIRK_RUN_DIR": str(self.run_dir), "FALKIRK_DATA_DIR": str(self.data_dir)}
 
-    def ask(self, *arguments: str, timeout: float = 30) -> str:
-        """`falkirk ...`; its standard output. Raises LabError where it fails."""
-        return run([*self._falkirk, *arguments], timeout, self.environment)
+    def ask(self, *arguments: str, timeout: float = 30, accept: Sequence[int] = (0,)) -> str:
+        """`falkirk ...`; its standard output. Raises LabError where its exit code isn't one of `accept`."""
+        return run([*self._falkirk, *arguments], timeout, self.environment, accept)
 
     def ask_json(self, key: str, *arguments: str) -> list[dict[str, Any]]:
         """`falkirk ... --json`, as a list of objects."""

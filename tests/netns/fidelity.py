@@ -230,7 +230,10 @@ class World:
         server = self.server
         internet = {"internet": {f"egressAddress{key[-1]}": address for key, address in egress.items()}}
         slow = {"internet": {"connectTimeoutMs": 1000}}
-        rules = [rule("no-mail", f"net.port == {DENIED_PORT}", "deny"), rule("staff", '"staff" in identity.groups', "allow")]
+        rules = [
+            rule("no-mail", f"net.port == {DENIED_PORT}", "deny"),
+            rule("staff", '"staff" in identity.groups', "allow"),
+        ]
         prefixes = [
             ("server4", str(server.prefix4), internet),
             ("server6", str(server.prefix6), internet),

@@ -35,7 +35,9 @@ ROWS: tuple[Row, ...] = (
     NetworkRow("n-default", "t-acme", "default", True),
     NetworkRow("n-lab", "t-acme", "lab"),
     UserRow("u-ann", "t-acme", "ann", ("eng",)),
-    DeviceRow("d-laptop", "t-acme", "laptop", "ann", ("managed",), (b"\x64\x60\x00\x02", bytes(15) + b"\x02"), max_flows=7),
+    DeviceRow(
+        "d-laptop", "t-acme", "laptop", "ann", ("managed",), (b"\x64\x60\x00\x02", bytes(15) + b"\x02"), max_flows=7
+    ),
     DeviceRow("d-off", "t-acme", "off", disabled=True),
     TenantRow("t-other", "other"),
     NetworkRow("n-other", "t-other", "default", True),
@@ -249,7 +251,7 @@ class Rig:
 
     def descriptors(self) -> int:
         """How many descriptors the worker has open."""
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
     def close(self) -> None:
         """End the process, which must not have ended before."""

@@ -26,17 +26,17 @@ class RunningMesh:
     lab: Lab
     server: str
 
-    def curl(self, url: str) -> subprocess.CompletedProcess[str]:
+    def curl(self, url: str) -> subprocess.CompletedProcess[bytes]:
         """Curl as the device `laptop`, at most 30 s."""
         command = self.mesh.lower("laptop", ["curl", "--silent", "--show-error", "--noproxy", "*", url])
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        return subprocess.run(command, capture_output=True, timeout=30, check=False)
 
-    def hold(self) -> subprocess.Popen[bytes]:
-        """A connection that stays open for a minute, once the flow table shows it."""
+    def hold(self, count: int) -> None:
+        """So many connections that stay open for a minute, each by a tunnel of its own, once the flow table shows them."""
         command = ["curl", "--silent", "--no-buffer", "--noproxy", "*", f"http://{self.server}/drip/60"]
-        process = self.lab.start(self.mesh.lower("laptop", command))
-        wait_for("a flow in the table", lambda: bool(self.mesh.ask_json("flows", "flow", "list")), 20)
-        return process
+        for _ in range(count):
+            self.lab.start(self.mesh.lower("laptop", command))
+        wait_for("flows in the table", lambda: len(self.mesh.ask_json("flows", "flow", "list")) >= count, 20)
 
 
 def resources() -> list[dict[str, Any]]:

@@ -115,7 +115,7 @@ def test_every_stage_is_asked_for_the_admitted_context(mesh: Mesh, run_dir: Path
         "admitted: device laptop of tenant acme, virtual network default",
         "taken   192.0.2.0/24 by route web -> internet",
         "off-ramp: dials from 198.51.100.1",
-        "allowed by web/http: net.port == 80",
+        "allowed: net.port == 80 [web/http]",
         "passed  route: 192.0.2.0/24 [r1]",
         "outcome: lift",
     ):

@@ -94,11 +94,12 @@ def test_the_table_names_everything_that_can_be_read() -> None:
 def test_every_line_of_the_table_runs(running: RunningMesh) -> None:
     """In the table's order, which ends a flow and closes a tunnel last."""
     read = running.mesh.run_dir / "read"
-    running.hold()
+    running.hold(2)  # one whose flow is ended, one whose tunnel is closed
     environment = {"R": str(running.mesh.run_dir)}
     listed = shell(f"grpcurl -plaintext -unix {read}/flow.sock falkirk.api.flow.v1.FlowService/List", {})
-    environment["FLOW"] = json.loads(listed.stdout)["flows"][0]["id"]
-    environment["TUNNEL"] = str(json.loads(listed.stdout)["flows"][0]["tunnelId"])
+    first, second = json.loads(listed.stdout)["flows"]
+    environment["FLOW"] = first["id"]
+    environment["TUNNEL"] = str(second["tunnel_id"])
     asked = """grpcurl -plaintext -unix -d '{"tenant": "acme", "device": "laptop"}'"""
     explained = shell(f"{asked} {read}/onramp.sock falkirk.api.onramp.v1.OnrampService/Explain", {})
     environment["CONTEXT"] = json.dumps(json.loads(explained.stdout)["context"])
@@ -142,9 +143,9 @@ def test_one_flow_from_syn_to_close_with_grpcurl_alone(running: RunningMesh, tmp
     watcher.terminate()
     begun = {value["flow"]["id"] for value in seen("EVENT_STARTED")}
     ended = next(value["flow"] for value in seen("EVENT_ENDED") if value["flow"]["id"] in begun)
-    assert ended["key"]["destinationAddress"] == running.server
+    assert ended["key"]["destination_address"] == running.server
     assert ended["rule"] == "access/staff"
-    assert int(ended["bytesDown"]) > 100_000
+    assert int(ended["bytes_down"]) > 100_000
     query = f"""grpcurl -plaintext -unix -d '{{"filter": {{"flow_id": "{ended["id"]}"}}}}' {read}/policy.sock"""
 
     def recorded() -> list[str]:

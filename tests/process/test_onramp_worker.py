@@ -8,16 +8,17 @@ import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import msgspec
 import pytest
+
 from falkirk.onramp.control import Close, Opened, State, Traced
 from falkirk.onramp.tables import DeviceRow, NetworkRow, TenantRow, UserRow
 from falkirk.wire import handover
 from falkirk.wire.context import Framing, TunnelContext
 from falkirk.wire.handover import AdoptRefused, Held, TunnelClosed
-
 from tests.process.onramp_rig import CONTEXT, ROWS, FlowFake, Rig, datagram, eventually, rig
 
 LAPTOP = next(row for row in ROWS if isinstance(row, DeviceRow) and row.id == "d-laptop")
@@ -84,7 +85,7 @@ def test_producer_that_leaves_is_told_to_flow(parts: Parts) -> None:
     producer.close()
     assert flow.expect(TunnelClosed) == TunnelClosed(message.tunnel, "producer_closed")
     assert onramp.ended(message.tunnel) == "producer_closed"
-    assert onramp.descriptors() == before
+    eventually(lambda: onramp.descriptors() <= before)
     assert tunnel.recv(10) == b""
 
 
@@ -142,7 +143,8 @@ def test_other_changes_leave_tunnels_alone(parts: Parts) -> None:
 def test_names_may_swap_in_one_update(parts: Parts) -> None:
     onramp, (flow,) = parts
     onramp.update(
-        DeviceRow("d-laptop", "t-acme", "off", "ann"), DeviceRow("d-off", "t-acme", "laptop", addresses=(b"\x09\x09\x09\x09",))
+        DeviceRow("d-laptop", "t-acme", "off", "ann"),
+        DeviceRow("d-off", "t-acme", "laptop", addresses=(b"\x09\x09\x09\x09",)),
     )
     onramp.report(State, lambda state: state.number == onramp.number)
     assert onramp.opened(flow)[1].context.device_id == "d-off"
@@ -210,12 +212,14 @@ def test_a_tunnel_that_nobody_takes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "hello", [{"role": "upgrader"}, {"worker": 1}, {"protocol": 99}, {"generation": 1}], ids=lambda hello: next(iter(hello))
+    "hello",
+    [{"role": "upgrader"}, {"worker": 1}, {"protocol": 99}, {"generation": 1}],
+    ids=lambda hello: next(iter(hello)),
 )
-def test_wrong_flow_workers_are_refused(parts: Parts, hello: dict[str, int]) -> None:
+def test_wrong_flow_workers_are_refused(parts: Parts, hello: dict[str, Any]) -> None:
     onramp, (flow,) = parts
     flow.die()
-    flow.accept(**hello)  # type: ignore[arg-type]  # some are meant to be wrong
+    flow.accept(**hello)
     assert flow.link is not None
     assert datagram(flow.link) == b""
     flow.die()
@@ -311,4 +315,4 @@ def test_many_tunnels_come_and_go_without_a_trace(parts: Parts) -> None:
         producer.close()
         tunnel.close()
     eventually(lambda: onramp.counters.read("closed") == 90)
-    assert onramp.descriptors() == before
+    eventually(lambda: onramp.descriptors() <= before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,17 @@ def test_explicit_ids_and_times(receiver: Receiver, tmp_path: Path) -> None:
     assert found["dial"].error == "connection refused"
     assert not telemetry.exporting()
     assert telemetry.emit_span("nothing", TRACE, None, b"rootroot", 0, 0) == b"rootroot"
+
+
+def test_a_receiver_that_is_away_holds_nothing_up(tmp_path: Path) -> None:
+    with Receiver() as gone:
+        endpoint = gone.endpoint
+    telemetry.setup("flow", Shell(run_dir=tmp_path, telemetry=TelemetrySettings(otlp_endpoint=endpoint)))
+    telemetry.emit_span("flow", TRACE, None, None, 0, 1)
+    last = threading.Thread(target=telemetry.shutdown)
+    last.start()
+    last.join(10 * telemetry.SHUTDOWN_SECONDS)
+    assert not last.is_alive()
 
 
 @in_loop

@@ -12,7 +12,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from falkirk.linux import seqpacket
 from falkirk.runtime.counters import Counters
@@ -141,7 +141,7 @@ class Chamber:
         assert self.flow is not None
         assert seqpacket.send(self.flow, handover.encode(messages))
 
-    def prepare(self, slot: int = 1, port: int | None = None, **fields: object) -> None:
+    def prepare(self, slot: int = 1, port: int | None = None, **fields: Any) -> None:
         values: dict[str, object] = {
             "slot": slot,
             "flow_id": bytes([slot]) * 16,
@@ -154,7 +154,7 @@ class Chamber:
         }
         self.say(Prepare(**(values | fields)))  # type: ignore[arg-type]
 
-    def hold(self, slot: int = 1, **fields: object) -> socket.socket:
+    def hold(self, slot: int = 1, **fields: Any) -> socket.socket:
         """Prepare a slot until it is connected; the server's socket."""
         self.prepare(slot, **fields)
         assert self.hear(Connected).slot == slot
@@ -174,7 +174,7 @@ class Chamber:
         self._open.append(sock)
         return sock
 
-    def open(self, slot: int = 1, receive_buffer: int = 0, **fields: object) -> tuple[socket.socket, socket.socket]:
+    def open(self, slot: int = 1, receive_buffer: int = 0, **fields: Any) -> tuple[socket.socket, socket.socket]:
         """A whole stream: the client's socket and the server's."""
         upstream = self.hold(slot, **fields)
         before = self.counters.read("opened")

@@ -39,7 +39,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 """The option of every command that prints something to read."""
 
 _REMEDIES: dict[str, str] = {
-    "SERVICE_UNREACHABLE": "start the mesh with `falkirk up`, or name its directory with --run-dir; `falkirk doctor` looks closer",
+    "SERVICE_UNREACHABLE": "`falkirk doctor` looks closer",
     "UNAVAILABLE": "the service went away under way; try again once it is back (`falkirk doctor` shows which one is down)",
     "DRAINING": "the service is being restarted; try again in a moment",
     "ROAD_FORBIDDEN": "run the command as a user who may enter that directory of the run directory",

@@ -183,7 +183,7 @@ def _router(answer: Any) -> Iterator[str]:
 
 def _policy(answer: Any) -> Iterator[str]:
     verdict = answer.verdict
-    yield f"{'allowed' if verdict.allowed else 'denied'} by {verdict.rule or 'default deny'}: {verdict.why}"
+    yield f"{'allowed' if verdict.allowed else 'denied'}: {verdict.why} [{verdict.rule or 'default deny'}]"
     for rule in answer.rules:
         error = f" ({rule.error})" if rule.error else ""
         yield f"  {rule.outcome:<17} {rule.rule}: {rule.when}{error}"

@@ -44,22 +44,30 @@ def up(
 
     try:
         shell = checks.load(config, run_dir, data_dir)
+        arguments = ["--run-dir", str(shell.run_dir), "--data-dir", str(shell.data_dir)]
+        if config is not None:
+            arguments += ["--config", str(config.absolute())]
+        roads.prepare(shell)
+        with roads.sole(shell.run_dir, "up"):
+            _check_machine(shell)
+            status = asyncio.run(_run(shell, arguments))
     except SettingsError as error:
         _refuse(str(error))
-    problems = [check for check in (*checks.directories(shell), *checks.machine()) if check.state != "ok"]
+    except roads.AlreadyRunning as error:
+        _refuse(f"{error}; end it first, or choose another --run-dir")
+    raise typer.Exit(status)
+
+
+def _check_machine(shell: Shell) -> None:
+    """Prints what isn't well; ends the process where nothing could run."""
+    from falkirk.cli import checks
+
+    found = (*checks.directories(shell), *checks.machine(), *checks.ports(shell, running=False))
+    problems = [check for check in found if check.state != "ok"]
     for check in problems:
         typer.echo(f"falkirk up: {check.state}: {check.detail}\n    remedy: {check.remedy}", err=True)
     if any(check.state == "failed" for check in problems):
         raise typer.Exit(2)
-    arguments = ["--run-dir", str(shell.run_dir), "--data-dir", str(shell.data_dir)]
-    if config is not None:
-        arguments += ["--config", str(config.absolute())]
-    try:
-        with roads.sole(shell.run_dir, "up"):
-            status = asyncio.run(_run(shell, arguments))
-    except roads.AlreadyRunning as error:
-        _refuse(f"{error}; end it first, or choose another --run-dir")
-    raise typer.Exit(status)
 
 
 def _refuse(message: str) -> Any:

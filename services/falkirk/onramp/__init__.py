@@ -15,9 +15,9 @@ from the flow workers (`Held`).
 The parent (gRPC) mirrors tenants, users, devices and virtual networks from the registry, and pushes them to its
 worker as transactions; the worker reviews the tunnels that a transaction touches and closes those whose context no longer holds.
 
-    admission, context, context_json, tables   PURE: who may enter, and as whom
-    worker, gate, links, tunnels               the packet-side process: raw epoll, no gRPC
-    service, mirror, __main__                  the parent
+    admission, context, context_json, control, tables   pure: who may enter, and as whom
+    worker, gate, links, tunnels, reactor               the packet-side process: raw epoll, no gRPC
+    service, parent, rows, tunnel_ids, __main__         the parent
 
 Limits: contexts of 16 KiB; 1024 connections that haven't been admitted yet, each for 5 s at most; one worker, since
 admission is rare. The context of a tunnel never changes: what would change it closes the tunnel, and the producer

@@ -85,11 +85,15 @@ class Gate:
         self._reactor, self._listener, self._parser, self._grants = reactor, listener, parser, grants
         self._admit, self._refused = admit, refused
         self._timeout_s, self._max_pending, self._max_share = timeout_s, max_pending, max_pending_per_uid
+        self._open = False
         self._pending: dict[int, _Pending] = {}
         self._shares: Counter[int] = Counter()
 
     def open(self) -> None:
-        """Accept from now on."""
+        """Accept from now on. Idempotent."""
+        if self._open:
+            return
+        self._open = True
         self._reactor.add(self._listener.fileno(), select.EPOLLIN, self._on_connections)
 
     def _on_connections(self, _: int) -> None:
@@ -100,6 +104,7 @@ class Gate:
                 if error.errno not in _EXHAUSTED:
                     raise
                 self._reactor.remove(self._listener.fileno())
+                self._open = False
                 self._reactor.later(REST_S, self.open)
                 return
             if sock is None:

@@ -10,7 +10,6 @@ Limit: packing the whole state for a worker that (re)starts takes the loop about
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
 import sys
@@ -38,6 +37,10 @@ LOST_AFTER_S: Final = 5.0
 log = structlog.get_logger()
 
 
+class WorkerAway(Exception):
+    """The worker isn't there, or was replaced while it was asked."""
+
+
 class Parent:
     """Worker, tables and open tunnels. `on_ready` hears whether producers can be admitted."""
 
@@ -49,11 +52,13 @@ class Parent:
         self.loaded = False
         """True once the tables hold anything from the registry, be it from disk."""
         self.tunnels: dict[int, Opened] = {}
+        self.applied: net_pb2.Revision | None = None
+        """What the worker admits by; a moment behind the tables here."""
         self._ids = TunnelIds(shell.data("onramp") / "tunnel-ids")
         self._revision = net_pb2.Revision()
         self._listener: socket.socket | None = None
         self._lost: dict[int, Opened] = {}
-        self._closing: dict[int, asyncio.Event] = {}
+        self._closing: dict[int, asyncio.Future[bool]] = {}
         self._pool = WorkerPool("onramp.worker", 1, _command, self._on_message, self._on_start, self._on_exit)
         self.processes = self._pool.processes
 
@@ -86,12 +91,14 @@ class Parent:
             self._push(new, gone, full=False)
 
     async def close(self, tunnel: int, reason: str) -> bool:
-        """Closes a tunnel and waits until it is; False where it isn't open."""
+        """Closes a tunnel and waits until it is; False where it isn't open. Raises WorkerAway where that can't be known."""
         if tunnel not in self.tunnels:
             return False
-        done = self._closing.setdefault(tunnel, asyncio.Event())
-        if self._pool.send(0, control.encode(Close(tunnel, reason))):
-            await done.wait()
+        if not self._pool.send(0, control.encode(Close(tunnel, reason))):
+            raise WorkerAway
+        done = self._closing.setdefault(tunnel, asyncio.get_running_loop().create_future())
+        if not await asyncio.shield(done):
+            raise WorkerAway
         return True
 
     def _push_all(self) -> None:
@@ -101,8 +108,7 @@ class Parent:
         update = Update(full, self._revision.epoch, self._revision.number)
         memory = os.memfd_create("falkirk-rows", os.MFD_CLOEXEC)
         with open(memory, "wb") as file:
-            for piece in control.pack(changed, removed):
-                file.write(piece)
+            file.writelines(control.pack(changed, removed))
             file.flush()
             self._pool.send(0, control.encode(update), (memory,))
 
@@ -127,12 +133,16 @@ class Parent:
             log_format=shell.log.format,
         )
         self._pool.send(worker, control.encode(setup), (self.counters.fd, self._listener.fileno()))
+        self._save_ids()
         if self.loaded:
             self._push_all()
 
     def _on_exit(self, worker: int, status: int) -> None:
         log.warning("worker_ended", worker=worker, status=status, tunnels=len(self.tunnels))
         self._on_ready(False)
+        self.applied = None
+        for number in list(self._closing):
+            self._closing.pop(number).set_result(False)
         self._lost |= self.tunnels
         asyncio.get_running_loop().call_later(LOST_AFTER_S, self._forget_lost)
 
@@ -145,7 +155,8 @@ class Parent:
         for descriptor in descriptors:
             os.close(descriptor)
         match control.TO_PARENT.decode(data):
-            case State(epoch, _, links):
+            case State(epoch, number, links):
+                self.applied = net_pb2.Revision(epoch=epoch, number=number) if epoch else None
                 self._on_ready(bool(epoch) and all(links))
             case Opened() as opened:
                 self._on_opened(opened)
@@ -160,9 +171,13 @@ class Parent:
             log.info("tunnel_opened", tunnel=opened.tunnel, tenant=opened.context.tenant, device=opened.context.device)
         # Its worker doesn't know when a resumed tunnel was admitted; we may.
         self.tunnels[opened.tunnel] = before or opened
+        self._ids.seen(opened.tunnel)
+        self._save_ids()
+
+    def _save_ids(self) -> None:
         try:
-            self._ids.seen(opened.tunnel)
-        except OSError as error:
+            self._ids.save()
+        except OSError as error:  # numbers go on in memory; only a restart of ours could repeat some
             log.error("tunnel_ids_not_written", why=str(error))
 
     def _on_ended(self, ended: Ended) -> None:
@@ -172,14 +187,15 @@ class Parent:
             log.info(
                 "tunnel_closed", tunnel=ended.tunnel, tenant=context.tenant, device=context.device, reason=ended.reason
             )
-        with contextlib.suppress(KeyError):
-            self._closing.pop(ended.tunnel).set()
+        closing = self._closing.pop(ended.tunnel, None)
+        if closing is not None:
+            closing.set_result(True)
 
     def _on_traced(self, traced: Traced) -> None:
         opened = self.tunnels.get(traced.tunnel)
         if opened is None:
             return
-        attributes = {
+        attributes: dict[str, str | bool | int | float] = {
             "tunnel_id": traced.tunnel,
             "tenant": opened.context.tenant,
             "device": opened.context.device,

@@ -14,7 +14,7 @@ from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.onramp.admission import Grants, admit
 from falkirk.onramp.context import Code, ContextRequest, Refusal
 from falkirk.onramp.control import Opened
-from falkirk.onramp.parent import Parent
+from falkirk.onramp.parent import Parent, WorkerAway
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.replica import ResourceReplica
 from falkirk.wire.context import Framing, TunnelContext
@@ -66,7 +66,13 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
         """Returns when the tunnel is closed."""
         if len(request.reason) > MAX_REASON:
             raise _invalid("reason", f"reason must have at most {MAX_REASON} characters")
-        if not await self._parent.close(request.id, request.reason or "closed_by_operator"):
+        try:
+            found = await self._parent.close(request.id, request.reason or "closed_by_operator")
+        except WorkerAway as error:
+            raise FalkirkError(
+                grpc.StatusCode.UNAVAILABLE, "WORKER_AWAY", "the on-ramp's worker is being restarted; try again"
+            ) from error
+        if not found:
             raise _no_tunnel(request.id)
         return pb.CloseResponse()
 
@@ -92,8 +98,19 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
             open=len(self._parent.tunnels),
             admitted=counts["admitted"],
             refused=[net_pb2.Counter(name=code, value=counts[code]) for code in Code],
-            replicas=[self._replica.status()],
+            replicas=[self._replica.status(), self._admission()],
             processes=self._processes(),
+        )
+
+    def _admission(self) -> net_pb2.ReplicaStatus:
+        """The worker's tables, whose revision may be a moment behind the replica's."""
+        resources = self._replica.status()
+        return net_pb2.ReplicaStatus(
+            name="admission",
+            revision=self._parent.applied,
+            live=resources.live,
+            source=resources.source,
+            items=len(self._parent.tables),
         )
 
 

@@ -24,23 +24,27 @@ class TunnelIds:
         """Reads the file. Raises OSError where it can't be read."""
         self._path = path
         self._bound = 0
+        self._saved = -1
         with contextlib.suppress(FileNotFoundError, ValueError):
             self._bound = int(path.read_text())
 
     def first(self) -> int:
-        """Where a new worker starts. Raises OSError where the file can't be written."""
+        """Where a new worker starts; `save` before it does."""
         first = self._bound + 1 if 0 <= self._bound <= _LAST - 2 * STEP else 1
-        self._keep(first + STEP)
+        self._bound = first + STEP
         return first
 
     def seen(self, number: int) -> None:
-        """A worker has given this number out. Raises OSError where the file can't be written."""
+        """A worker has given this number out; `save` soon."""
         if self._bound - STEP // 2 < number <= _LAST - 2 * STEP:
-            self._keep(number + STEP)
+            self._bound = number + STEP
 
-    def _keep(self, bound: int) -> None:
+    def save(self) -> None:
+        """Writes the file where it has to change. Raises OSError."""
+        if self._bound == self._saved:
+            return
         draft = self._path.with_suffix(".new")
         draft.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft.write_text(f"{bound}\n")
+        draft.write_text(f"{self._bound}\n")
         draft.replace(self._path)
-        self._bound = bound
+        self._saved = self._bound

@@ -2,7 +2,7 @@
 
     python -m falkirk.onramp.worker --control-fd N
 
-It waits for `Setup`, accepts producers once the first `Update` is applied, and exits when its parent's end closes, on SIGTERM, and on
+It waits for `Setup`, accepts producers once the first `Update` is applied (or a second later, to tell them NOT_READY), and exits when its parent's end closes, on SIGTERM, and on
 nothing that a producer or a flow worker sends. It leaves tunnels as they are: flow workers read on, and the next
 on-ramp gets them back.
 
@@ -44,6 +44,7 @@ from falkirk.wire.handover import Adopted, AdoptRefused, Held, TunnelClosed
 
 CHUNKS_A_TURN: Final = 8
 REVIEWS_A_TURN: Final = 200
+PATIENCE_S: Final = 1.0
 MAX_REPORTS: Final = 50_000
 _CONTROL_BYTES: Final = 256 * 1024
 
@@ -62,7 +63,7 @@ class Worker:
         self._reviews: deque[int] = deque()
         self._reports: deque[bytes] = deque()
         self._blocked = False
-        self._gate_open = False
+        self._loaded = False
         generation = time.time_ns()
         self._generations = [0] * setup.flow_workers
         self._links = [
@@ -107,7 +108,8 @@ class Worker:
         """Join the loop."""
         self._reactor.add(self._parent.fileno(), select.EPOLLIN, self._on_parent)
         self._reactor.after += [self._update, self._review, *(link.flush for link in self._links), self._flush_reports]
-        self._gate.open()
+        # Who has waited while a worker was replaced needn't be sent away.
+        self._reactor.later(PATIENCE_S, self._gate.open)
         for link in self._links:
             link.connect()
         self._report_state()
@@ -151,7 +153,9 @@ class Worker:
         self._tables = tables
         self._reviews.extend(self._tunnels.ids() if update.full else self._tunnels.touched_by(touched))
         self._revision = (update.epoch, update.number)
-        self._gate_open = True
+        if not self._loaded:
+            self._loaded = True
+            self._gate.open()
         self._report_state()
 
     def _update(self) -> bool:
@@ -172,7 +176,7 @@ class Worker:
 
     def _admit(self, sock: socket.socket, peer: Peer, request: ContextRequest) -> None:
         try:
-            if not self._gate_open:
+            if not self._loaded:
                 raise Refusal(Code.NOT_READY, "the on-ramp knows no devices yet; try again")
             if len(self._reports) > MAX_REPORTS:
                 raise Refusal(Code.NOT_READY, "the on-ramp's parent doesn't answer; try again")
@@ -209,7 +213,7 @@ class Worker:
                 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)
                 peer = seqpacket.peer(sock)
                 self._tunnels.hold(worker, self._generations[worker], message, sock, peer, time.time_ns())
-                if self._gate_open:
+                if self._loaded:
                     self._reviews.append(tunnel)
 
     # To the parent.

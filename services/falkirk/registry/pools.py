@@ -43,15 +43,6 @@ def at(pool: str, index: int) -> str:
     return str(ip_network(pool).network_address + index)
 
 
-def contains(pool: str, packed: bytes) -> bool:
-    """Whether an address of the pool's version lies in it and could have been handed out."""
-    network = ip_network(pool)
-    if len(packed) != network.max_prefixlen // 8:
-        return False
-    index = int.from_bytes(packed, "big") - int(network.network_address)
-    return FIRST <= index <= last(pool)
-
-
 def ula(random: bytes) -> str:
     """A /64 of a new unique local prefix from 5 random bytes: fd, 40-bit global id, subnet 0 (RFC 4193 section 3.1)."""
     if len(random) != 5:

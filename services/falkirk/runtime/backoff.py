@@ -1,4 +1,4 @@
-"""How long to wait before a process is started again. PURE: time is an argument.
+"""How long to wait before a process is started again. Time is an argument.
 
 The first restart is at once; then 50 ms, doubling to 2 s. A process that lived 5 s starts the count anew.
 """

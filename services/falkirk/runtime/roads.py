@@ -112,9 +112,12 @@ class AlreadyRunning(Exception):
 
 @contextlib.contextmanager
 def sole(run_dir: Path, name: str) -> Iterator[None]:
-    """Holds the lock of a name for as long as the block runs. Raises AlreadyRunning."""
+    """Holds the lock of a name for as long as the block runs. Raises AlreadyRunning, SettingsError where it isn't ours to lock."""
     path = run_dir / f".{name}.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise SettingsError(f"{path}: {error.strerror}; choose a directory of your own with --run-dir") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

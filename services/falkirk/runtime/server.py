@@ -146,8 +146,19 @@ class Server:
     async def run(self, *background: Background) -> None:
         """Serves until SIGTERM, SIGINT, `stop` or the failure of a background coroutine; returns when drained.
 
-        Raises SettingsError where directories or sockets can't be made and roads.AlreadyRunning where another process has the name.
+        Ends the process with a logged reason where it can't begin: status 2 where directories or sockets can't be made as the settings say,
+        1 where another process has the name (it may be about to end; a supervisor tries again).
         """
+        try:
+            await self._run(background)
+        except SettingsError as error:
+            log.error("cannot_start", why=str(error))
+            raise SystemExit(2) from None
+        except roads.AlreadyRunning as error:
+            log.error("cannot_start", why=str(error))
+            raise SystemExit(1) from None
+
+    async def _run(self, background: tuple[Background, ...]) -> None:
         loop = asyncio.get_running_loop()
         roads.prepare(self.shell)
         with roads.sole(self.shell.run_dir, self.name):

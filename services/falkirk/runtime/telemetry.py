@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 Attributes = Mapping[str, str | bool | int | float]
 QUEUE_SPANS: Final = 8192
 BATCH_MILLISECONDS: Final = 1000
+EXPORT_SECONDS: Final = 2
+"""One export with its retries."""
+SHUTDOWN_SECONDS: Final = 2.5
 _SCOPE: Final = "falkirk"
 
 _exporting: _Exporting | None = None
@@ -59,12 +63,14 @@ def exporting() -> bool:
 
 
 def shutdown() -> None:
-    """Sends what is queued (at most 2 s) and stops exporting."""
+    """Sends what is queued and stops exporting; gives up after `SHUTDOWN_SECONDS`, for a receiver that is away must not hold up a drain."""
     global _exporting
     if _exporting is not None:
-        _exporting.processor.force_flush(2000)
-        _exporting.processor.shutdown()
+        # A daemon: the exporter retries for longer than we wait, and the process may end meanwhile.
+        last = threading.Thread(target=_exporting.processor.shutdown, name="telemetry-shutdown", daemon=True)
         _exporting = None
+        last.start()
+        last.join(SHUTDOWN_SECONDS)
 
 
 def new_span_id() -> bytes:
@@ -130,7 +136,7 @@ def _export(name: str, endpoint: str, node: str) -> _Exporting:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True)
+    exporter = OTLPSpanExporter(endpoint=endpoint, insecure=True, timeout=EXPORT_SECONDS)
     processor = BatchSpanProcessor(exporter, max_queue_size=QUEUE_SPANS, schedule_delay_millis=BATCH_MILLISECONDS)
     return _Exporting(processor, Resource.create({"service.name": f"falkirk-{name}", "host.name": node}))
 

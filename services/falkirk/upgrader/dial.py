@@ -28,6 +28,12 @@ def text(address: bytes) -> str:
     return socket.inet_ntop(_FAMILY[len(address)], address)
 
 
+def usable(congestion: str) -> str:
+    """The congestion control where a socket may have it, else none: asked once, so that no dial fails to get it."""
+    with socket.socket(socket.AF_INET, _TYPE) as probe:
+        return sockets.set_congestion(probe, congestion) or "" if congestion else ""
+
+
 def start(destination: bytes, port: int, egress: bytes, congestion: str) -> socket.socket:
     """A socket that connects. `egress` and `congestion` may be empty: the kernel's choice.
 

@@ -152,7 +152,6 @@ class Relay:
             return self.reset(stream, stream.reset_by(end))
         if not size:
             self._pipes.give_back(pipe, empty=True)
-            end.bulk = False
             return 0 if size is None else self._obey(stream, fin(end, other), other)
         end.bulk = size >= BULK_ENDS
         return size if self._pour(stream, end, other, pipe, size) else -1

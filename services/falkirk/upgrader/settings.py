@@ -13,8 +13,9 @@ class Settings(Section, frozen=True, kw_only=True):
     """Of the TUN devices, in bytes; bounds the segments that clients are offered. 1280 to 65535."""
     congestion: str = "cubic"
     """TCP congestion control towards clients; "reno" where the kernel hasn't it."""
-    upstream_congestion: str = ""
-    """TCP congestion control towards upstreams; empty keeps the machine's own."""
+    upstream_congestion: str = "cubic"
+    """TCP congestion control towards upstreams; empty keeps the machine's own, and so does one that the machine doesn't grant.
+    Set because the machine's own may be BBR, whose pacing costs a relay twice the CPU time a byte."""
     open_timeout_s: float = 30.0
     """How long a connected upstream waits for its client's handshake, in seconds."""
     tx_queue: int = 4000

@@ -72,6 +72,7 @@ class Worker:
         self._index = dict(counters.index)
         self._report = report
         self._capacity = capacity
+        self._congestion = dial.usable(setup.congestion)
         self._log = Log("upgrader", setup.log_level, setup.log_format)
         self._epoll = select.epoll()
         self._relay = Relay(self._epoll, self._over)
@@ -162,7 +163,7 @@ class Worker:
                 raise OSError(errno.EPROTONOSUPPORT, "treatment isn't built")
             if len(self._slots) >= self._capacity:
                 raise OSError(errno.EMFILE, "no descriptors")
-            upstream = dial.start(wish.destination, wish.port, wish.egress, self._setup.congestion)
+            upstream = dial.start(wish.destination, wish.port, wish.egress, self._congestion)
         except OSError as error:
             self._fail(wish.slot, error.errno or errno.EIO, 0)
             return

@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from falkirk.registry.kinds import BY_NUMBER, parse
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.watch import Event, Feed, Interest, Piece, Step, Synced
@@ -49,6 +51,13 @@ async def until_synced(events: AsyncGenerator[Event, None]) -> list[Event]:
         if isinstance(event, Synced):
             return found
     raise AssertionError("a watch has no end")
+
+
+async def refused(events: AsyncGenerator[Event, None]) -> Reason:
+    """Why a watch ends."""
+    with pytest.raises(Refused) as caught:
+        await anext(events)
+    return caught.value.reason
 
 
 def test_state_then_synced_then_each_transaction(acme: Ledger) -> None:
@@ -93,12 +102,7 @@ def test_a_resumed_watch_is_synced_where_it_was_and_gets_what_it_missed(acme: Le
 def test_a_revision_of_another_epoch_or_out_of_range_is_refused(acme: Ledger) -> None:
     async def script(feed: Feed) -> None:
         for resume in (("elsewhere", 1), (acme.store.epoch, 2)):
-            try:
-                await anext(feed.watch(ALL, resume))
-            except Refused as refusal:
-                assert refusal.reason is Reason.REVISION_GONE
-            else:
-                raise AssertionError(f"resumed after {resume}")
+            assert await refused(feed.watch(ALL, resume)) is Reason.REVISION_GONE
 
     play(acme, script)
 
@@ -118,12 +122,7 @@ def test_one_watch_too_many_is_refused(acme: Ledger) -> None:
     async def script(feed: Feed) -> None:
         first = feed.watch(ALL, None)
         await anext(first)
-        try:
-            await anext(feed.watch(ALL, None))
-        except Refused as refusal:
-            assert refusal.reason is Reason.TOO_MANY_WATCHES
-        else:
-            raise AssertionError("two watches")
+        assert await refused(feed.watch(ALL, None)) is Reason.TOO_MANY_WATCHES
         await first.aclose()
         second = feed.watch(ALL, None)
         await anext(second)
@@ -153,12 +152,7 @@ def test_a_reader_that_fell_behind_the_history_is_cut(tmp_path: Path) -> None:
         await until_synced(events)
         for number in range(50):
             await write(ledger, f"u{number}")
-        try:
-            await anext(events)
-        except Refused as refusal:
-            assert refusal.reason is Reason.WATCH_TOO_SLOW
-        else:
-            raise AssertionError("revisions were skipped")
+        assert await refused(events) is Reason.WATCH_TOO_SLOW
         assert feed.watches == 0
 
     play(ledger, script, feed_bytes=1000)

@@ -24,6 +24,12 @@ class Flow(Section, frozen=True, kw_only=True):
     spool: Path = Path("spool")
 
 
+@pytest.fixture(autouse=True)
+def _nothing_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FALKIRK_CONFIG", "FALKIRK_RUN_DIR", "FALKIRK_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 HEAD = "apiVersion: falkirk.dev/v1alpha1\nkind: Settings\n"
 
 
