@@ -318,10 +318,15 @@ class World:
             found[f"{pid} {name}"] = Process(len(list(Path(f"/proc/{pid}/fd").iterdir())), resident)
         return found
 
-    def close(self) -> None:
-        """End the clients; the mesh and the server are whoever's who made them."""
+    def hang_up(self) -> None:
+        """End the clients that there are."""
         for client in self._clients.values():
             client.close()
+        self._clients.clear()
+
+    def close(self) -> None:
+        """End the clients; the mesh and the server are whoever's who made them."""
+        self.hang_up()
 
 
 def descendants(pid: int) -> list[int]:
