@@ -88,7 +88,10 @@ def test_a_hundred_thousand_mutants_of_valid_flows(world: World) -> None:
 def _idle(world: World) -> None:
     """With nothing to do a turn does nothing."""
     worker, view = world.rig.worker, world.rig.counters.view
+    now = worker.now
+    worker.clock = lambda: now
     world.settle(50)
+    world.rig.asked()
     before = bytes(view)
     for _ in range(100):
         assert worker._epoll.poll(0) == []
