@@ -119,6 +119,11 @@ class FlowRig:
     def pair(self) -> None:
         """Be the upgrader: accept, say hello, hand devices over."""
         self.until(lambda: self._accept_upgrader())
+        self._generation += 1
+        self.hand_over([handover.Hello("upgrader", 0, self._generation)])
+
+    def hand_over(self, before: Sequence[handover.Message] = ()) -> None:
+        """Hand (new) devices over, behind other messages."""
         self.tun: dict[Framing, socket.socket] = {}
         fds = []
         for framing in Framing:
@@ -128,10 +133,8 @@ class FlowRig:
             self.tun[framing] = ours
             fds.append(theirs)
         assert self.upgrader is not None
-        self._generation += 1
-        hello = handover.Hello("upgrader", 0, self._generation)
         order = [fds[list(Framing).index(framing)].fileno() for framing in (Framing.VNET, Framing.RAW)]
-        seqpacket.send(self.upgrader, handover.encode([hello, handover.Devices(1, PORT, 1500)]), order)
+        seqpacket.send(self.upgrader, handover.encode([*before, handover.Devices(1, PORT, 1500)]), order)
         for end in fds:
             end.close()
         self.step()

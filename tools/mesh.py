@@ -65,15 +65,14 @@ class Mesh:
         self._lab = lab
         self._directory = directory
         self._prefix = namespace.command() if namespace else []
-        self._falkirk = str(Path(sys.executable).parent / "falkirk")
-        if not Path(self._falkirk).exists():
-            self._falkirk = "falkirk"
+        # Not the console script: a tree that is first in PYTHONPATH is the one that runs.
+        self._falkirk = (sys.executable, "-m", "falkirk.cli.main")
         self._up: subprocess.Popen[bytes] | None = None
 
     def start(self, settings: Mapping[str, Any], *, dies_with_us: bool = True) -> int:
         """`falkirk up`; returns its process id once every service is SERVING. Raises LabError with the log's end."""
         self.config.write_text(yaml.safe_dump({"apiVersion": API, "kind": "Settings", **settings}, sort_keys=False))
-        command = [*self._prefix, self._falkirk, "up", *self._options("--config")]
+        command = [*self._prefix, *self._falkirk, "up", *self._options("--config")]
         with self.log.open("ab") as log:
             self._up = self._lab.start(command, log=log, dies_with_us=dies_with_us, stop_s=DRAIN_S)
         try:
@@ -112,7 +111,7 @@ class Mesh:
 
     def ask(self, *arguments: str, timeout: float = 30, accept: Sequence[int] = (0,)) -> str:
         """`falkirk ...`; its standard output. Raises LabError where its exit code isn't one of `accept`."""
-        return run([self._falkirk, *arguments], timeout, self.environment, accept)
+        return run([*self._falkirk, *arguments], timeout, self.environment, accept)
 
     def ask_json(self, key: str, *arguments: str) -> list[dict[str, Any]]:
         """`falkirk ... --json`, as a list of objects."""
@@ -139,7 +138,7 @@ class Mesh:
             "--framing",
             framing,
         ]
-        return [*self._prefix, self._falkirk, "lower", *tunnel, *options, "--", *command]
+        return [*self._prefix, *self._falkirk, "lower", *tunnel, *options, "--", *command]
 
 
 def _dumper() -> Any:

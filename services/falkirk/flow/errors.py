@@ -1,6 +1,7 @@
 """ICMP from a tunnel. Errors that quote a segment of one of its flows go on to the private namespace's kernel, so that its
 TCP hears of a smaller path MTU or of a host that is gone; RFC 5508 4.2. Each is translated to the flow's slot, an address
-that no other flow has, so what the kernel learns from it (the path MTU) touches this flow only.
+that no other flow has, so what the kernel learns from it (the path MTU) touches this flow only; an IPv6 slot whose path MTU
+was told rests until the kernel has forgotten it (`falkirk.flow.slots`).
 
 Limit: echo isn't built in this version.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from falkirk.flow.counters import FORWARDED
 from falkirk.flow.lane import ZERO_HEADER
 from falkirk.flow.table import Flow, State, Tunnel
+from falkirk.wire.icmp import PACKET_TOO_BIG6
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.nat import Rewrite
 from falkirk.wire.packet import Packet
@@ -42,18 +44,18 @@ class IcmpErrors:
             worker.drop(error.reason)
             return
         flow = self._flow(tunnel, quote)
-        error_packet = None
-        if flow is not None and flow.state is not State.HELD:
-            error_packet = translate(lane.buffer, packet, quote, _forward(flow))
-        if error_packet is None:
+        if flow is None or flow.state is State.HELD:
             worker.drop("icmp_error_unmatched")
             return
+        error_packet = translate(lane.buffer, packet, quote, _forward(flow))
+        assert error_packet is not None  # Its TTL was looked at before.
         try:
             os.writev(lane.tun, [ZERO_HEADER, error_packet])
         except OSError:
             worker.drop("tun_write_error")
         else:
             worker.counts[FORWARDED] += 1
+            flow.long_rest |= packet.icmp_type == PACKET_TOO_BIG6 and packet.version == 6
 
     @staticmethod
     def _flow(tunnel: Tunnel, quote: Quoted) -> Flow | None:

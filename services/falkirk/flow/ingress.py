@@ -69,6 +69,8 @@ class Ingress:
             worker.answers.time_exceeded(tunnel, lane, packet)
         elif packet.protocol == TCP:
             self._tcp(lane, tunnel, packet, end)
+        elif not self._other_vnet(lane, tunnel, packet):
+            return
         elif packet.protocol in (ICMP, ICMPV6):
             worker.errors.from_tunnel(lane, tunnel, packet)
         else:
@@ -89,6 +91,17 @@ class Ingress:
         try:
             admit = vnet.admit_tcp4 if version == 4 else vnet.admit_tcp6
             admit(lane.buffer, 0, end, l4 - HEADER, tunnel.mtu)
+        except MalformedPacket as error:
+            self._worker.drop(error.reason)
+            return False
+        return True
+
+    def _other_vnet(self, lane: Lane, tunnel: Tunnel, packet: Packet) -> bool:
+        """The same for what isn't TCP."""
+        if lane.raw:
+            return True
+        try:
+            vnet.validate(vnet.unpack(lane.buffer, 0, HEADER), packet, tunnel.mtu)
         except MalformedPacket as error:
             self._worker.drop(error.reason)
             return False
@@ -128,6 +141,10 @@ class Ingress:
 
     def _begin(self, lane: Lane, tunnel: Tunnel, key: bytes, packet: Packet, end: int) -> None:
         worker = self._worker
+        if end - HEADER > tunnel.mtu:
+            # It would be kept while the upstream is dialled; no TCP sends so much before it is connected.
+            worker.drop("syn_too_large")
+            return
         if not worker.ready:
             # The client tries again within a second.
             worker.drop("not_ready")

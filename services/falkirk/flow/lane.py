@@ -11,6 +11,7 @@ A lifted packet ends here as an IP packet, so its TTL is checked, not decremente
 from __future__ import annotations
 
 import os
+import select
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.counters import FORWARDED, RECEIVED
@@ -26,7 +27,7 @@ HEADER: Final = 10
 """Bytes of the virtio-net header."""
 BUFFER: Final = HEADER + 65536 + 6
 BUDGET: Final = 64
-"""Datagrams of one descriptor a turn, so that no tunnel starves another."""
+"""Datagrams (packets, where several came in one) of one descriptor a turn, so that no tunnel starves another."""
 ZERO_HEADER: Final = bytes(HEADER)
 
 
@@ -49,11 +50,13 @@ class Lane:
         self.view = memoryview(self.buffer)
         self.words = self.view.cast("H")
         self._packets = self.view[HEADER:]
+        # Of a `raw` lane the header is never written to: what the device says there must not be a tunnel's next word.
+        self._from_tunnel = [self._packets if self.raw else self.view]
+        self._from_tun = [memoryview(bytearray(HEADER)), self._packets] if self.raw else [self.view]
 
     def from_tunnel(self, tunnel: Tunnel, hung_up: bool) -> bool:
         """Read a tunnel until it is empty or the budget is spent. False where it is over."""
-        view = self.view
-        buffers = [self._packets if self.raw else view]
+        buffers = self._from_tunnel
         fd = tunnel.fd
         readv = os.readv
         received = 0
@@ -67,13 +70,15 @@ class Lane:
                 alive = False
                 break
             if not size:
-                if hung_up:
+                if hung_up or ended(fd):
                     alive = False
                     break
                 received += 1
                 self.worker.drop("empty_datagram")
             elif self.raw:
                 received += self._raw_datagram(tunnel, size)
+                if received >= BUDGET:
+                    break
             else:
                 received += 1
                 self.up(tunnel, size)
@@ -148,8 +153,7 @@ class Lane:
 
     def from_tun(self) -> int:
         """Read the device until it is empty or the budget is spent; returns how many packets there were."""
-        view = self.view
-        buffers = [view]
+        buffers = self._from_tun
         tun = self.tun
         readv = os.readv
         received = 0
@@ -157,6 +161,12 @@ class Lane:
             try:
                 end = readv(tun, buffers)
             except BlockingIOError:
+                break
+            except OSError:
+                end = 0
+            if not end:
+                # The device is gone; the upgrader's next ones take its place.
+                self.worker.unwatch(tun)
                 break
             received += 1
             self._down(end)
@@ -208,3 +218,10 @@ class Lane:
             words[at] = (words[at] + flow.delta_addresses_back) % 0xFFFF
         else:
             words[at] = (words[at] + flow.delta_all) % 0xFFFF
+
+
+def ended(fd: int) -> bool:
+    """Whether reading nothing meant the end: a SEQPACKET peer may also send a datagram of no bytes."""
+    poll = select.poll()
+    poll.register(fd, select.POLLRDHUP)
+    return bool(poll.poll(0))

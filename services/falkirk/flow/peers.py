@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import stat
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -54,6 +55,7 @@ class Link:
         self.sock = sock
         self._waiting: deque[tuple[bytes, list[int]]] = deque()
         self.generation = 0
+        self.greeted = False
         worker.watch(sock.fileno(), READ, self.ready)
 
     def ready(self, mask: int) -> None:
@@ -68,22 +70,38 @@ class Link:
             if received is None:
                 return
             data, fds = received
-            if not data:
-                self.over("connection closed")
-                return
             try:
-                left = self.datagram(data, fds)
-            except (msgspec.DecodeError, ValueError, IndexError) as error:
+                if data:
+                    self.datagram(data, fds)
+            except (msgspec.DecodeError, ValueError) as error:
                 self._worker.log.error("peer_refused", peer=self.name, error=str(error))
-                left = fds
-            for fd in left:
+            for fd in fds:
                 os.close(fd)
-            if self.sock.fileno() < 0:
+            if not data or not self.greeted:
+                self.over("connection closed" if not data else "it said no hello that can be taken")
                 return
 
-    def datagram(self, data: bytes, fds: list[int]) -> list[int]:
-        """Take a datagram; returns the descriptors that it didn't keep. ValueError ends nothing but this datagram."""
+    def datagram(self, data: bytes, fds: list[int]) -> None:
+        """Take a datagram, and out of `fds` the descriptors that it keeps. ValueError ends the rest of this datagram, and
+        the connection where no hello was taken."""
         raise NotImplementedError
+
+    def greet(self, message: Message, role: str, seen: dict[int, int]) -> bool:
+        """Whether it is the hello that comes first. Raises ValueError where that is missing, or not to be taken."""
+        if isinstance(message, Hello):
+            self.greeted = False
+            check(message, role, seen)
+            self.greeted = True
+            self.generation = message.generation
+            return True
+        if not self.greeted:
+            raise ValueError("the first message must be Hello")
+        return False
+
+    @property
+    def backlog(self) -> int:
+        """Datagrams that wait for the peer."""
+        return len(self._waiting)
 
     @property
     def name(self) -> str:
@@ -144,25 +162,28 @@ class OnrampLink(Link):
         """For logs."""
         return f"onramp.worker.{self.onramp}"
 
-    def datagram(self, data: bytes, fds: list[int]) -> list[int]:
+    def datagram(self, data: bytes, fds: list[int]) -> None:
         """Tunnels come and go."""
         for message in ONRAMP_TO_FLOW.decode(data):
+            greeted = self.greet(message, "onramp", self._worker.onramp_generations)
             match message:
-                case Hello():
-                    check(message, "onramp", self._worker.onramp_generations)
-                    self.onramp, self.generation = message.worker, message.generation
+                case Hello() if greeted:
+                    self.onramp = message.worker
                     self._worker.onramp_arrived(self)
                 case Adopt():
-                    fd = fds.pop(0)
-                    refusal = self._worker.adopt(self, message, fd)
-                    if refusal is None:
-                        self.send([Adopted(message.tunnel)])
-                    else:
-                        os.close(fd)
-                        self.send([AdoptRefused(message.tunnel, *refusal)])
+                    self._adopt(message, fds)
                 case TunnelClosed():
                     self._worker.close_tunnel(message.tunnel, message.reason)
-        return fds
+
+    def _adopt(self, message: Adopt, fds: list[int]) -> None:
+        refusal: tuple[str, str] | None = ("NO_DESCRIPTOR", "the tunnel's descriptor got lost: too many are open")
+        if fds:
+            refusal = self._worker.adopt(self, message, fds[0])
+            if refusal is None:
+                del fds[0]
+            else:
+                os.close(fds.pop(0))
+        self.send([Adopted(message.tunnel) if refusal is None else AdoptRefused(message.tunnel, *refusal)])
 
     def over(self, why: str) -> None:
         """The peer is gone, or refused."""
@@ -179,10 +200,11 @@ class UpgraderLink(Link):
 
     name = "upgrader"
 
-    def datagram(self, data: bytes, fds: list[int]) -> list[int]:
+    def datagram(self, data: bytes, fds: list[int]) -> None:
         """What became of dials and streams."""
         tracker = self._worker.tracker
         for message in UPGRADER_TO_FLOW.decode(data):
+            self.greet(message, "upgrader", self._worker.upgrader_generations)
             match message:
                 case Connected():
                     tracker.connected(message)
@@ -190,13 +212,10 @@ class UpgraderLink(Link):
                     tracker.dial_failed(message)
                 case Closed():
                     tracker.closed(message)
-                case Hello():
-                    check(message, "upgrader", self._worker.upgrader_generations)
-                    self.generation = message.generation
                 case Devices():
-                    self._worker.paired(self, message, fds[:2])
-                    fds = fds[2:]
-        return fds
+                    check_devices(message, fds)
+                    devices, fds[:2] = fds[:2], []
+                    self._worker.paired(self, message, devices)
 
     def over(self, why: str) -> None:
         """The peer is gone, or refused."""
@@ -213,6 +232,19 @@ def check(hello: Hello, role: str, seen: dict[int, int]) -> None:
     if hello.generation < seen.get(hello.worker, 0):
         raise ValueError(f"{role} {hello.worker} of generation {hello.generation} was replaced")
     seen[hello.worker] = hello.generation
+
+
+def check_devices(message: Devices, fds: list[int]) -> None:
+    """Refuse devices that can't be ones. Raises ValueError."""
+    if not 0 < message.listener_port < 65536:
+        raise ValueError(f"{message.listener_port} isn't a port")
+    if len(fds) < message.descriptors or message.descriptors != 2:
+        raise ValueError(f"two devices were announced, and {len(fds)} came")
+    for fd in fds[:2]:
+        # A TUN is a character device; in tests a socket stands in for it.
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISCHR(mode) or stat.S_ISSOCK(mode)):
+            raise ValueError("a descriptor isn't a TUN device")
 
 
 def dial_upgrader(worker: Worker, path: Path, hello: Hello) -> UpgraderLink | None:

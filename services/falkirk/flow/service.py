@@ -107,7 +107,9 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
         """Counts of all workers."""
         response = pb.StatsResponse(
-            replicas=self._fleet.replicas(), spooled=self._fleet.spooled(), processes=[self._process(), *self._fleet.processes()]
+            replicas=self._fleet.replicas(),
+            spooled=self._fleet.spooled(),
+            processes=[self._process(), *self._fleet.processes()],
         )
         for number in range(self._fleet.workers):
             values = self._fleet.counters[number].view

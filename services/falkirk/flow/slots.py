@@ -1,10 +1,14 @@
-"""NAT slots. A slot names a flow to the kernel of the private namespace.
+"""NAT slots. A slot names a flow to the kernel of the private namespace. PURE.
 
-A pool hands out indices: rested ones first, then fresh ones. A freed index rests for `REST` seconds (Linux TIME_WAIT,
-RFC 9293 3.6.1 in the kernel's measure) before it may be handed out again, so nothing that the kernel still remembers
-of an address can meet the next flow. Limit: exhaustion refuses new flows, never evicts.
+A pool hands out indices: rested ones first, then fresh ones. A freed index rests before it may be handed out again, so
+nothing that the kernel still remembers of an address can meet the next flow: `REST` seconds (Linux TIME_WAIT, RFC 9293
+3.6.1 in the kernel's measure), or `LONG_REST` where the kernel learned an IPv6 path MTU for it, which it keeps ten minutes
+(RFC 8201 4; there is no setting for less in a namespace, while IPv4's is set to less than `REST`).
 
-The ring of resting indices is one preallocated array (8 bytes a slot): churn costs no memory.
+Limit: exhaustion refuses new flows, never evicts.
+
+Resting indices wait in two queues, one for each rest, threaded through two preallocated arrays (8 bytes a slot): churn
+costs no memory.
 """
 
 from __future__ import annotations
@@ -14,6 +18,18 @@ from typing import Final
 
 REST: Final = 60
 """Seconds that a freed slot rests: TCP_TIMEWAIT_LEN of Linux."""
+LONG_REST: Final = 600
+"""The same where a packet too big was told to its address: net.ipv6.route.mtu_expires of Linux."""
+
+
+class _Queue:
+    """First in, first out, of indices that rest equally long."""
+
+    __slots__ = ("head", "length", "rest", "tail")
+
+    def __init__(self, rest: int) -> None:
+        self.rest = rest
+        self.head = self.tail = self.length = 0
 
 
 class SlotPool:
@@ -25,16 +41,16 @@ class SlotPool:
         self._size = size
         self._start = start % size if size else 0
         self._fresh = 0
-        self._ring_index = array("I", bytes(4 * size))
-        self._ring_time = array("I", bytes(4 * size))
-        self._head = 0
-        self._resting = 0
+        self._next = array("I", bytes(4 * size))
+        self._freed = array("I", bytes(4 * size))
+        self._short = _Queue(REST)
+        self._long = _Queue(LONG_REST)
         self.active = 0
 
     @property
     def resting(self) -> int:
         """Freed indices that may not be used yet, or not again so far."""
-        return self._resting
+        return self._short.length + self._long.length
 
     @property
     def size(self) -> int:
@@ -48,22 +64,29 @@ class SlotPool:
 
     def claim(self, now: int) -> int | None:
         """An index, or None where all are in use or resting."""
-        if self._resting and now - self._ring_time[self._head] >= REST:
-            index = self._ring_index[self._head]
-            self._head = (self._head + 1) % self._size
-            self._resting -= 1
-        elif self._fresh < self._size:
+        for queue in (self._short, self._long):
+            if queue.length and now - self._freed[queue.head] >= queue.rest:
+                index = queue.head
+                queue.head = self._next[index]
+                queue.length -= 1
+                break
+        else:
+            if self._fresh == self._size:
+                return None
             index = (self._start + self._fresh) % self._size
             self._fresh += 1
-        else:
-            return None
         self.active += 1
         return self._first + index
 
-    def release(self, index: int, now: int) -> None:
-        """Put a claimed index to rest."""
-        tail = (self._head + self._resting) % self._size
-        self._ring_index[tail] = index - self._first
-        self._ring_time[tail] = now
-        self._resting += 1
+    def release(self, index: int, now: int, *, long: bool = False) -> None:
+        """Put a claimed index to rest; `long` where the kernel was told a path MTU for its IPv6 address."""
+        index -= self._first
+        queue = self._long if long else self._short
+        if queue.length:
+            self._next[queue.tail] = index
+        else:
+            queue.head = index
+        queue.tail = index
+        queue.length += 1
+        self._freed[index] = now
         self.active -= 1

@@ -15,6 +15,7 @@ from collections import deque
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from falkirk.flow.records import of_tunnel
 from falkirk.wire.context import Framing, TunnelContext
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Flow:
         "held",
         "index",
         "key",
+        "long_rest",
         "over",
         "packets_down",
         "packets_up",
@@ -106,6 +108,8 @@ class Flow:
         self.fin_down: int | None = None
         self.fin_acked_up = False
         self.fin_acked_down = False
+        self.long_rest = False
+        """The kernel has learned an IPv6 path MTU for the slot's address: it rests longer."""
         self.reset = False
         """A RST has passed towards the initiator."""
         self.over = False
@@ -159,6 +163,7 @@ class Tunnel:
     """One tunnel: whom it speaks for, its flows, and the bounded queue towards a slow reader."""
 
     __slots__ = (
+        "audit",
         "context",
         "device",
         "fd",
@@ -181,6 +186,8 @@ class Tunnel:
         self.id = number
         self.device = device
         self.context = context
+        self.audit = of_tunnel(number, context)
+        """Its part of an audit record."""
         self.framing = framing
         self.mtu = mtu
         self.fd = fd

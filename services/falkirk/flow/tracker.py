@@ -22,12 +22,10 @@ from collections.abc import Callable
 from errno import ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT
 from typing import TYPE_CHECKING, Final
 
+from falkirk.flow import records
 from falkirk.flow.counters import DENIED, ENDED, STARTED
 from falkirk.flow.decision import Decision
-from falkirk.flow.live import LiveRecord
-from falkirk.flow.spool import AuditRecord
 from falkirk.flow.table import Flow, State, Tunnel
-from falkirk.flow.text import address_text
 from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
 
 if TYPE_CHECKING:
@@ -52,7 +50,6 @@ ENDED_BY_DIAL: Final = {
     ENETUNREACH: "upstream_unreachable",
     ETIMEDOUT: "upstream_timeout",
 }
-NO_ROUTE: Final = bytes(16)
 
 
 class Tracker:
@@ -131,6 +128,8 @@ class Tracker:
         context = tunnel.context
         if not self._worker.ready:
             return "not_ready"
+        if self._worker.spool.stuck:
+            return "audit_unwritable"
         if tunnel.device.flows >= (context.device_max_flows or settings.device_flows):
             return "device_limit"
         if tunnel.device.held >= settings.device_held:
@@ -144,8 +143,10 @@ class Tracker:
     def connected(self, message: Connected) -> None:
         """The upstream is there: let the SYN go."""
         flow = self._worker.flow_of(message.slot)
-        if flow is None or flow.held is None:
+        if flow is None:
             self._worker.to_upgrader.append(Abort(message.slot))
+            return
+        if flow.held is None:
             return
         packet, flow.held = flow.held, None
         flow.tunnel.device.held -= 1
@@ -169,6 +170,9 @@ class Tracker:
         """A segment from the initiator that opens, closes, or comes while the flow isn't established. True: forward it."""
         flags = buffer[l4 + 13]
         state = flow.state
+        if flags & SYN and flags & (FIN | RST):
+            self._worker.drop("bad_tcp_flags")
+            return False
         if state is State.HELD:
             if flags & RST:
                 self._worker.to_upgrader.append(Abort(flow.slot))
@@ -226,6 +230,11 @@ class Tracker:
             return
         flow.over = True
         flow.reason = flow.reason or message.reason
+        if flow.held is not None:
+            # Before it said Connected: for the client there is nothing at the other end.
+            self._refuse(flow, flow.held)
+            self.finish(flow, flow.reason)
+            return
         if message.reason in ("client_reset", "never_opened"):
             self.finish(flow, flow.reason)
             return
@@ -242,14 +251,18 @@ class Tracker:
         """End a live flow: both sides get a RST, the initiator's by the kernel where it has a connection."""
         flow.reason = flow.reason or reason
         if flow.held is not None:
-            packet, flow.held = flow.held, None
-            flow.tunnel.device.held -= 1
-            self._worker.answers.reset(flow.tunnel, packet)
+            self._refuse(flow, flow.held)
             self._worker.to_upgrader.append(Abort(flow.slot))
             self.finish(flow, reason)
             return
         self._worker.to_upgrader.append(Abort(flow.slot))
         self._worker.wheel.place(flow, self._worker.second + LINGER)
+
+    def _refuse(self, flow: Flow, packet: bytes) -> None:
+        """Answer the SYN that is held with a reset."""
+        flow.held = None
+        flow.tunnel.device.held -= 1
+        self._worker.answers.reset(flow.tunnel, packet)
 
     def expire(self) -> None:
         """End what the wheel says is idle."""
@@ -290,19 +303,20 @@ class Tracker:
         lane = worker.lane(tunnel.framing)
         slot = flow.slot - lane.first_slot
         lane.flows[slot] = None
-        lane.pool.release(slot, worker.second)
+        lane.pool.release(slot, worker.second, long=flow.long_rest)
         worker.wheel.remove(flow)
-        record = self._record("ended", tunnel, flow.key, flow.flow_id)
-        record.reason = reason
-        record.bytes_up = flow.bytes_up
-        record.bytes_down = flow.bytes_down
-        record.packets_up = flow.packets_up
-        record.packets_down = flow.packets_down
-        record.duration_ns = worker.now - flow.start
-        self._decided(record, flow.decision)
-        record.sampled = bool(flow.span_id)
-        record.span_id = flow.span_id.hex()
-        worker.spool.add(record)
+        worker.write_record(
+            "ended",
+            flow.flow_id,
+            tunnel.audit
+            + records.of_key(flow.key)
+            + self._decided(flow)
+            + records.of_reason(reason)
+            + records.of_counts(
+                flow.bytes_up, flow.bytes_down, flow.packets_up, flow.packets_down, worker.now - flow.start
+            )
+            + records.of_trace(flow.span_id),
+        )
         worker.released.append(flow.index)
 
     def checkpoint(self) -> None:
@@ -331,88 +345,47 @@ class Tracker:
         if len(tunnel.refused) >= MAX_REFUSALS:
             tunnel.refused.clear()
         tunnel.refused[at] = [worker.second, 0]
-        record = self._record("denied", tunnel, key, self._random(16))
-        record.count = repeats
-        record.reason = reason
-        self._decided(record, decision)
-        record.why = why
-        if int(record.flow_id[16:24], 16) < self._sampled_below:
-            record.sampled = True
-            record.span_id = self._random(8).hex()
-        worker.spool.add(record)
+        flow_id = self._random(16)
+        span_id = self._random(8) if int.from_bytes(flow_id[8:12], "big") < self._sampled_below else b""
+        told = f',"count":{repeats}' if repeats else ""
+        worker.write_record(
+            "denied",
+            flow_id,
+            tunnel.audit
+            + records.of_key(key)
+            + records.of_decision(decision, why)
+            + records.of_reason(reason)
+            + told
+            + records.of_trace(span_id),
+        )
 
     def _record_start(self, flow: Flow, timing: tuple[int, int]) -> None:
         worker = self._worker
         tunnel = flow.tunnel
-        record = self._record("started", tunnel, flow.key, flow.flow_id)
-        self._decided(record, flow.decision)
-        if flow.span_id:
-            record.sampled = True
-            record.span_id = flow.span_id.hex()
-            record.resolve_ns, record.decide_ns = timing
-        flow.sequence = record.sequence
-        worker.spool.add(record)
-        worker.live.write(
-            LiveRecord(
-                index=flow.index,
-                state=State.HELD,
-                family=flow.family,
-                kind=worker.lane(tunnel.framing).raw,
-                protocol=6,
-                tunnel=tunnel.id,
-                slot=flow.slot,
-                source_port=flow.source_port,
-                destination_port=flow.destination_port,
-                flow_id=flow.flow_id,
-                source=flow.source,
-                destination=flow.destination,
-                sequence=flow.sequence,
-                start=flow.start_wall,
-                last=flow.start_wall,
-                bytes_up=0,
-                bytes_down=0,
-                packets_up=0,
-                packets_down=0,
-                route_id=bytes.fromhex(record.route_id.replace("-", "")) or NO_ROUTE,
-                rule=record.rule,
-            )
+        flow.sequence = worker.write_record(
+            "started",
+            flow.flow_id,
+            tunnel.audit + records.of_key(flow.key) + self._decided(flow) + records.of_trace(flow.span_id, *timing),
         )
-
-    def _record(self, event: str, tunnel: Tunnel, key: bytes, flow_id: bytes) -> AuditRecord:
-        worker = self._worker
-        context = tunnel.context
-        size = 4 if len(key) == 12 else 16
-        return AuditRecord(
-            event=event,
-            flow_id=flow_id.hex(),
-            time=worker.timestamp(),
-            node=worker.start.node,
-            worker=worker.start.worker,
-            epoch=worker.spool.epoch,
-            sequence=worker.spool.next(),
-            tenant=context.tenant,
-            tenant_id=context.tenant_id,
-            device=context.device,
-            device_id=context.device_id,
-            user=context.user,
-            virtual_network=context.virtual_network,
-            tunnel_id=tunnel.id,
-            protocol="tcp",
-            source=address_text(key[:size]),
-            source_port=int.from_bytes(key[-4:-2], "big"),
-            destination=address_text(key[size : 2 * size]),
-            destination_port=int.from_bytes(key[-2:], "big"),
+        decision = flow.decision
+        assert decision is not None
+        worker.live.begin(
+            flow.index,
+            State.HELD,
+            worker.lane(tunnel.framing).raw,
+            tunnel.id,
+            flow.slot,
+            flow.key,
+            flow.flow_id,
+            flow.sequence,
+            flow.start_wall,
+            decision.route_bytes,
+            decision.rule_bytes,
         )
 
     @staticmethod
-    def _decided(record: AuditRecord, decision: Decision | None) -> None:
-        if decision is None:
-            return
-        record.rule = decision.rule
-        record.route_id = decision.route_id
-        record.why = decision.why
-        if decision.verdict is not None:
-            record.treatment = decision.verdict.treatment
+    def _decided(flow: Flow) -> str:
+        return flow.decision.audit if flow.decision is not None else ""
 
     def _state(self, flow: Flow, state: State) -> None:
         flow.state = state

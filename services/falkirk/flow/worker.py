@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import resource
 import select
 import socket
 import sys
@@ -24,7 +26,7 @@ from typing import Final
 
 from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
-from falkirk.flow import control, counters, peers, spool
+from falkirk.flow import control, counters, peers, records, spool
 from falkirk.flow.answers import Answers
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
@@ -63,6 +65,12 @@ TELL: Final = SECOND // 50
 LOAD_SLICE: Final = 2_000_000
 """Nanoseconds a turn for loading a snapshot."""
 TUNNEL_BUFFER: Final = 4 * 1024 * 1024
+MIN_MTU: Final = 576
+MAX_MTU: Final = 65535
+TENANT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+MAX_TRACED: Final = 1024
+"""Datagrams waiting for an on-ramp, beyond which it isn't told of sampled flows."""
+SPOOLED: Final = encode([control.Spooled()])
 
 
 class Worker:
@@ -115,6 +123,7 @@ class Worker:
             data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker
         )
         self.spool = spool.SpoolWriter(self._spool_directory, epoch)
+        self._audit = records.of_worker(start.node, start.worker, epoch)
         self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
         self.tracker = Tracker(self, os.urandom)
@@ -187,7 +196,7 @@ class Worker:
     def turn(self, timeout: float) -> None:
         """One turn: wait at most `timeout` seconds for something, then do everything that is ready."""
         events = self._epoll.poll(timeout)
-        now = self.now = time.monotonic_ns()
+        now = self.now = self.clock()
         if now >= self._next_second:
             self._each_second()
         for fd, mask in events:
@@ -218,12 +227,15 @@ class Worker:
             self._mend()
         if self._loading:
             self._load()
-        if self.spool.pending and self.spool.flush():
+        if self.spool.pending or self.spool.stuck:
+            if not self.spool.flush():
+                # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
+                return
             self._untold = True
         if self._untold and self.now - self._spooled_at >= TELL:
             self._spooled_at = self.now
             self._untold = False
-            self.tell(control.Spooled())
+            self._to_parent.append(SPOOLED)
         if self.to_upgrader:
             if self._upgrader is not None:
                 self._upgrader.send(self.to_upgrader)
@@ -253,6 +265,8 @@ class Worker:
         self.tracker.expire()
         self.tracker.checkpoint()
         self._gauges()
+        if self.spool.stuck:
+            self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")
 
     def _gauges(self) -> None:
         vnet, raw = self._lanes[Framing.VNET].pool, self._lanes[Framing.RAW].pool
@@ -263,6 +277,13 @@ class Worker:
         self.counts[counters.SLOTS_TOTAL] = vnet.size + raw.size
         self.counts[counters.TUNNELS] = len(self.tunnels)
         self.counts[counters.PAIRED] = self._upgrader is not None
+
+    def write_record(self, event: str, flow_id: bytes, parts: str) -> int:
+        """Queue an audit record (see `falkirk.flow.records`); returns its sequence number."""
+        sequence = self.spool.next()
+        head = f'{{"event":"{event}","flow_id":"{flow_id.hex()}","time":"{self.timestamp()}",{self._audit}'
+        self.spool.add(f'{head},"sequence":{sequence}{parts}}}')
+        return sequence
 
     def timestamp(self) -> str:
         """The turn's wall-clock time, RFC 3339 with nanoseconds."""
@@ -304,14 +325,18 @@ class Worker:
         lane.view[: len(packet)] = packet
         lane.up(flow.tunnel, len(packet))
 
-    def say(self, tunnel: Tunnel, packet: bytes) -> bool:
+    def say(self, tunnel: Tunnel, packet: bytes, *, counted: bool = True) -> bool:
         """Send a packet of our own to a tunnel."""
-        return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet)
+        return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet, counted=counted)
 
-    def deliver(self, tunnel: Tunnel, data: bytes | memoryview) -> bool:
-        """Send to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped."""
+    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True) -> bool:
+        """Send to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped.
+
+        `counted` where it stands for a packet that was received: one that nobody sent us isn't a drop.
+        """
         if tunnel.fd < 0:
-            self.drop("tunnel_closed")
+            if counted:
+                self.drop("tunnel_closed")
             return False
         if not tunnel.queue:
             try:
@@ -319,12 +344,14 @@ class Worker:
             except BlockingIOError:
                 pass
             except OSError:
-                self.drop("tunnel_closed")
+                if counted:
+                    self.drop("tunnel_closed")
                 return False
             else:
                 return True
         if tunnel.queued + len(data) > self.settings.tunnel_queue_bytes:
-            self.drop("tunnel_full")
+            if counted:
+                self.drop("tunnel_full")
             return False
         if not tunnel.queue:
             self.rewatch(tunnel.fd, peers.READ | select.EPOLLOUT)
@@ -349,16 +376,23 @@ class Worker:
 
     def adopt(self, link: peers.OnrampLink, message: Adopt, fd: int) -> tuple[str, str] | None:
         """Read a tunnel from now on; or why not (code, message)."""
+        context = message.context
         if message.tunnel in self.tunnels:
             return "TUNNEL_EXISTS", f"tunnel {message.tunnel} is read already"
-        row = self.tenants.row(bytes.fromhex(message.context.tenant_id.replace("-", "")))
+        if not (
+            0 < message.tunnel < 1 << 32
+            and MIN_MTU <= message.mtu <= MAX_MTU
+            and TENANT_ID.fullmatch(context.tenant_id)
+        ):
+            return "INVALID", "the tunnel's number, its MTU or its tenant's id can't be one"
+        if not grow(fd):
+            return "INVALID", "the descriptor isn't a SEQPACKET socket"
+        row = self.tenants.row(bytes.fromhex(context.tenant_id.replace("-", "")))
         if row is None:
             return "LIMIT", "this node carries as many tenants as it can"
-        context = message.context
         device = self._devices.setdefault(context.device_id, DeviceCounts())
         device.tunnels += 1
         os.set_blocking(fd, False)
-        grow(fd)
         tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
         self.tunnels[message.tunnel] = tunnel
         lane = self._lanes[message.framing]
@@ -374,7 +408,7 @@ class Worker:
         self.watch(fd, peers.READ, ready)
         self.orphans.remember(message.tunnel, context)
         if message.greeting:
-            self.deliver(tunnel, message.greeting)
+            self.deliver(tunnel, message.greeting, counted=False)
         self.tell(control.TunnelOpened(message.tunnel, context, message.framing, message.mtu))
         return None
 
@@ -406,7 +440,8 @@ class Worker:
     def trace(self, flow: Flow) -> None:
         """A sampled flow began: let the on-ramp add its span."""
         for link in self.onramps:
-            link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, flow.start_wall)])
+            if link.backlog < MAX_TRACED:
+                link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, flow.start_wall)])
 
     # the upgrader
 
@@ -426,6 +461,8 @@ class Worker:
                 os.close(lane.tun)
             os.set_blocking(fd, False)
             lane.tun = fd
+        # Even from an upgrader that has given some before: its streams went with the devices.
+        self.ready = False
         self._upgrader = link
         self._lost_at = None
         self.counts[counters.PAIRED] = 1
@@ -555,18 +592,29 @@ def _read_device(lane: Lane, _: int) -> None:
     lane.from_tun()
 
 
-def grow(fd: int) -> None:
-    """Let a tunnel hold a few dozen super-packets; the kernel's limit for unprivileged processes applies."""
-    sock = socket.socket(fileno=os.dup(fd))
-    with sock:
+def grow(fd: int) -> bool:
+    """Let a tunnel hold a few dozen super-packets; the kernel's limit for unprivileged processes applies. False where it
+    isn't a unix SEQPACKET socket."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        return False
+    try:
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            return False
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
             sock.setsockopt(socket.SOL_SOCKET, option, TUNNEL_BUFFER)
+    finally:
+        sock.detach()
+    return True
 
 
 def main(argv: list[str]) -> int:
     """Entry point: `--control-fd N` is the inherited pair; the first message says everything else."""
     parser = argparse.ArgumentParser(prog="falkirk.flow.worker")
     parser.add_argument("--control-fd", type=int, required=True)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     parent = socket.socket(fileno=parser.parse_args(argv).control_fd)
     parent.setblocking(True)
     received = seqpacket.receive(parent, 65536)
