@@ -87,7 +87,7 @@ class FlowRig:
         os.ftruncate(self._tenants, limits.SIZE)
         self._settings = settings or FlowSettings()
         self._upgrader_listener = seqpacket.listen(self.run_dir / "mesh" / "upgrader.worker.0.sock")
-        self._next_tunnel = 1
+        self.next_tunnel = 1
         self._generation = time.time_ns()
         self.start()
         if ready:
@@ -182,7 +182,7 @@ class FlowRig:
     def tunnel(self, framing: Framing = Framing.RAW, who: TunnelContext | None = None) -> socket.socket:
         """A new tunnel; returns the producer's end."""
         ours, theirs = seqpacket.pair()
-        number, self._next_tunnel = self._next_tunnel, self._next_tunnel + 1
+        number, self.next_tunnel = self.next_tunnel, self.next_tunnel + 1
         self.say_onramp(handover.Adopt(number, who or context(), framing, 1500), [theirs.fileno()])
         theirs.close()
         return ours

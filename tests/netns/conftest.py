@@ -157,9 +157,9 @@ def server_ns() -> Iterator[ServerNamespace]:
     namespace.close()
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["1-worker", "3-workers"])
+@pytest.fixture(scope="session", params=[1, 3], ids=["1-worker", "3-workers"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    """A mesh between clients and a server, once with one worker and once with three."""
+    """A mesh with default settings between clients and a server: first with one worker, then with three."""
     from tests.netns.fidelity import open_world
 
     with open_world(request.param) as opened:

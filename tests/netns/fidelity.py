@@ -230,7 +230,10 @@ class World:
         server = self.server
         internet = {"internet": {f"egressAddress{key[-1]}": address for key, address in egress.items()}}
         slow = {"internet": {"connectTimeoutMs": 1000}}
-        rules = [rule("no-mail", f"net.port == {DENIED_PORT}", "deny"), rule("staff", '"staff" in identity.groups', "allow")]
+        rules = [
+            rule("no-mail", f"net.port == {DENIED_PORT}", "deny"),
+            rule("staff", '"staff" in identity.groups', "allow"),
+        ]
         prefixes = [
             ("server4", str(server.prefix4), internet),
             ("server6", str(server.prefix6), internet),
@@ -315,10 +318,15 @@ class World:
             found[f"{pid} {name}"] = Process(len(list(Path(f"/proc/{pid}/fd").iterdir())), resident)
         return found
 
-    def close(self) -> None:
-        """End the clients; the mesh and the server are whoever's who made them."""
+    def hang_up(self) -> None:
+        """End the clients that there are."""
         for client in self._clients.values():
             client.close()
+        self._clients.clear()
+
+    def close(self) -> None:
+        """End the clients; the mesh and the server are whoever's who made them."""
+        self.hang_up()
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,0 +1,184 @@
+"""Every drop reason, reached by the simplest thing that a neighbour can do; the packet is counted once, under that reason."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falkirk.flow.counters import DROP_REASONS
+from falkirk.flow.settings import FlowSettings
+from falkirk.wire import vnet
+from falkirk.wire.context import Framing
+from falkirk.wire.handover import Connected, Prepare
+from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context
+from tests.unit.wire import samples
+
+SYN, RST, FIN = 2, 4, 1
+MULTICAST4 = bytes([224, 0, 0, 1])
+
+
+def tcp4(**fields: Any) -> bytes:
+    head: dict[str, Any] = {
+        key: fields.pop(key) for key in ("options4", "fragment", "total", "header_length", "ttl") if key in fields
+    }
+    if "options4" in head:
+        head["options"] = head.pop("options4")
+    source, destination = fields.pop("source", DEVICE4), fields.pop("destination", SERVER4)
+    return samples.ip4(6, samples.tcp(source, destination, **fields), source=source, destination=destination, **head)
+
+
+def tcp6(extensions: bytes = b"", first: int | None = None, **fields: Any) -> bytes:
+    body = samples.tcp(DEVICE6, SERVER6, **fields)
+    return samples.ip6(6, body, source=DEVICE6, destination=SERVER6, extensions=extensions, first=first)
+
+
+def icmp4(kind: int, payload: bytes = b"ping") -> bytes:
+    return samples.ip4(1, samples.icmp4(kind, payload=payload), source=DEVICE4, destination=SERVER4)
+
+
+def broken(packet: bytes, at: int) -> bytes:
+    return packet[:at] + bytes([packet[at] ^ 1]) + packet[at + 1 :]
+
+
+QUOTE = samples.ip4(6, samples.tcp(SERVER4, DEVICE4), source=SERVER4, destination=DEVICE4)
+UDP = samples.udp(DEVICE4, SERVER4)
+RAW: dict[str, bytes] = {
+    "too_short": b"\x45" + bytes(18),
+    "bad_version": b"\x55" + bytes(60),
+    "bad_header_length": tcp4(header_length=16),
+    "bad_total_length": tcp4(total=9000),
+    "bad_ip_checksum": broken(tcp4(), 10),
+    "bad_ip_options": tcp4(options4=b"\x07\xff\0\0"),
+    "source_route": tcp4(options4=b"\x83\x03\x04\0"),
+    "bad_extension_header": tcp6(b"\x06\xff" + bytes(6), 60),
+    "fragment": tcp4(fragment=0x2000),
+    "truncated_l4": samples.ip4(6, bytes(19), source=DEVICE4),
+    "bad_tcp_offset": samples.ip4(6, bytes(20), source=DEVICE4),
+    "bad_udp_length": samples.ip4(17, samples.udp(DEVICE4, SERVER4, length=7), source=DEVICE4),
+    "bad_l4_checksum": broken(tcp4(flags=SYN), 36),
+    "icmp_not_error": icmp4(5, QUOTE),
+    "bad_icmp_quote": icmp4(3, QUOTE[:20]),
+    "empty_datagram": b"",
+    "second_context": b'{"v":1,"tenant":"other","device":"laptop"}',
+    "spoofed_source": tcp4(source=bytes([100, 96, 9, 9]), flags=SYN),
+    "bad_tcp_flags": tcp4(flags=SYN | FIN),
+    "syn_too_large": tcp4(flags=SYN, payload=bytes(1500)),
+    "udp_not_built": samples.ip4(17, UDP, source=DEVICE4, destination=MULTICAST4),
+    "icmp_not_built": icmp4(8),
+    "protocol_not_built": samples.ip4(47, bytes(20), source=DEVICE4, destination=MULTICAST4),
+    "icmp_error_unmatched": icmp4(3, QUOTE),
+    "reset_of_nothing": tcp4(flags=RST),
+    "unanswerable": tcp4(destination=MULTICAST4, flags=SYN),
+}
+PARTIAL = (vnet.NEEDS_CSUM, vnet.GSO_TCPV4, 40, 1448, 20, 16)
+VNET: dict[str, bytes] = {
+    "vnet_too_short": vnet.ZERO,
+    "vnet_flags": struct.pack("=BBHHHH", 8, *PARTIAL[1:]) + tcp4(partial=True),
+    "vnet_gso_type": struct.pack("=BBHHHH", 1, vnet.GSO_TCPV6, *PARTIAL[2:]) + tcp4(partial=True),
+    "vnet_gso_size": struct.pack("=BBHHHH", 1, vnet.GSO_TCPV4, 40, 535, 20, 16) + tcp4(partial=True),
+    "vnet_checksum": struct.pack("=BBHHHH", 1, vnet.GSO_TCPV4, 40, 1448, 22, 16) + tcp4(partial=True),
+}
+WITH_SETTINGS: dict[str, tuple[FlowSettings, bytes]] = {
+    "slots_exhausted": (FlowSettings(slots=1), tcp4(flags=SYN, sport=2)),
+    "table_full": (FlowSettings(max_flows=1), tcp4(flags=SYN, sport=2)),
+    "device_limit": (FlowSettings(device_flows=1), tcp4(flags=SYN, sport=2)),
+    "device_held_limit": (FlowSettings(device_held=1), tcp4(flags=SYN, sport=2)),
+    "tenant_limit": (FlowSettings(tenant_flows=1), tcp4(flags=SYN, sport=2)),
+    "icmp_rate_limit": (FlowSettings(icmp_per_second=0), tcp4(ttl=1, flags=SYN)),
+    "syn_held": (FlowSettings(), tcp4(flags=SYN, sport=1)),
+    "held": (FlowSettings(), tcp4(flags=RST, sport=1)),
+}
+
+
+def _not_ready(rig: FlowRig) -> None:
+    rig.tunnel().send(tcp4(flags=SYN))
+
+
+def _stray(packet: bytes) -> Callable[[FlowRig], None]:
+    def run(rig: FlowRig) -> None:
+        rig.tun[Framing.RAW].send(vnet.ZERO + packet)
+
+    return run
+
+
+def _tunnel_full(rig: FlowRig) -> None:
+    sock = rig.tunnel()
+    while not rig.drops():
+        sock.send(tcp4() * 30)
+        rig.step()
+
+
+def _tunnel_closed(rig: FlowRig) -> None:
+    sock = rig.tunnel()
+    sock.send(tcp4(flags=SYN))
+    rig.step()
+    sock.close()
+
+
+def _tun_write_error(rig: FlowRig) -> None:
+    sock = rig.tunnel()
+    sock.send(tcp4(flags=SYN))
+    (prepare,) = rig.asked()
+    assert isinstance(prepare, Prepare)
+    rig.tun[Framing.RAW].close()
+    rig.say_upgrader(Connected(prepare.slot, 1))
+
+
+DIRECTED: dict[str, Callable[[FlowRig], None]] = {
+    "not_ready": _not_ready,
+    "no_flow": _stray(samples.tcp4()),
+    "not_tcp": _stray(samples.ip4(2, bytes(8))),
+    "tunnel_full": _tunnel_full,
+    "tunnel_closed": _tunnel_closed,
+    "tun_write_error": _tun_write_error,
+}
+
+
+def test_these_are_all_there_are() -> None:
+    cases = [*RAW, *VNET, *WITH_SETTINGS, *DIRECTED]
+    assert sorted(cases) == sorted(DROP_REASONS)
+
+
+@pytest.mark.parametrize("reason", [*RAW, *VNET])
+def test_a_packet_that_is_dropped_for(reason: str, tmp_path: Path) -> None:
+    rig = FlowRig(tmp_path)
+    sock = rig.tunnel(Framing.RAW if reason in RAW else Framing.VNET)
+    sock.send(RAW[reason] if reason in RAW else VNET[reason])
+    rig.step()
+    assert rig.drops() == {reason: 1}
+    assert rig.count("received") == 1
+    assert rig.asked() == []
+    sock.close()
+    rig.close()
+
+
+@pytest.mark.parametrize("reason", list(WITH_SETTINGS))
+def test_one_too_many(reason: str, tmp_path: Path) -> None:
+    settings, data = WITH_SETTINGS[reason]
+    rig = FlowRig(tmp_path, settings)
+    sock = rig.tunnel(Framing.RAW, context())
+    sock.send(tcp4(flags=SYN, sport=1))
+    rig.step()
+    assert rig.drops() == {}
+    sock.send(data)
+    rig.step()
+    # A reset takes the SYN that is held with it.
+    assert rig.drops() == {reason: 2 if reason == "held" else 1}
+    assert rig.count("received") == 2
+    sock.close()
+    rig.close()
+
+
+@pytest.mark.parametrize("reason", list(DIRECTED))
+def test_a_state_in_which_packets_are_dropped(reason: str, tmp_path: Path) -> None:
+    settings = FlowSettings(tunnel_queue_bytes=1000)
+    rig = FlowRig(tmp_path, settings, ready=reason != "not_ready")
+    DIRECTED[reason](rig)
+    rig.step()
+    assert set(rig.drops()) == {reason}
+    assert rig.balanced()
+    rig.close()
