@@ -1,60 +1,44 @@
 """Nothing of a test run outlives it: processes, namespaces, sockets.
 
-The pytest process (or each xdist worker) becomes a child subreaper, so that whatever the tests started stays its
-descendant even when the parent in between was killed; at the end of the session there must be no descendant left. What
-is named in /run/netns, and unix sockets bound under the session's temporary directory, are looked at too.
+Each session (each xdist worker) marks its environment; whatever it starts inherits the mark, so a process that outlives
+its parents is still known as ours. Namespaces without a name live as long as their processes. What is named in
+/run/netns, and unix sockets bound under the session's temporary directory, are looked at too.
 
-Limit: a named namespace is taken for ours by its prefix, so two runs on one machine at once may blame each other.
+Limits: a process started with an emptied environment isn't seen; a named namespace is taken for ours by its prefix, so
+two runs on one machine at once may blame each other.
 """
 
 from __future__ import annotations
 
-import ctypes
+import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 
-PR_SET_CHILD_SUBREAPER = 36
+MARK = "FALKIRK_TEST_SESSION"
 NAMESPACE_PREFIXES = ("falkirk", "fk")
 GRACE_S = 10.0
 """How long stopping processes may take after the last test."""
 
 
-def _parents() -> dict[int, tuple[int, str, str]]:
-    """Process id -> (parent, state, command) of everything that /proc shows."""
-    table = {}
+def _processes() -> set[str]:
+    """Every process, zombies apart, that inherited this session's mark, however many parents ended in between."""
+    mark = f"{MARK}={os.environ[MARK]}".encode()
+    found = set()
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
         try:
-            stat = (entry / "stat").read_text()
-        except (FileNotFoundError, ProcessLookupError):
+            environment = (entry / "environ").read_bytes()
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue
-        command, rest = stat[stat.index("(") + 1 : stat.rindex(")")], stat[stat.rindex(")") + 2 :].split()
-        table[int(entry.name)] = (int(rest[1]), rest[0], command)
-    return table
-
-
-def _reap() -> None:
-    """Collect orphans that ended: as their subreaper that is our job, and nobody else waits for them."""
-    table = _parents()
-    for pid, (parent, state, _) in table.items():
-        if parent == os.getpid() and state == "Z":
-            os.waitpid(pid, os.WNOHANG)
-
-
-def _descendants() -> list[str]:
-    table = _parents()
-    found = []
-    for pid, (_, state, command) in table.items():
-        ancestor = pid
-        while ancestor in table and ancestor != os.getpid():
-            ancestor = table[ancestor][0]
-        if ancestor == os.getpid() and pid != os.getpid() and state != "Z":
-            found.append(f"{pid} ({command})")
+        if mark in environment.split(b"\0"):
+            found.add(f"{entry.name} ({command.strip()[:100]})")
     return found
 
 
@@ -69,24 +53,35 @@ def _unix_sockets(under: Path) -> list[str]:
     return [line.split()[7] for line in lines if len(line.split()) > 7 and line.split()[7].startswith(f"{under}/")]
 
 
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A test that sets up a service's logging in this process doesn't do so for the tests that follow."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fails the session's last test where a process, namespace or socket of ours is left after GRACE_S."""
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
-    processes_before = set(_descendants())
+    os.environ[MARK] = f"{os.getpid()}-{time.monotonic_ns()}"
     namespaces_before = _namespaces()
     yield
     deadline = time.monotonic() + GRACE_S
+    clean = 0
     while True:
-        _reap()
         left = {
-            "processes": sorted(set(_descendants()) - processes_before),
+            "processes": sorted(_processes()),
             "namespaces": sorted(_namespaces() - namespaces_before) if "PYTEST_XDIST_WORKER" not in os.environ else [],
             "sockets": _unix_sockets(tmp_path_factory.getbasetemp()),
         }
-        if not any(left.values()):
+        # Twice, since a process in the middle of execve(2) shows no environment.
+        clean = clean + 1 if not any(left.values()) else 0
+        if clean == 2:
             return
-        if time.monotonic() > deadline:
+        if not clean and time.monotonic() > deadline:
             pytest.fail(f"left behind by this session: {left}", pytrace=False)
         time.sleep(0.05)  # a poll with a deadline: /proc can't be waited for

@@ -40,6 +40,14 @@ PROMPT_MS = 1000.0
 SPANS = ("admit", "resolve", "decide", "dial", "relay")
 """What a flow's trace holds at least."""
 
+STOP = """#!/bin/sh
+# Ends the demo that was kept.
+kill {pids}
+tries=0
+while kill -0 {up} 2>/dev/null && [ $tries -lt 450 ]; do sleep 0.1; tries=$((tries + 1)); done
+rm -rf '{directory}'
+"""
+
 
 class Demo:
     """The steps, in order; `result` is what --json prints."""
@@ -260,9 +268,8 @@ class Demo:
             self.line(command)
         if self.keep:
             script = self.directory / "stop"
-            pids = " ".join(map(str, self.pids))
             script.write_text(
-                f"#!/bin/sh\n# Ends the demo that was kept.\nkill {pids}\nrm -rf {shlex.quote(str(self.directory))}\n"
+                STOP.format(up=self.pids[0], pids=" ".join(map(str, self.pids)), directory=self.directory)
             )
             script.chmod(0o755)
             self.line(f"{script}    # ends it")

@@ -22,6 +22,8 @@ from tools.netlab import Lab, LabError, Namespace, run, wait_for
 SERVICES = ("onramp", "flow", "policy", "upgrader", "router", "registry")
 UP_S = 60.0
 """How long all services may take to be SERVING."""
+DRAIN_S = 45.0
+"""How long they may take to drain, one after another."""
 APPLY_S = 120.0
 """How long resources may take to be stored."""
 API = "falkirk.dev/v1alpha1"
@@ -63,17 +65,16 @@ class Mesh:
         self._lab = lab
         self._directory = directory
         self._prefix = namespace.command() if namespace else []
-        self._falkirk = str(Path(sys.executable).parent / "falkirk")
-        if not Path(self._falkirk).exists():
-            self._falkirk = "falkirk"
+        # Not the console script: a tree that is first in PYTHONPATH is the one that runs.
+        self._falkirk = (sys.executable, "-m", "falkirk.cli.main")
         self._up: subprocess.Popen[bytes] | None = None
 
     def start(self, settings: Mapping[str, Any], *, dies_with_us: bool = True) -> int:
         """`falkirk up`; returns its process id once every service is SERVING. Raises LabError with the log's end."""
         self.config.write_text(yaml.safe_dump({"apiVersion": API, "kind": "Settings", **settings}, sort_keys=False))
-        command = [*self._prefix, self._falkirk, "up", *self._options("--config")]
+        command = [*self._prefix, *self._falkirk, "up", *self._options("--config")]
         with self.log.open("ab") as log:
-            self._up = self._lab.start(command, log=log, dies_with_us=dies_with_us)
+            self._up = self._lab.start(command, log=log, dies_with_us=dies_with_us, stop_s=DRAIN_S)
         try:
             wait_for("all services SERVING", self._serving, UP_S)
         except LabError as error:
@@ -85,7 +86,7 @@ class Mesh:
         if self._up is not None and self._up.poll() is None:
             self._up.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._up.wait(20)
+                self._up.wait(DRAIN_S)
 
     def _options(self, *names: str) -> list[str]:
         values = {"--config": self.config, "--run-dir": self.run_dir, "--data-dir": self.data_dir}
@@ -110,7 +111,7 @@ class Mesh:
 
     def ask(self, *arguments: str, timeout: float = 30, accept: Sequence[int] = (0,)) -> str:
         """`falkirk ...`; its standard output. Raises LabError where its exit code isn't one of `accept`."""
-        return run([self._falkirk, *arguments], timeout, self.environment, accept)
+        return run([*self._falkirk, *arguments], timeout, self.environment, accept)
 
     def ask_json(self, key: str, *arguments: str) -> list[dict[str, Any]]:
         """`falkirk ... --json`, as a list of objects."""
@@ -137,7 +138,7 @@ class Mesh:
             "--framing",
             framing,
         ]
-        return [*self._prefix, self._falkirk, "lower", *tunnel, *options, "--", *command]
+        return [*self._prefix, *self._falkirk, "lower", *tunnel, *options, "--", *command]
 
 
 def _dumper() -> Any:

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import IO, Any, Self
 
 STOP_S = 8.0
-"""How long a process may take to end after SIGTERM."""
+"""How long a process may take to end after SIGTERM, where its starter doesn't say."""
 
 
 class LabError(Exception):
@@ -106,6 +106,7 @@ class Lab:
         log: IO[bytes] | None = None,
         dies_with_us: bool = True,
         env: dict[str, str] | None = None,
+        stop_s: float = STOP_S,
     ) -> subprocess.Popen[bytes]:
         """Start a process in a session of its own; its output goes to `log` or nowhere."""
         output = log or subprocess.DEVNULL
@@ -113,7 +114,7 @@ class Lab:
         process = subprocess.Popen(
             whole, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=env
         )
-        self._stack.callback(stop, process)
+        self._stack.callback(stop, process, stop_s)
         return process
 
     def namespace(self, name: str, *, dies_with_us: bool = True) -> Namespace:
@@ -172,12 +173,12 @@ def run(
     return done.stdout
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, then SIGKILL to its whole session after STOP_S."""
+def stop(process: subprocess.Popen[bytes], seconds: float = STOP_S) -> None:
+    """SIGTERM, then SIGKILL to its whole session after `seconds`."""
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_S)
+            process.wait(seconds)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -13,12 +13,15 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pytest
 
 from falkirk.linux import netns
 from falkirk.linux.netlink import Netlink
+
+if TYPE_CHECKING:
+    from tests.netns.fidelity import Way, World
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -152,3 +155,19 @@ def server_ns() -> Iterator[ServerNamespace]:
     namespace = ServerNamespace()
     yield namespace
     namespace.close()
+
+
+@pytest.fixture(scope="session", params=[1, 3], ids=["1-worker", "3-workers"])
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """A mesh with default settings between clients and a server: first with one worker, then with three."""
+    from tests.netns.fidelity import open_world
+
+    with open_world(request.param) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["vnet-ipv4", "vnet-ipv6", "raw-ipv4", "raw-ipv6"])
+def way(world: World, request: pytest.FixtureRequest) -> Way:
+    """Each of the four ways through the mesh."""
+    framing, family = request.param.split("-")
+    return world.way(framing, socket.AF_INET if family == "ipv4" else socket.AF_INET6)

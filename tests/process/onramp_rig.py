@@ -26,7 +26,7 @@ from falkirk.runtime.counters import Counters
 from falkirk.wire import handover
 from falkirk.wire.handover import Adopt, Adopted, Hello
 
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 M = TypeVar("M", bound=handover.Message)
 C = TypeVar("C", bound=control.Message)
 

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import select
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,10 @@ def test_descriptors_beside_the_context_are_closed(parts: Parts) -> None:
 def test_answer_reaches_a_producer_that_goes_on_sending(parts: Parts) -> None:
     onramp, _ = parts
     producer = onramp.connect()
+    onramp.process.send_signal(signal.SIGSTOP)  # so that all three are there when the first is judged
     for data in (b"not a context", b"packet", b"packet"):
         producer.send(data)
+    onramp.process.send_signal(signal.SIGCONT)
     assert onramp.refusal(producer) == "INVALID_CONTEXT"
 
 

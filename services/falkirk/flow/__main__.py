@@ -64,7 +64,7 @@ async def main() -> None:
         await replica.load_disk()
     server.add(
         flow_service_pb2_grpc.add_FlowServiceServicer_to_server,
-        FlowService(fleet, feed),
+        FlowService(fleet, feed, server.process),
         "falkirk.api.flow.v1.FlowService",
     )
     audit = policy_service_pb2_grpc.AuditServiceStub(policy)

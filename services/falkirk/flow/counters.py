@@ -23,6 +23,7 @@ DROP_REASONS: Final = (
     "syn_held",
     "held",
     "not_ready",
+    "audit_unwritable",
     "device_limit",
     "device_held_limit",
     "tenant_limit",

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from falkirk.decide.routes import RouteEntry, RouteTable, martian
 from falkirk.decide.rules import RuleTable, Verdict
+from falkirk.flow import records
 from falkirk.wire.context import TunnelContext
 
 
@@ -25,7 +27,7 @@ class Outcome(StrEnum):
     """Answered with an ICMP error: there is no way there."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decision:
     """A decision and why. `reason` is what audit and counters name."""
 
@@ -44,6 +46,21 @@ class Decision:
     def route_id(self) -> str:
         """The route that was found."""
         return self.route.route_id if self.route else ""
+
+    @cached_property
+    def audit(self) -> str:
+        """Its part of an audit record."""
+        return records.of_decision(self)
+
+    @cached_property
+    def route_bytes(self) -> bytes:
+        """The route's id, 16 bytes; zeros where there is none."""
+        return bytes.fromhex(self.route_id.replace("-", "")) or bytes(16)
+
+    @cached_property
+    def rule_bytes(self) -> bytes:
+        """The rule, as the live table keeps it."""
+        return self.rule.encode()
 
 
 def resolve(routes: RouteTable, context: TunnelContext, destination: bytes) -> RouteEntry | Decision:

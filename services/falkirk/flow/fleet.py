@@ -24,7 +24,7 @@ from falkirk.flow.settings import FlowSettings
 from falkirk.flow.text import address_text
 from falkirk.runtime import blob, telemetry
 from falkirk.runtime.counters import Counters
-from falkirk.runtime.replica import BlobReplica
+from falkirk.runtime.replica import BlobReplica, SnapshotRefused
 from falkirk.runtime.settings import Shell
 from falkirk.runtime.workers import WorkerPool
 from falkirk.wire.context import TunnelContext
@@ -172,10 +172,13 @@ class Fleet:
     async def snapshot(self, name: str, path: Path, revision: net_pb2.Revision) -> None:
         """A new snapshot lies at `path`: load it here, and have every worker load it."""
         data = (await asyncio.to_thread(blob.load, path)).data
-        if name == "routes":
-            self.routes = await asyncio.to_thread(_load_routes, data)
-        else:
-            self.rules = await asyncio.to_thread(_load_rules, data)
+        try:
+            if name == "routes":
+                self.routes = await asyncio.to_thread(_load_routes, data)
+            else:
+                self.rules = await asyncio.to_thread(_load_rules, data)
+        except ValueError as error:
+            raise SnapshotRefused(str(error)) from error
         load = control.Load(name, str(path), revision.epoch, revision.number)
         self._snapshots[name] = load
         for worker in range(self.workers):

@@ -25,6 +25,7 @@ MAGIC: Final = b"FKLIVE\0\0"
 VERSION: Final = 1
 RECORD_SIZE: Final = 256
 _RECORD: Final = struct.Struct("<BBBBIIHH16s16s16sQQQQQQQ16sB119s")
+RULE_BYTES: Final = 119
 _COUNTS: Final = struct.Struct("<QQQQQ")
 _COUNTS_AT: Final = 80
 _HIGH_WATER_AT: Final = 24
@@ -84,36 +85,49 @@ class LiveTable:
         _U64.pack_into(self._map, _HIGH_WATER_AT, self._high_water)
         return self._high_water - 1
 
-    def write(self, record: LiveRecord) -> None:
-        """Fill a claimed place."""
-        at = HEADER_SIZE + record.index * RECORD_SIZE
-        rule = record.rule.encode()[:119]
+    def begin(
+        self,
+        index: int,
+        state: int,
+        kind: int,
+        tunnel: int,
+        slot: int,
+        key: bytes,
+        flow_id: bytes,
+        sequence: int,
+        start: int,
+        route_id: bytes,
+        rule: bytes,
+    ) -> None:
+        """Fill a claimed place with a new TCP flow; `key` is its signature, `rule` is cut to `RULE_BYTES`."""
+        at = HEADER_SIZE + index * RECORD_SIZE
+        family, size = (4, 4) if len(key) == 12 else (6, 16)
         _RECORD.pack_into(
             self._map,
             at,
             0,
-            record.family,
-            record.kind,
-            record.protocol,
-            record.tunnel,
-            record.slot,
-            record.source_port,
-            record.destination_port,
-            record.flow_id,
-            record.source,
-            record.destination,
-            record.sequence,
-            record.start,
-            record.last,
-            record.bytes_up,
-            record.bytes_down,
-            record.packets_up,
-            record.packets_down,
-            record.route_id,
-            len(rule),
+            family,
+            kind,
+            6,
+            tunnel,
+            slot,
+            key[-4] << 8 | key[-3],
+            key[-2] << 8 | key[-1],
+            flow_id,
+            key[:size],
+            key[size : 2 * size],
+            sequence,
+            start,
+            start,
+            0,
+            0,
+            0,
+            0,
+            route_id,
+            min(len(rule), RULE_BYTES),
             rule,
         )
-        self._map[at] = record.state
+        self._map[at] = state
 
     def state(self, index: int, state: int) -> None:
         """Change a flow's state."""

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from falkirk.flow import records
 from falkirk.flow.live import LiveReader, LiveRecord
-from falkirk.flow.spool import AuditRecord, last_words, repair
+from falkirk.flow.spool import last_words, repair
 from falkirk.flow.table import Flow, native_sum
-from falkirk.flow.text import address_text
 from falkirk.wire.build import segment
 from falkirk.wire.context import Framing, TunnelContext
 from falkirk.wire.slots import FIRST_INDEX, SlotPlan
@@ -107,36 +107,21 @@ class Orphans:
             flow_id = record.flow_id.hex()
             if record.sequence > words.sequence or flow_id in words.ended:
                 continue
-            context = self._contexts.get(record.tunnel)
-            worker.spool.add(
-                AuditRecord(
-                    event="ended",
-                    flow_id=flow_id,
-                    time=worker.timestamp(),
-                    node=worker.start.node,
-                    worker=worker.start.worker,
-                    epoch=worker.spool.epoch,
-                    sequence=worker.spool.next(),
-                    tenant=context.tenant if context else "",
-                    tenant_id=context.tenant_id if context else "",
-                    device=context.device if context else "",
-                    device_id=context.device_id if context else "",
-                    user=context.user if context else "",
-                    virtual_network=context.virtual_network if context else "",
-                    tunnel_id=record.tunnel,
-                    protocol="tcp",
-                    source=address_text(record.source),
-                    source_port=record.source_port,
-                    destination=address_text(record.destination),
-                    destination_port=record.destination_port,
-                    rule=record.rule,
-                    reason="tracker_lost",
-                    bytes_up=record.bytes_up,
-                    bytes_down=record.bytes_down,
-                    packets_up=record.packets_up,
-                    packets_down=record.packets_down,
-                    duration_ns=max(worker.wall - record.start, 0),
-                )
+            ports = record.source_port.to_bytes(2, "big") + record.destination_port.to_bytes(2, "big")
+            worker.write_record(
+                "ended",
+                record.flow_id,
+                records.of_tunnel(record.tunnel, self._contexts.get(record.tunnel))
+                + records.of_key(record.source + record.destination + ports)
+                + records.of_rule(record.rule)
+                + records.of_reason("tracker_lost")
+                + records.of_counts(
+                    record.bytes_up,
+                    record.bytes_down,
+                    record.packets_up,
+                    record.packets_down,
+                    max(worker.wall - record.start, 0),
+                ),
             )
         self._records.clear()
         self._contexts.clear()

@@ -177,7 +177,11 @@ class OnrampLink(Link):
 
     def _adopt(self, message: Adopt, fds: list[int]) -> None:
         refusal: tuple[str, str] | None = ("NO_DESCRIPTOR", "the tunnel's descriptor got lost: too many are open")
-        if fds:
+        if fds and message.tunnel in self._worker.tunnels:
+            # Said again by an on-ramp that didn't hear our answer.
+            os.close(fds.pop(0))
+            refusal = None
+        elif fds:
             refusal = self._worker.adopt(self, message, fds[0])
             if refusal is None:
                 del fds[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
@@ -26,9 +26,10 @@ MAX_PAGE = 1000
 class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
     """Answers for all workers of this node."""
 
-    def __init__(self, fleet: Fleet, feed: EventFeed) -> None:
+    def __init__(self, fleet: Fleet, feed: EventFeed, process: Callable[[], net_pb2.ProcessInfo]) -> None:
         self._fleet = fleet
         self._feed = feed
+        self._process = process
 
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:
         """A page of live flows; the token is "worker:place"."""
@@ -106,7 +107,9 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
         """Counts of all workers."""
         response = pb.StatsResponse(
-            replicas=self._fleet.replicas(), spooled=self._fleet.spooled(), processes=self._fleet.processes()
+            replicas=self._fleet.replicas(),
+            spooled=self._fleet.spooled(),
+            processes=[self._process(), *self._fleet.processes()],
         )
         for number in range(self._fleet.workers):
             values = self._fleet.counters[number].view

@@ -69,9 +69,6 @@ class AuditRecord(msgspec.Struct, omit_defaults=True, kw_only=True):
     """How long the verdict took, where it is sampled."""
 
 
-_encode: Final = msgspec.json.Encoder().encode
-
-
 class SpoolWriter:
     """Appends records of one epoch."""
 
@@ -80,14 +77,20 @@ class SpoolWriter:
         self._directory = directory
         self.epoch = epoch
         self.sequence = 0
+        self.stuck = False
+        """The disk doesn't take records: no new flow may start."""
+        self.error = ""
+        """What the disk said last."""
+        self._rest = b""
         self._number = 0
         self._size = 0
-        self._pending: list[bytes] = []
+        self.pending: list[bytes] = []
+        """Records that `flush` will write."""
         self._file = self._open()
 
-    def add(self, record: AuditRecord) -> None:
-        """Queue a record whose sequence is `next()`'s."""
-        self._pending.append(_encode(record))
+    def add(self, line: str) -> None:
+        """Queue a record, whose sequence is `next()`'s."""
+        self.pending.append(line.encode())
 
     def next(self) -> int:
         """The next sequence number."""
@@ -95,16 +98,20 @@ class SpoolWriter:
         return self.sequence
 
     def flush(self) -> bool:
-        """Write what is queued; True where there was something. Raises OSError where the disk doesn't take it."""
-        if not self._pending:
+        """Write what is queued; False where the disk doesn't take all of it: the rest stays queued, and `stuck` is set."""
+        self.pending.append(b"")
+        data = self._rest + b"\n".join(self.pending)
+        self.pending = []
+        try:
+            written = os.write(self._file, data)
+        except OSError as error:
+            written, self.error = 0, str(error)
+        self._size += written
+        self._rest = data[written:]
+        self.stuck = bool(self._rest)
+        if self.stuck:
+            # A line that is half written is completed by the next flush; a successor would cut it off.
             return False
-        self._pending.append(b"")
-        data = b"\n".join(self._pending)
-        self._pending = []
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
-        self._size += len(data)
         if self._size >= SEGMENT_BYTES:
             os.close(self._file)
             self._number += 1

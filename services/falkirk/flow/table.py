@@ -15,6 +15,7 @@ from collections import deque
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
+from falkirk.flow.records import of_tunnel
 from falkirk.wire.context import Framing, TunnelContext
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ class Tunnel:
     """One tunnel: whom it speaks for, its flows, and the bounded queue towards a slow reader."""
 
     __slots__ = (
+        "audit",
         "context",
         "device",
         "fd",
@@ -184,6 +186,8 @@ class Tunnel:
         self.id = number
         self.device = device
         self.context = context
+        self.audit = of_tunnel(number, context)
+        """Its part of an audit record."""
         self.framing = framing
         self.mtu = mtu
         self.fd = fd

@@ -22,12 +22,10 @@ from collections.abc import Callable
 from errno import ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT
 from typing import TYPE_CHECKING, Final
 
+from falkirk.flow import records
 from falkirk.flow.counters import DENIED, ENDED, STARTED
 from falkirk.flow.decision import Decision
-from falkirk.flow.live import LiveRecord
-from falkirk.flow.spool import AuditRecord
 from falkirk.flow.table import Flow, State, Tunnel
-from falkirk.flow.text import address_text
 from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
 
 if TYPE_CHECKING:
@@ -52,7 +50,6 @@ ENDED_BY_DIAL: Final = {
     ENETUNREACH: "upstream_unreachable",
     ETIMEDOUT: "upstream_timeout",
 }
-NO_ROUTE: Final = bytes(16)
 
 
 class Tracker:
@@ -61,7 +58,8 @@ class Tracker:
     def __init__(self, worker: Worker, random: Callable[[int], bytes]) -> None:
         self._worker = worker
         self._random = random
-        self._finished: list[tuple[Flow, str]] = []
+        self.finished: list[tuple[Flow, str]] = []
+        """Flows whose last segment passed in this turn, and why they end."""
         self._sampled_below = int(worker.start.sample_ratio * (1 << 32))
 
     # begun
@@ -130,6 +128,8 @@ class Tracker:
         context = tunnel.context
         if not self._worker.ready:
             return "not_ready"
+        if self._worker.spool.stuck:
+            return "audit_unwritable"
         if tunnel.device.flows >= (context.device_max_flows or settings.device_flows):
             return "device_limit"
         if tunnel.device.held >= settings.device_held:
@@ -176,7 +176,7 @@ class Tracker:
         if state is State.HELD:
             if flags & RST:
                 self._worker.to_upgrader.append(Abort(flow.slot))
-                self._finished.append((flow, "client_reset"))
+                self.finished.append((flow, "client_reset"))
             self._worker.drop("syn_held" if flags & SYN else "held")
             return False
         if state is State.OPENING and not flags & SYN:
@@ -245,7 +245,7 @@ class Tracker:
 
     def _maybe_over(self, flow: Flow) -> None:
         if flow.over and (flow.reset or (flow.fin_acked_up and flow.fin_acked_down)):
-            self._finished.append((flow, flow.reason))
+            self.finished.append((flow, flow.reason))
 
     def abort(self, flow: Flow, reason: str) -> None:
         """End a live flow: both sides get a RST, the initiator's by the kernel where it has a connection."""
@@ -281,10 +281,9 @@ class Tracker:
 
     def end_of_turn(self) -> None:
         """End the flows whose last segment passed in this turn."""
-        if self._finished:
-            finished, self._finished = self._finished, []
-            for flow, reason in finished:
-                self.finish(flow, reason)
+        finished, self.finished = self.finished, []
+        for flow, reason in finished:
+            self.finish(flow, reason)
 
     def finish(self, flow: Flow, reason: str) -> None:
         """Take a flow out of everything and record its end. Doing it twice is doing it once."""
@@ -306,17 +305,18 @@ class Tracker:
         lane.flows[slot] = None
         lane.pool.release(slot, worker.second, long=flow.long_rest)
         worker.wheel.remove(flow)
-        record = self._record("ended", tunnel, flow.key, flow.flow_id)
-        record.reason = reason
-        record.bytes_up = flow.bytes_up
-        record.bytes_down = flow.bytes_down
-        record.packets_up = flow.packets_up
-        record.packets_down = flow.packets_down
-        record.duration_ns = worker.now - flow.start
-        self._decided(record, flow.decision)
-        record.sampled = bool(flow.span_id)
-        record.span_id = flow.span_id.hex()
-        worker.spool.add(record)
+        worker.write_record(
+            "ended",
+            flow.flow_id,
+            tunnel.audit
+            + records.of_key(flow.key)
+            + self._decided(flow)
+            + records.of_reason(reason)
+            + records.of_counts(
+                flow.bytes_up, flow.bytes_down, flow.packets_up, flow.packets_down, worker.now - flow.start
+            )
+            + records.of_trace(flow.span_id),
+        )
         worker.released.append(flow.index)
 
     def checkpoint(self) -> None:
@@ -345,88 +345,47 @@ class Tracker:
         if len(tunnel.refused) >= MAX_REFUSALS:
             tunnel.refused.clear()
         tunnel.refused[at] = [worker.second, 0]
-        record = self._record("denied", tunnel, key, self._random(16))
-        record.count = repeats
-        record.reason = reason
-        self._decided(record, decision)
-        record.why = why
-        if int(record.flow_id[16:24], 16) < self._sampled_below:
-            record.sampled = True
-            record.span_id = self._random(8).hex()
-        worker.spool.add(record)
+        flow_id = self._random(16)
+        span_id = self._random(8) if int.from_bytes(flow_id[8:12], "big") < self._sampled_below else b""
+        told = f',"count":{repeats}' if repeats else ""
+        worker.write_record(
+            "denied",
+            flow_id,
+            tunnel.audit
+            + records.of_key(key)
+            + records.of_decision(decision, why)
+            + records.of_reason(reason)
+            + told
+            + records.of_trace(span_id),
+        )
 
     def _record_start(self, flow: Flow, timing: tuple[int, int]) -> None:
         worker = self._worker
         tunnel = flow.tunnel
-        record = self._record("started", tunnel, flow.key, flow.flow_id)
-        self._decided(record, flow.decision)
-        if flow.span_id:
-            record.sampled = True
-            record.span_id = flow.span_id.hex()
-            record.resolve_ns, record.decide_ns = timing
-        flow.sequence = record.sequence
-        worker.spool.add(record)
-        worker.live.write(
-            LiveRecord(
-                index=flow.index,
-                state=State.HELD,
-                family=flow.family,
-                kind=worker.lane(tunnel.framing).raw,
-                protocol=6,
-                tunnel=tunnel.id,
-                slot=flow.slot,
-                source_port=flow.source_port,
-                destination_port=flow.destination_port,
-                flow_id=flow.flow_id,
-                source=flow.source,
-                destination=flow.destination,
-                sequence=flow.sequence,
-                start=flow.start_wall,
-                last=flow.start_wall,
-                bytes_up=0,
-                bytes_down=0,
-                packets_up=0,
-                packets_down=0,
-                route_id=bytes.fromhex(record.route_id.replace("-", "")) or NO_ROUTE,
-                rule=record.rule,
-            )
+        flow.sequence = worker.write_record(
+            "started",
+            flow.flow_id,
+            tunnel.audit + records.of_key(flow.key) + self._decided(flow) + records.of_trace(flow.span_id, *timing),
         )
-
-    def _record(self, event: str, tunnel: Tunnel, key: bytes, flow_id: bytes) -> AuditRecord:
-        worker = self._worker
-        context = tunnel.context
-        size = 4 if len(key) == 12 else 16
-        return AuditRecord(
-            event=event,
-            flow_id=flow_id.hex(),
-            time=worker.timestamp(),
-            node=worker.start.node,
-            worker=worker.start.worker,
-            epoch=worker.spool.epoch,
-            sequence=worker.spool.next(),
-            tenant=context.tenant,
-            tenant_id=context.tenant_id,
-            device=context.device,
-            device_id=context.device_id,
-            user=context.user,
-            virtual_network=context.virtual_network,
-            tunnel_id=tunnel.id,
-            protocol="tcp",
-            source=address_text(key[:size]),
-            source_port=int.from_bytes(key[-4:-2], "big"),
-            destination=address_text(key[size : 2 * size]),
-            destination_port=int.from_bytes(key[-2:], "big"),
+        decision = flow.decision
+        assert decision is not None
+        worker.live.begin(
+            flow.index,
+            State.HELD,
+            worker.lane(tunnel.framing).raw,
+            tunnel.id,
+            flow.slot,
+            flow.key,
+            flow.flow_id,
+            flow.sequence,
+            flow.start_wall,
+            decision.route_bytes,
+            decision.rule_bytes,
         )
 
     @staticmethod
-    def _decided(record: AuditRecord, decision: Decision | None) -> None:
-        if decision is None:
-            return
-        record.rule = decision.rule
-        record.route_id = decision.route_id
-        record.why = decision.why
-        if decision.verdict is not None:
-            record.treatment = decision.verdict.treatment
+    def _decided(flow: Flow) -> str:
+        return flow.decision.audit if flow.decision is not None else ""
 
     def _state(self, flow: Flow, state: State) -> None:
         flow.state = state

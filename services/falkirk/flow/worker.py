@@ -26,7 +26,7 @@ from typing import Final
 
 from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
-from falkirk.flow import control, counters, peers, spool
+from falkirk.flow import control, counters, peers, records, spool
 from falkirk.flow.answers import Answers
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
@@ -60,6 +60,8 @@ from falkirk.wire.slots import FIRST_INDEX, SlotPlan
 SECOND: Final = 1_000_000_000
 ADOPTION: Final = SECOND
 """How long a restarted worker waits for its predecessor's tunnels before it resets their streams."""
+TELL: Final = SECOND // 50
+"""How often the parent is told that the spool has grown, at most: each telling costs it a read and a message to policy."""
 LOAD_SLICE: Final = 2_000_000
 """Nanoseconds a turn for loading a snapshot."""
 TUNNEL_BUFFER: Final = 4 * 1024 * 1024
@@ -81,8 +83,12 @@ class Worker:
         self.counts = counts.view
         self.clock = time.monotonic_ns
         self.now = time.monotonic_ns()
-        self.wall = time.time_ns()
         self.second = self.now // SECOND
+        self._next_second = (self.second + 1) * SECOND
+        self._wall_offset = time.time_ns() - time.monotonic_ns()
+        self._stamp = (0, "")
+        self._spooled_at = 0
+        self._untold = False
         self.flow_count = 0
         self.ready = False
         self.tunnels: dict[int, Tunnel] = {}
@@ -117,6 +123,7 @@ class Worker:
             data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker
         )
         self.spool = spool.SpoolWriter(self._spool_directory, epoch)
+        self._audit = records.of_worker(start.node, start.worker, epoch)
         self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
         self.tracker = Tracker(self, os.urandom)
@@ -139,8 +146,8 @@ class Worker:
         return lane
 
     def _listen(self) -> None:
-        path = Path(self.start.run_dir, "mesh", f"flow.worker.{self.start.worker}.sock")
-        self._listener = seqpacket.listen(path, 0o660)
+        self._path = Path(self.start.run_dir, "mesh", f"flow.worker.{self.start.worker}.sock")
+        self._listener = seqpacket.listen(self._path, 0o660)
 
         def accept(_: int) -> None:
             while (accepted := seqpacket.accept(self._listener)) is not None:
@@ -178,18 +185,19 @@ class Worker:
         while self._alive:
             if self._loading:
                 self.turn(0)
+            elif self._untold:
+                self.turn(TELL / SECOND)
             elif self.ready and self._upgrader is not None:
                 self.turn(1.0)
             else:
                 self.turn(peers.RETRY / SECOND)
+        self._path.unlink(missing_ok=True)
 
     def turn(self, timeout: float) -> None:
         """One turn: wait at most `timeout` seconds for something, then do everything that is ready."""
         events = self._epoll.poll(timeout)
-        self.now = self.clock()
-        self.wall = time.time_ns()
-        if self.now // SECOND != self.second:
-            self.second = self.now // SECOND
+        now = self.now = self.clock()
+        if now >= self._next_second:
             self._each_second()
         for fd, mask in events:
             handler = self._handlers.get(fd)
@@ -213,12 +221,20 @@ class Worker:
         self.orphans.close()
 
     def _end_of_turn(self) -> None:
-        self.tracker.end_of_turn()
+        if self.tracker.finished:
+            self.tracker.end_of_turn()
         if self._upgrader is None or self._lost_at is not None or not self.ready:
             self._mend()
         if self._loading:
             self._load()
-        if self.spool.flush() and (not self._to_parent or self._to_parent[-1] != SPOOLED):
+        if self.spool.pending or self.spool.stuck:
+            if not self.spool.flush():
+                # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
+                return
+            self._untold = True
+        if self._untold and self.now - self._spooled_at >= TELL:
+            self._spooled_at = self.now
+            self._untold = False
             self._to_parent.append(SPOOLED)
         if self.to_upgrader:
             if self._upgrader is not None:
@@ -237,9 +253,22 @@ class Worker:
                 break
             self._to_parent.popleft()
 
+    @property
+    def wall(self) -> int:
+        """Wall-clock nanoseconds of this turn; follows the wall clock within a second of its being set."""
+        return self.now + self._wall_offset
+
     def _each_second(self) -> None:
+        self.second = self.now // SECOND
+        self._next_second = (self.second + 1) * SECOND
+        self._wall_offset = time.time_ns() - time.monotonic_ns()
         self.tracker.expire()
         self.tracker.checkpoint()
+        self._gauges()
+        if self.spool.stuck:
+            self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")
+
+    def _gauges(self) -> None:
         vnet, raw = self._lanes[Framing.VNET].pool, self._lanes[Framing.RAW].pool
         self.live.cursors(vnet.cursor, raw.cursor)
         self.counts[counters.FLOWS] = self.flow_count
@@ -249,10 +278,19 @@ class Worker:
         self.counts[counters.TUNNELS] = len(self.tunnels)
         self.counts[counters.PAIRED] = self._upgrader is not None
 
+    def write_record(self, event: str, flow_id: bytes, parts: str) -> int:
+        """Queue an audit record (see `falkirk.flow.records`); returns its sequence number."""
+        sequence = self.spool.next()
+        head = f'{{"event":"{event}","flow_id":"{flow_id.hex()}","time":"{self.timestamp()}",{self._audit}'
+        self.spool.add(f'{head},"sequence":{sequence}{parts}}}')
+        return sequence
+
     def timestamp(self) -> str:
         """The turn's wall-clock time, RFC 3339 with nanoseconds."""
         seconds, rest = divmod(self.wall, SECOND)
-        return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}.{rest:09d}Z"
+        if seconds != self._stamp[0]:
+            self._stamp = (seconds, time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(seconds)))
+        return f"{self._stamp[1]}{rest:09d}Z"
 
     # packets
 
@@ -339,8 +377,6 @@ class Worker:
     def adopt(self, link: peers.OnrampLink, message: Adopt, fd: int) -> tuple[str, str] | None:
         """Read a tunnel from now on; or why not (code, message)."""
         context = message.context
-        if message.tunnel in self.tunnels:
-            return "TUNNEL_EXISTS", f"tunnel {message.tunnel} is read already"
         if not (
             0 < message.tunnel < 1 << 32
             and MIN_MTU <= message.mtu <= MAX_MTU
@@ -470,6 +506,7 @@ class Worker:
             if lane.tun not in self._handlers:
                 self.watch(lane.tun, select.EPOLLIN, partial(_read_device, lane))
         self.ready = True
+        self._gauges()
         self.tell(control.Status(paired=True, ready=True))
 
     _link: peers.UpgraderLink | None = None

@@ -52,6 +52,8 @@ class Parent:
         self.loaded = False
         """True once the tables hold anything from the registry, be it from disk."""
         self.tunnels: dict[int, Opened] = {}
+        self.applied: net_pb2.Revision | None = None
+        """What the worker admits by; a moment behind the tables here."""
         self._ids = TunnelIds(shell.data("onramp") / "tunnel-ids")
         self._revision = net_pb2.Revision()
         self._listener: socket.socket | None = None
@@ -138,6 +140,7 @@ class Parent:
     def _on_exit(self, worker: int, status: int) -> None:
         log.warning("worker_ended", worker=worker, status=status, tunnels=len(self.tunnels))
         self._on_ready(False)
+        self.applied = None
         for number in list(self._closing):
             self._closing.pop(number).set_result(False)
         self._lost |= self.tunnels
@@ -152,7 +155,8 @@ class Parent:
         for descriptor in descriptors:
             os.close(descriptor)
         match control.TO_PARENT.decode(data):
-            case State(epoch, _, links):
+            case State(epoch, number, links):
+                self.applied = net_pb2.Revision(epoch=epoch, number=number) if epoch else None
                 self._on_ready(bool(epoch) and all(links))
             case Opened() as opened:
                 self._on_opened(opened)

@@ -98,8 +98,19 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
             open=len(self._parent.tunnels),
             admitted=counts["admitted"],
             refused=[net_pb2.Counter(name=code, value=counts[code]) for code in Code],
-            replicas=[self._replica.status()],
+            replicas=[self._replica.status(), self._admission()],
             processes=self._processes(),
+        )
+
+    def _admission(self) -> net_pb2.ReplicaStatus:
+        """The worker's tables, whose revision may be a moment behind the replica's."""
+        resources = self._replica.status()
+        return net_pb2.ReplicaStatus(
+            name="admission",
+            revision=self._parent.applied,
+            live=resources.live,
+            source=resources.source,
+            items=len(self._parent.tables),
         )
 
 

@@ -146,6 +146,9 @@ class AuditStore:
     def append(self, records: Sequence[Record]) -> Future[dict[Key, int]]:
         """Stores records that aren't stored yet. The future gives the marks of their keys once they are durable, or OSError."""
         job = _Job(records, time.time_ns(), Future())
+        # From here on it can't be cancelled: a sender that leaves (its stream is broken) doesn't take back what it has sent, and
+        # later requests of it must find these records stored, or they would be taken for lost.
+        job.done.set_running_or_notify_cancel()
         with self._wake:
             if self._closing:
                 raise RuntimeError("the audit store is closed")

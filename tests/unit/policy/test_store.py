@@ -207,3 +207,10 @@ def test_a_query_sees_only_what_is_durable(store: AuditStore) -> None:
     with open(store.path(store.segments()[-1]), "ab") as file:
         file.write(file.tell() * b"x")
     assert sequences(store) == [1, 2]
+
+
+def test_a_sender_that_leaves_takes_nothing_back(store: AuditStore) -> None:
+    left = store.append(records(1, 3))
+    assert not left.cancel()
+    assert store.append(records(4, 6)).result(TIMEOUT) == {("local", 0, 1): 6}
+    assert sequences(store) == [1, 2, 3, 4, 5, 6]

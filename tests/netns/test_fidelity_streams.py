@@ -1,0 +1,163 @@
+"""Streams that come about: data, ends and resets reach the other side as TCP itself would bring them."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.netns.fidelity import DEADLINE_S, Way, World, receive, reset, together
+from tools.load import http_server
+from tools.netlab import wait_for
+
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
+MIB = 1 << 20
+BIG = 64 * MIB
+DOWNLOADS = 200
+DOWNLOAD = 5 * MIB
+
+
+def in_background(function: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=function)
+    thread.start()
+    return thread
+
+
+def send_stream(sock: socket.socket, seed: int, size: int) -> str:
+    """Send pseudo-random bytes and a FIN; their SHA-256."""
+    block = random.Random(seed).randbytes(MIB)
+    digest = hashlib.sha256()
+    for number in range(size // MIB):
+        chunk = block[number % 4096 :] + block[: number % 4096]
+        digest.update(chunk)
+        sock.sendall(chunk)
+    sock.shutdown(socket.SHUT_WR)
+    return digest.hexdigest()
+
+
+def receive_stream(sock: socket.socket) -> tuple[int, str]:
+    """Size and SHA-256 of everything up to the FIN."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := sock.recv(MIB):
+        digest.update(chunk)
+        size += len(chunk)
+    return size, digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def web(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """The port of an HTTP server."""
+    log = tmp_path_factory.mktemp("web") / "log"
+    with log.open("wb") as output:
+        program = [sys.executable, str(Path(http_server.__file__).resolve())]
+        process = world.server.popen(program, stdin=-3, stdout=output)
+    wait_for("the HTTP server", lambda: log.read_text().startswith("ready"), DEADLINE_S)
+    yield 80
+    process.kill()
+
+
+def test_the_client_ends_first_and_still_receives(way: Way) -> None:
+    with way.pair() as (client, server):
+        client.sendall(b"question")
+        client.shutdown(socket.SHUT_WR)
+        assert receive(server) == b"question"
+        answer = bytes(3 * MIB)
+        sender = in_background(lambda: server.sendall(answer))
+        assert len(receive(client, len(answer))) == len(answer)
+        sender.join()
+        server.close()
+        assert client.recv(1) == b""
+
+
+def test_the_server_ends_first_and_still_receives(way: Way) -> None:
+    with way.pair() as (client, server):
+        server.sendall(b"greeting")
+        server.shutdown(socket.SHUT_WR)
+        assert receive(client) == b"greeting"
+        answer = bytes(3 * MIB)
+        sender = in_background(lambda: client.sendall(answer))
+        assert len(receive(server, len(answer))) == len(answer)
+        sender.join()
+        client.close()
+        assert server.recv(1) == b""
+
+
+def test_a_reset_of_the_client_reaches_the_server(way: Way) -> None:
+    with way.pair() as (client, server):
+        client.sendall(b"x")
+        assert server.recv(1) == b"x"
+        reset(client)
+        with pytest.raises(ConnectionResetError):
+            server.recv(1)
+
+
+def test_a_reset_of_the_server_reaches_the_client(way: Way) -> None:
+    with way.pair() as (client, server):
+        client.sendall(b"x")
+        assert server.recv(1) == b"x"
+        reset(server)
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+
+
+def test_a_server_may_speak_first(way: Way) -> None:
+    with way.listener() as listener, way.connect(listener.getsockname()[1]) as client:
+        with listener.accept()[0] as server:
+            server.sendall(b"220 ready\r\n")
+            assert client.recv(64) == b"220 ready\r\n"
+
+
+def test_a_big_transfer_both_ways_at_once_is_whole(way: Way) -> None:
+    with way.pair() as (client, server):
+        sent: dict[str, str] = {}
+        senders = [
+            in_background(lambda: sent.update(up=send_stream(client, 1, BIG))),
+            in_background(lambda: sent.update(down=send_stream(server, 2, BIG))),
+        ]
+        up, down = together(receive_stream, [server, client])
+        for sender in senders:
+            sender.join()
+        assert up == (BIG, sent["up"])
+        assert down == (BIG, sent["down"])
+
+
+def test_many_downloads_at_once_are_whole(world: World, web: int) -> None:
+    ways = world.ways()
+
+    def download(number: int) -> str:
+        way = ways[number % len(ways)]
+        with way.connect(web) as sock:
+            sock.sendall(b"GET /bytes/%d HTTP/1.0\r\n\r\n" % DOWNLOAD)
+            return hashlib.sha256(receive(sock).partition(b"\r\n\r\n")[2]).hexdigest()
+
+    assert set(together(download, range(DOWNLOADS))) == {http_server.digest(DOWNLOAD)}
+
+
+def test_a_stalled_client_hinders_nobody(way: Way, record_property: Callable[[str, object], None]) -> None:
+    def seconds() -> float:
+        with way.pair() as (client, server):
+            start = time.monotonic()
+            sender = in_background(lambda: receive_stream(server) and None)
+            send_stream(client, 3, BIG)
+            sender.join()
+            return time.monotonic() - start
+
+    before = seconds()
+    with way.pair() as (stalled, server):
+        server.setblocking(False)
+        # Until nothing more is taken, on a connection whose client reads nothing.
+        server.settimeout(1)
+        with pytest.raises(TimeoutError):
+            while True:
+                server.send(bytes(MIB))
+        record_property("throughput_beside_a_stalled_client", before / seconds())
+        stalled.setblocking(True)
+        stalled.settimeout(DEADLINE_S)
+        assert stalled.recv(1) == b"\0"

@@ -1,0 +1,64 @@
+"""Kill -9 under load, of each process in turn: what architecture.md §7 says goes on, and what is lost is told.
+
+The issue asks that a killed process's place serves again within 3 s. On a machine that other tests share that is no
+test's to promise, so the deadline here is generous (`PATIENCE_S`) and what was measured is printed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from falkirk.flow.spool import segments as spooled_segments
+from tests.netns.killed_mesh import KilledMesh, killed_mesh
+from tools.netlab import wait_for
+
+pytestmark = [pytest.mark.netns, pytest.mark.slow]
+DRAIN_S = 20.0
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_process_in_turn(tmp_path: Path, workers: int) -> None:
+    with killed_mesh(tmp_path, workers) as mesh:
+        mesh.keep_brief()
+        for victim in mesh.victims():
+            mesh.fill()
+            print(mesh.kill(victim))
+        mesh.fill()
+        finished = Counter(stream.client.outcome for stream in mesh.load.short)
+        assert finished["eof"] > 10 * workers, finished
+        _audit(mesh)
+
+
+def _audit(mesh: KilledMesh) -> None:
+    """Every flow that started has one end, and nothing was recorded twice."""
+    mesh.finish()
+    wait_for("no flow is left", lambda: (stats := mesh.stats()) and not sum(w.flows for w in stats.workers), DRAIN_S)
+    wait_for("the audit is delivered", lambda: (stats := mesh.stats()) and stats.spooled == 0, DRAIN_S)
+    stored = list(_records((mesh.mesh.data_dir / "policy" / "audit").glob("*.ndjson")))
+    ids = Counter((record["node"], record["worker"], record["epoch"], record["sequence"]) for record in stored)
+    assert not [number for number, count in ids.items() if count > 1]
+    started = Counter(record["flow_id"] for record in stored if record["event"] == "started")
+    ended = Counter(record["flow_id"] for record in stored if record["event"] == "ended")
+    assert not {flow: count for flow, count in started.items() if count > 1}
+    assert not {flow: (count, ended[flow]) for flow, count in started.items() if ended[flow] != 1}
+    assert not ended.keys() - started.keys()
+    # What the workers have on their own disks is all stored: nothing was lost on the way.
+    spools = (mesh.mesh.data_dir / "flow" / "spool").glob("worker-*")
+    kept = _records(itertools.chain.from_iterable(map(spooled_segments, spools)))
+    assert not {(r["node"], r["worker"], r["epoch"], r["sequence"]) for r in kept} - ids.keys()
+
+
+def _records(segments: Iterable[Path]) -> Iterable[dict[str, Any]]:
+    for segment in segments:
+        for line in segment.read_text().splitlines():
+            record = json.loads(line)
+            if "event" in record:
+                yield record
