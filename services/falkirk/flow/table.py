@@ -211,6 +211,9 @@ class Wheel:
         self._now = now
         self._buckets: dict[int, dict[Flow, None]] = {}
 
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets.values()))
+
     def place(self, flow: Flow, deadline: int) -> None:
         """Put a flow into the bucket of `deadline` (monotonic seconds), out of the one it was in."""
         deadline = max(deadline, self._now + 1)

@@ -48,7 +48,7 @@ def rig(tmp_path: Path) -> Iterator[FlowRig]:
 
 
 def descriptors() -> int:
-    gc.collect()  # what earlier tests left to be closed
+    gc.collect()  # Sockets that other tests left to it.
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
