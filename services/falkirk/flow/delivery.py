@@ -87,7 +87,7 @@ class Delivery:
         self._on_lines = on_lines
         self._feed = SpoolReader(directory, at_end=True)
         self._grown = asyncio.Event()
-        self._unacknowledged: list[Place] = []
+        self._acknowledged = asyncio.Event()
         self.newest = Place(0, 0)
         self.acknowledged = Place(0, 0)
 
@@ -114,11 +114,18 @@ class Delivery:
                 log.info("audit_delivery_waits", code=error.code().name, pending=self.pending)
             await asyncio.sleep(RETRY)
 
+    async def delivered(self) -> None:
+        """Returns once policy has acknowledged all there is."""
+        while self.pending:
+            self._acknowledged.clear()
+            await self._acknowledged.wait()
+
     async def _stream(self, stub: policy_service_pb2_grpc.AuditServiceStub) -> None:
         room = asyncio.Semaphore(IN_FLIGHT)
         async for response in stub.Deliver(self._batches(room)):
             room.release()
             self.acknowledged = Place(response.epoch, response.sequence)
+            self._acknowledged.set()
             self._forget()
 
     async def _batches(self, room: asyncio.Semaphore) -> AsyncIterator[policy_service_pb2.DeliverRequest]:
