@@ -75,6 +75,11 @@ class TelemetrySettings(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not 0.0 <= self.sample_ratio <= 1.0:
             raise ValueError("sample_ratio must lie between 0.0 and 1.0")
+        if self.otlp_endpoint is not None:
+            try:
+                host_port(self.otlp_endpoint)
+            except ValueError as error:
+                raise ValueError(f"otlp_endpoint: {error}") from error
 
 
 class RoadSettings(Section, frozen=True, kw_only=True):
@@ -135,7 +140,10 @@ class Shell(Section, frozen=True, kw_only=True):
         for service, address in self.metrics.items():
             if service not in SERVICES:
                 raise ValueError(f"metrics: {service!r} is not a service")
-            host_port(address)
+            try:
+                host_port(address)
+            except ValueError as error:
+                raise ValueError(f"metrics.{service}: {error}") from error
 
     def socket(self, road: Road, service: str) -> Path:
         """The gRPC socket of a service on a road."""
