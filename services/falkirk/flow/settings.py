@@ -38,9 +38,13 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         if not 1 <= self.slots <= 1 << 23:
-            raise ValueError("flow.slots must be 1 to 8388608")
-        for name in ("max_flows", "device_flows", "device_held", "tenant_flows", "connect_timeout_ms"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"flow.{name} must be at least 1")
-        ipaddress.IPv4Address(self.icmp_source4)
-        ipaddress.IPv6Address(self.icmp_source6)
+            raise ValueError("slots must lie between 1 and 8388608")
+        for field in msgspec.structs.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{field.name} must be at least 1")
+        for name, kind in (("icmp_source4", ipaddress.IPv4Address), ("icmp_source6", ipaddress.IPv6Address)):
+            try:
+                kind(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
