@@ -13,6 +13,7 @@ Limit: contexts of tunnels are appended to a file beside the live table and read
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -21,7 +22,7 @@ import msgspec
 
 from falkirk.flow import records
 from falkirk.flow.live import LiveReader, LiveRecord
-from falkirk.flow.spool import last_words, repair
+from falkirk.flow.spool import last_words
 from falkirk.flow.table import Flow, native_sum
 from falkirk.wire.build import segment
 from falkirk.wire.context import Framing, TunnelContext
@@ -101,7 +102,6 @@ class Orphans:
 
     def bury(self, worker: Worker) -> None:
         """Write the ends that are missing. Called once, when the new spool is open."""
-        repair(self._spool)
         words = last_words(self._spool, self._epoch)
         for record in self._records:
             flow_id = record.flow_id.hex()
@@ -128,7 +128,9 @@ class Orphans:
 
     def remember(self, tunnel: int, context: TunnelContext) -> None:
         """Keep a tunnel's context for a successor."""
-        os.write(self._log, msgspec.json.encode(TunnelLine(tunnel, context)) + b"\n")
+        # A full disk costs a successor's records their names, and nobody his tunnel.
+        with contextlib.suppress(OSError):
+            os.write(self._log, msgspec.json.encode(TunnelLine(tunnel, context)) + b"\n")
 
     def close(self) -> None:
         """Let the contexts' file go."""
@@ -162,9 +164,13 @@ class Orphans:
 
 
 def read_contexts(path: Path) -> dict[int, TunnelContext]:
-    """The contexts' file; a torn last line is left out."""
+    """The contexts' file; lines that were half written are left out."""
     if not path.exists():
         return {}
-    lines = path.read_bytes().split(b"\n")[:-1]
     decode = msgspec.json.Decoder(TunnelLine).decode
-    return {line.tunnel: line.context for line in map(decode, lines)}
+    contexts = {}
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(msgspec.DecodeError):
+            found = decode(line)
+            contexts[found.tunnel] = found.context
+    return contexts

@@ -172,7 +172,10 @@ def last_words(directory: Path, epoch: int) -> LastWords:
     decode = msgspec.json.Decoder(_Head).decode
     for segment in [path for path in segments(directory) if epoch_of(path) == epoch][-2:]:
         for line in segment.read_bytes().splitlines():
-            head = decode(line)
+            try:
+                head = decode(line)
+            except msgspec.DecodeError:
+                continue  # Of a disk that lost it; a worker that doesn't start would cost more.
             words.sequence = max(words.sequence, head.sequence)
             if head.event == "ended":
                 words.ended.add(head.flow_id)

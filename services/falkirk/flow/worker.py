@@ -119,6 +119,8 @@ class Worker:
         self.orphans = Orphans(
             data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker
         )
+        # Before there is a newer segment than the predecessor's last.
+        spool.repair(self._spool_directory)
         self.spool = spool.SpoolWriter(self._spool_directory, epoch)
         self._audit = records.of_worker(start.node, start.worker, epoch)
         self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
