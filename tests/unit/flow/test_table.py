@@ -32,7 +32,8 @@ def test_a_flow_knows_its_ends_and_what_rewriting_changes(key: bytes, forward: b
     assert (one.family, one.source, one.destination) == (4 if size == 4 else 6, key[:size], key[size : 2 * size])
     assert (one.source_port, one.destination_port) == (40000, 443)
     assert one.back == one.destination + one.source + PORTS[2:] + PORTS[:2]
-    assert one.port.to_bytes(2, "little") == PORTS[:2]
+    assert (one.port & 0xFFFF).to_bytes(2, "little") == PORTS[:2]
+    assert (one.port > 0xFFFF) is (size == 16)
     # The delta, in the machine's byte order, takes the sum of the old signature to that of the new one.
     for delta, end in ((one.delta_all, len(key)), (one.delta_addresses, 2 * size)):
         assert (native_sum(key[:end]) + delta) % 0xFFFF == native_sum(forward[:end])
