@@ -60,7 +60,7 @@ from falkirk.wire.slots import FIRST_INDEX, SlotPlan
 SECOND: Final = 1_000_000_000
 ADOPTION: Final = SECOND
 """How long a restarted worker waits for its predecessor's tunnels before it resets their streams."""
-TELL: Final = SECOND // 50
+TELL: Final = SECOND // 10
 """How often the parent is told that the spool has grown, at most: each telling costs it a read and a message to policy."""
 TUNNEL_BUFFER: Final = 4 * 1024 * 1024
 MIN_MTU: Final = 576
@@ -125,7 +125,7 @@ class Worker:
         self._audit = records.of_worker(start.node, start.worker, epoch)
         self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
-        self.tracker = Tracker(self, os.urandom)
+        self.tracker = Tracker(self, Randomness())
         self.answers = Answers(self)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
@@ -541,6 +541,21 @@ class Worker:
         flow = self.flow_of(message.slot)
         if flow is not None and flow.flow_id == message.flow_id:
             self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
+
+
+class Randomness:
+    """Random bytes, a page at a time: a system call a flow would cost more than the bytes."""
+
+    def __init__(self) -> None:
+        self._page = b""
+        self._at = 0
+
+    def __call__(self, size: int) -> bytes:
+        """That many bytes, each given out once; `size` is small."""
+        if self._at + size > len(self._page):
+            self._page, self._at = os.urandom(4096), 0
+        self._at += size
+        return self._page[self._at - size : self._at]
 
 
 def _read_device(lane: Lane, _: int) -> None:
