@@ -7,7 +7,8 @@ streams; their RSTs come out of the TUN devices and are led back by `back` and t
 A client whose RST hasn't been seen (it was dropped on the way; its stream was over for the upgrader, so that nothing but
 the kernel still had the end of it; the upgrader died with its namespace) is *probed*: a segment outside its window makes it say
 where it stands (RFC 9293 3.10.7.4: an unacceptable segment is answered with an ACK), and that ACK, which no flow knows,
-gets the RST with the right sequence number.
+gets the RST with the right sequence number. It is probed again twice, a second apart: Linux answers such a segment only every
+half second (tcp_invalid_ratelimit), and the kernel at the other end may just have asked, a window of zero for instance.
 
 The books are closed before the predecessor's live table gives way, and what is in the spool isn't written again, so that a
 worker that is killed at any point of this leaves its successor the rest to do and nothing twice. A lock makes sure that the
@@ -41,7 +42,8 @@ ACK: Final = 16
 PATIENCE: Final = 60
 """Seconds for which lost streams wait for their tunnel."""
 PROBES: Final = 4096
-"""Clients probed a second, at most."""
+"""Clients that begin to be probed a second, at most."""
+TRIES: Final = 3
 
 
 class Orphan(msgspec.Struct, frozen=True, gc=False):
@@ -81,7 +83,8 @@ class Orphans:
         self._contexts = read_contexts(self._contexts_path)
         self._epoch = 0
         self._log = -1
-        self._unprobed: list[tuple[int, bytes]] = []
+        self._silent: list[tuple[int, bytes, int]] = []
+        """Clients to probe: tunnel, way back, tries left."""
         self._seconds = 0
         if live.exists():
             self._read(live)
@@ -169,7 +172,7 @@ class Orphans:
             flow.tunnel.device.held -= 1
             worker.answers.reset(flow.tunnel, packet)
         elif not flow.reset:
-            self._unprobed.append((flow.tunnel.id, flow.back))
+            self._silent.append((flow.tunnel.id, flow.back, TRIES))
 
     def each_second(self, worker: Worker) -> None:
         """Look for clients that haven't been told yet, once the upgrader has been asked to reset everything."""
@@ -177,20 +180,21 @@ class Orphans:
             here = [slot for slot, orphan in self._by_slot.items() if orphan.tunnel in worker.tunnels]
             for slot in here[:PROBES]:
                 orphan = self._by_slot.pop(slot)
-                self._unprobed.append((orphan.tunnel, orphan.back))
+                self._silent.append((orphan.tunnel, orphan.back, TRIES))
             self._seconds += 1
             if self._seconds > PATIENCE:
                 self._by_slot.clear()
-        if self._unprobed:
+        if self._silent:
             self.probe(worker)
 
     def probe(self, worker: Worker) -> None:
-        """Probe those that must be; a tunnel that takes nothing now is tried again in a second."""
-        waiting, self._unprobed = self._unprobed, []
-        for number, back in waiting:
+        """Probe those that must be, and once more in a second; what their tunnel doesn't take now isn't counted as a try."""
+        silent, self._silent = self._silent, []
+        for number, back, tries in silent:
             tunnel = worker.tunnels.get(number)
-            if tunnel is not None and not worker.say(tunnel, _probe(back), counted=False):
-                self._unprobed.append((number, back))
+            if tunnel is not None and tries:
+                sent = worker.say(tunnel, _probe(back), counted=False)
+                self._silent.append((number, back, tries - sent))
 
 
 def _probe(back: bytes) -> bytes:
