@@ -27,6 +27,7 @@ from zlib import crc32
 
 import grpc
 
+from falkirk.api.flow.v1 import flow_service_pb2, flow_service_pb2_grpc
 from falkirk.linux import netns
 from falkirk.linux.seqpacket import connect
 from tests.netns.conftest import ServerNamespace
@@ -145,13 +146,18 @@ class KilledMesh:
 
     def stats(self) -> Any:
         """FlowService.Stats; None where it doesn't answer."""
-        from falkirk.api.flow.v1 import flow_service_pb2, flow_service_pb2_grpc
+        return self._ask_flow(lambda stub: stub.Stats(flow_service_pb2.StatsRequest(), timeout=2))
 
-        with grpc.insecure_channel(f"unix:{self.mesh.run_dir}/read/flow.sock") as channel:
-            try:
-                return flow_service_pb2_grpc.FlowServiceStub(channel).Stats(flow_service_pb2.StatsRequest(), timeout=2)
-            except grpc.RpcError:
-                return None
+    def flows(self) -> int | None:
+        """How many flows are live (1000 at most); None where nobody says."""
+        answer = self._ask_flow(lambda stub: stub.List(flow_service_pb2.ListRequest(page_size=1000), timeout=2))
+        return None if answer is None else len(answer.flows)
+
+    def _ask_flow(self, question: Callable[[Any], Any]) -> Any:
+        channel = grpc.insecure_channel(f"unix:{self.mesh.run_dir}/read/flow.sock")
+        with channel, contextlib.suppress(grpc.RpcError):
+            return question(flow_service_pb2_grpc.FlowServiceStub(channel))
+        return None
 
     def victims(self) -> list[Victim]:
         """Every process that `falkirk doctor` lists, in the order in which they are killed."""

@@ -37,7 +37,7 @@ LENGTH: Final = struct.Struct("!Q")
 SHORT_BYTES: Final = 20_000
 BRIEF_S: Final = 1.5
 """A short stream that hasn't ended after this long is given up."""
-FINISHED_BYTES: Final = 49_152
+FINISHED_BYTES: Final = 16_384
 
 
 class Habit(enum.Enum):
