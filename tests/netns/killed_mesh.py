@@ -95,7 +95,9 @@ class Group:
 class Recovery:
     """Seconds from the kill until each thing was seen."""
 
-    victim: Victim
+    name: str
+    takes: frozenset[int]
+    """Workers that lose their streams."""
     lost: int
     start: float
     settled: float = 0.0
@@ -114,7 +116,7 @@ class Recovery:
     def __str__(self) -> str:
         lost = f"streams reset {self.streams_lost:5.2f} s" if self.lost else "no stream lost"
         return (
-            f"{self.victim.name:<22} serves again {self.serves:5.2f} s (process {self.process:5.2f}, health {self.health:5.2f}, "
+            f"{self.name:<26} serves again {self.serves:5.2f} s (process {self.process:5.2f}, health {self.health:5.2f}, "
             f"new connections {self.connection:5.2f}), {lost}, short streams failed {self.failed_briefly}"
         )
 
@@ -263,7 +265,7 @@ class KilledMesh:
         return stream.client.outcome == "eof" or (
             stream.client.outcome != "given up"
             and any(
-                _worker(stream) in recovery.victim.takes
+                _worker(stream) in recovery.takes
                 and recovery.start < stream.ended
                 and stream.started < recovery.settled
                 for recovery in self.recoveries
@@ -272,58 +274,67 @@ class KilledMesh:
 
     # the kill
 
-    def kill(self, victim: Victim) -> Recovery:
-        """Kill -9; wait until its place serves again, and until lost streams were told."""
+    def kill(self, *victims: Victim, again: int = 0) -> Recovery:
+        """Kill -9 all of them at once, each successor `again` times as soon as it is there; wait until the places serve
+        again, and until lost streams were told."""
         streams = self.streams()
-        doomed = [stream for stream in streams if _worker(stream) in victim.takes]
-        others = [stream for stream in streams if _worker(stream) not in victim.takes]
+        takes = frozenset[int]().union(*(victim.takes for victim in victims))
+        doomed = [stream for stream in streams if _worker(stream) in takes]
+        others = [stream for stream in streams if _worker(stream) not in takes]
         brief = len(self.load.short)
-        before = self.processes(victim.service)
-        recovery = Recovery(victim, len(doomed), start := time.monotonic())
-        os.kill(before[victim.name], signal.SIGKILL)
-        socket_path = self.mesh.run_dir / "read" / f"{victim.service}.sock"
+        before = {victim: self.processes(victim.service)[victim.name] for victim in victims}
+        name = " + ".join(victim.name for victim in victims) + f", {again + 1} times" * bool(again)
+        recovery = Recovery(name, takes, len(doomed), start := time.monotonic())
+        for pid in before.values():
+            os.kill(pid, signal.SIGKILL)
         waiting = list(self.groups())
 
         def reborn() -> bool:
-            return self.processes(victim.service).get(victim.name, before[victim.name]) != before[victim.name]
+            return all(self.processes(victim.service).get(victim.name, pid) != pid for victim, pid in before.items())
+
+        def serving() -> bool:
+            sockets = (self.mesh.run_dir / "read" / f"{victim.service}.sock" for victim in victims)
+            return recovery.process > 0 and all(health(path) == "SERVING" for path in sockets)
 
         def connected() -> bool:
             while waiting and self.connects(waiting[-1]):
                 waiting.pop()
-            return not waiting and (victim.service != "onramp" or self.admits())
+            return not waiting and (all(victim.service != "onramp" for victim in victims) or self.admits())
 
-        def told() -> bool:
-            return all(_told(stream) for stream in doomed)
-
+        for _ in range(again):
+            wait_for(f"{name}: a successor", reborn, PATIENCE_S)
+            before = {victim: self.processes(victim.service)[victim.name] for victim in victims}
+            for pid in before.values():
+                os.kill(pid, signal.SIGKILL)
         steps: dict[str, Callable[[], bool]] = {
             "process": reborn,
-            "health": lambda: recovery.process > 0 and health(socket_path) == "SERVING",
+            "health": serving,
             "connection": connected,
-            "streams_lost": told,
+            "streams_lost": lambda: all(map(_told, doomed)),
         }
         while steps and time.monotonic() - start < PATIENCE_S:
-            for name, step in list(steps.items()):
-                if step():
-                    setattr(recovery, name, time.monotonic() - start)
-                    del steps[name]
+            for step, done in list(steps.items()):
+                if done():
+                    setattr(recovery, step, time.monotonic() - start)
+                    del steps[step]
         untold = [str(stream) for stream in doomed if not _told(stream)]
-        assert not steps, f"{victim.name}: not within {PATIENCE_S} s: {set(steps)}; streams untold: {untold}"
+        assert not steps, f"{name}: not within {PATIENCE_S} s: {set(steps)}; streams untold: {untold}"
         recovery.failed_briefly = sum(stream.client.outcome != "eof" for stream in self.load.short[brief:])
         self.recoveries.append(recovery)
-        self._judge(victim, doomed, others)
+        self._judge(name, doomed, others)
         for stream in doomed:
             self.load.forget(stream)
         wait_for("lost streams are closed", lambda: not set(doomed) & set(self.streams()), PATIENCE_S)
         return recovery
 
-    def _judge(self, victim: Victim, doomed: list[Stream], others: list[Stream]) -> None:
+    def _judge(self, name: str, doomed: list[Stream], others: list[Stream]) -> None:
         lies = [lie for stream in (*doomed, *others, *self.load.short) for lie in stream.lies()]
-        assert not lies, f"{victim.name}: {lies}"
+        assert not lies, f"{name}: {lies}"
         broken = [str(stream) for stream in others if not stream.steady]
-        assert not broken, f"{victim.name} took what isn't its own: {broken}"
+        assert not broken, f"{name} took what isn't its own: {broken}"
         marks = {stream: stream.progress for stream in others if stream.moves}
         wait_for(
-            f"others go on without {victim.name}",
+            f"others go on without {name}",
             lambda: all(stream.progress > mark for stream, mark in marks.items()),
             PATIENCE_S,
         )

@@ -21,6 +21,14 @@ from tools.netlab import wait_for
 
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 DRAIN_S = 20.0
+SEVERAL = (
+    (("registry", "policy", "router"), 0),
+    (("flow.worker.0",), 2),
+    (("upgrader.worker.0",), 1),
+    (("flow.worker.0", "upgrader.worker.0"), 0),
+    (("flow", "upgrader"), 0),
+)
+"""What is killed at once, and how often its successors are killed again before they serve."""
 RecordId = tuple[str, int, int, int]
 
 
@@ -29,9 +37,13 @@ RecordId = tuple[str, int, int, int]
 def test_every_process_in_turn(tmp_path: Path, workers: int) -> None:
     with killed_mesh(tmp_path, workers) as mesh:
         mesh.keep_brief()
-        for victim in mesh.victims():
+        victims = {victim.name: victim for victim in mesh.victims()}
+        for victim in victims.values():
             mesh.fill()
             print(mesh.kill(victim))
+        for names, again in SEVERAL:
+            mesh.fill()
+            print(mesh.kill(*(victims[name] for name in names), again=again))
         mesh.fill()
         finished = Counter(stream.client.outcome for stream in mesh.load.short)
         assert finished["eof"] > 10 * workers, finished
