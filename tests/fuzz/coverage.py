@@ -1,6 +1,6 @@
 """Runs a fuzz target under atheris, which follows the branches that an input takes (libFuzzer), from the committed corpus on.
 
-    python tests/fuzz/fuzz_packets.py [options of libFuzzer]        e.g. -max_total_time=600
+    PYTHONPATH=services:. python tests/fuzz/fuzz_packets.py [options of libFuzzer]        e.g. -max_total_time=600
 
 A target is a function `one(data)` that raises where something is wrong. New inputs go to a temporary directory, or to the first
 directory that is named; `minimise.py` takes over what is worth keeping. A crash leaves `crash-…` in the current directory.

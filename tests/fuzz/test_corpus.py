@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_a_few_seconds_of_search_find_nothing(name: str, tmp_path: Path) -> None
     run = subprocess.run(
         [sys.executable, str(script), *limits, str(found), str(corpus(name))],
         cwd=ROOT,
-        env=environment(str(tmp_path)),
+        env=environment(tempfile.gettempdir()),
         capture_output=True,
         timeout=100,
         check=False,

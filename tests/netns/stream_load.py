@@ -35,9 +35,9 @@ ENDLESS: Final = 1 << 40
 HELLO: Final = struct.Struct("!16sQ")
 LENGTH: Final = struct.Struct("!Q")
 SHORT_BYTES: Final = 20_000
-BRIEF_S: Final = 1.5
+BRIEF_S: Final = 6.0
 """A short stream that hasn't ended after this long is given up."""
-FINISHED_BYTES: Final = 49_152
+FINISHED_BYTES: Final = 16_384
 
 
 class Habit(enum.Enum):
@@ -91,6 +91,7 @@ class Stream:
     client: End
     server: End | None = None
     started: float = field(default_factory=time.monotonic)
+    ended: float = 0.0
 
     @property
     def open(self) -> bool:
@@ -233,7 +234,7 @@ class Load:
                     self._turn(stream, end)
             if stream.habit is Habit.SHORT and not stream.client.outcome and now - stream.started > BRIEF_S:
                 self._over(stream.client, "given up")
-                self._forget(stream)
+                self._finish_short(stream)
         for renew in self._sources:
             renew()
 
@@ -363,6 +364,7 @@ class Load:
 
     def _finish_short(self, stream: Stream) -> None:
         if stream.habit is Habit.SHORT and stream.client.outcome:
+            stream.ended = time.monotonic()
             self._forget(stream)
 
     def _over(self, end: End, outcome: str) -> None:

@@ -62,14 +62,14 @@ class LiveRecord:
 
 
 class LiveTable:
-    """The worker's side: a fresh file in place of the predecessor's."""
+    """The worker's side: a fresh file in place of the predecessor's, which leaves its slot pools' `cursors`."""
 
-    def __init__(self, path: Path, capacity: int, epoch: int) -> None:
+    def __init__(self, path: Path, capacity: int, epoch: int, cursors: tuple[int, int] = (0, 0)) -> None:
         fresh = path.with_suffix(".new")
         with fresh.open("w+b") as file:
             file.truncate(HEADER_SIZE + capacity * RECORD_SIZE)
             self._map = mmap.mmap(file.fileno(), 0)
-        self._map[: HEADER.size] = HEADER.pack(MAGIC, VERSION, capacity, epoch, 0, 0, 0)
+        self._map[: HEADER.size] = HEADER.pack(MAGIC, VERSION, capacity, epoch, 0, *cursors)
         fresh.replace(path)
         self.capacity = capacity
         self._free: list[int] = []

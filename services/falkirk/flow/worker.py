@@ -114,16 +114,18 @@ class Worker:
         self._generation = time.time_ns()
         self._alive = True
         data = Path(start.data_dir, "flow")
-        epoch = self.wall
         self._spool_directory = data / "spool" / f"worker-{start.worker}"
         self.orphans = Orphans(
             data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker
         )
-        # Before there is a newer segment than the predecessor's last.
-        spool.repair(self._spool_directory)
+        # Records are ordered by epoch, whatever becomes of the wall clock.
+        epoch = max(self.wall, self.orphans.epoch + 1)
         self.spool = spool.SpoolWriter(self._spool_directory, epoch)
         self._audit = records.of_worker(start.node, start.worker, epoch)
-        self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
+        self.orphans.bury(self)
+        self._untold = self.spool.sequence > 0
+        live = data / "live" / f"worker-{start.worker}"
+        self.live = LiveTable(live, self.settings.max_flows, epoch, self.orphans.cursors)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
         self.tracker = Tracker(self, Randomness())
         self.answers = Answers(self)
@@ -131,7 +133,6 @@ class Worker:
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
         self._adoption_deadline = self.now + ADOPTION
-        self.orphans.bury(self)
         self._listen()
 
     # set-up
@@ -231,6 +232,7 @@ class Worker:
                 # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
                 return
             self._untold = True
+            self.live.cursors(*(self._lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
         if self._untold and self.now - self._spooled_at >= TELL:
             self._spooled_at = self.now
             self._untold = False
@@ -263,13 +265,13 @@ class Worker:
         self._wall_offset = time.time_ns() - time.monotonic_ns()
         self.tracker.expire()
         self.tracker.checkpoint()
+        self.orphans.each_second(self)
         self._gauges()
         if self.spool.stuck:
             self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")
 
     def _gauges(self) -> None:
         vnet, raw = self._lanes[Framing.VNET].pool, self._lanes[Framing.RAW].pool
-        self.live.cursors(vnet.cursor, raw.cursor)
         self.counts[counters.FLOWS] = self.flow_count
         self.counts[counters.SLOTS_ACTIVE] = vnet.active + raw.active
         self.counts[counters.SLOTS_RESTING] = vnet.resting + raw.resting
@@ -477,13 +479,17 @@ class Worker:
 
     def _bereave(self) -> None:
         """End the flows of an upgrader that is gone; first what its kernel still had to say, which are resets mostly."""
-        for lane in self._lanes.values():
-            while lane.tun >= 0 and lane.from_tun() == BUDGET:
-                pass
+        self._drain_devices()
         for tunnel in self.tunnels.values():
             for flow in list(tunnel.flows.values()):
                 self.orphans.reset(self, flow)
                 self.tracker.finish(flow, "upgrader_lost")
+        self.orphans.probe(self)
+
+    def _drain_devices(self) -> None:
+        for lane in self._lanes.values():
+            while lane.tun >= 0 and lane.from_tun() == BUDGET:
+                pass
 
     def _mend(self) -> None:
         """Towards being ready: reach the upgrader, clear what is lost, take new flows."""
@@ -500,6 +506,8 @@ class Worker:
             return
         if self.orphans.tunnels - self.tunnels.keys() and self.now < self._adoption_deadline:
             return
+        # What a predecessor's streams have sent meanwhile fills the devices' queues, and a RST that finds no room is lost.
+        self._drain_devices()
         self._upgrader.send([AbortAll()])
         for lane in self._lanes.values():
             if lane.tun not in self._handlers:
@@ -595,7 +603,13 @@ def main(argv: list[str]) -> int:
     if not isinstance(start, control.Start) or len(fds) != start.descriptors:
         raise ValueError("the first message must be Start with its descriptors")
     parent.setblocking(False)
-    Worker(parent, start, Counters.attach(fds[0], counters.NAMES), fds[1]).run()
+    try:
+        worker = Worker(parent, start, Counters.attach(fds[0], counters.NAMES), fds[1])
+    except OSError as error:
+        # A predecessor that is still ending, or a disk that takes no records: the parent tries again.
+        print(f"flow.worker.{start.worker}: {error}", file=sys.stderr)
+        return 1
+    worker.run()
     return 0
 
 

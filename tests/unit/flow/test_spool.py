@@ -45,6 +45,8 @@ def test_a_full_segment_is_followed_by_the_next(tmp_path: Path, monkeypatch: pyt
 
 def test_a_disk_that_takes_nothing_keeps_the_records_waiting(tmp_path: Path) -> None:
     writer = SpoolWriter(tmp_path, 5)
+    writer.add("zero")
+    assert writer.flush()
     real = os.dup(writer._file)
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, writer._file)
@@ -57,7 +59,7 @@ def test_a_disk_that_takes_nothing_keeps_the_records_waiting(tmp_path: Path) -> 
     writer.add("three")
     assert writer.flush()
     assert not writer.stuck
-    assert text(tmp_path) == "one\ntwo\nthree\n"
+    assert text(tmp_path) == "zero\none\ntwo\nthree\n"
     writer.close()
     os.close(real)
     os.close(full)
