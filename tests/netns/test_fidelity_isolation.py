@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.netns.fidelity import DEADLINE_S, Client, Way, World, receive
+from tools.mesh import resource
 from tools.netlab import wait_for
 
 pytestmark = pytest.mark.netns
@@ -23,7 +24,7 @@ NARROW = 1280
 """The smallest path MTU that IPv6 knows (RFC 8200 5); for IPv4 just a small one."""
 ANSWER = 1 << 20
 TENANTS = ("twins-a", "twins-b")
-TWIN = ("100.96.7.7", "fd00:7::7")
+TWIN = ["100.96.7.7", "fd00:7::7"]
 SOURCE_PORT = 41_000
 
 
@@ -120,15 +121,8 @@ def twins(world: World) -> World:
         for address in egress.values():
             server.add_here(address)
         documents += world.tenant(tenant, **egress)
-        documents.append(
-            {
-                "apiVersion": "falkirk.dev/v1alpha1",
-                "kind": "Device",
-                "metadata": {"name": "twin", "tenant": tenant},
-                "spec": {"user": "alice", "addresses": list(TWIN)},
-            }
-        )
-    world.mesh.apply(documents, "twins")
+        documents.append(resource("Device", "twin", tenant, user="alice", addresses=TWIN))
+    world.apply(documents)
     return world
 
 
