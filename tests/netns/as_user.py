@@ -10,6 +10,7 @@ admin/ allows, asked on read/; "contexts": the on-ramp's answer to each first da
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -61,10 +62,9 @@ def introduce(path: Path, context: dict[str, Any]) -> dict[str, Any]:
     with seqpacket.connect(path) as tunnel:
         tunnel.setblocking(True)
         tunnel.settimeout(SECONDS)
-        try:
+        # It may have hung up already; what it said before can still be read.
+        with contextlib.suppress(BrokenPipeError):
             tunnel.send(json.dumps(context).encode())
-        except BrokenPipeError:
-            pass  # It has hung up already; what it said before can still be read.
         answer: dict[str, Any] = json.loads(tunnel.recv(16384))
         return answer
 

@@ -287,26 +287,31 @@ class World:
 
     # questions
 
-    def audit(self, **chosen: str) -> list[dict[str, Any]]:
-        """Stored audit records, oldest first; `chosen` are fields of AuditFilter."""
+    def audit(self, event: str, address: str) -> list[dict[str, Any]]:
+        """The newest 1,000 audit records of one kind about flows to an address (empty: to any), oldest first."""
         from falkirk.api.policy.v1 import policy_service_pb2 as pb
         from falkirk.api.policy.v1 import policy_service_pb2_grpc as pb_grpc
         from falkirk.runtime import client
 
-        request = pb.QueryRequest(filter=pb.AuditFilter(**chosen), limit=100_000)
+        wanted = pb.AuditFilter(event=event, destination_address=address)
         with client.sync_channel(self.mesh.run_dir, "policy") as channel:
+            request = pb.QueryRequest(filter=wanted, limit=1000)
             answers = pb_grpc.AuditServiceStub(channel).Query(request, timeout=DEADLINE_S)
             return [msgspec.json.decode(answer.record.json) for answer in answers]
 
-    def recorded(self, what: Callable[[dict[str, Any]], bool], **chosen: str) -> dict[str, Any]:
-        """The first audit record of this kind, once it is stored."""
+    def recorded(self, event: str, port: int, address: str = "", device: str = "") -> dict[str, Any]:
+        """The first audit record about a flow to that port, once it is stored; address and device where given."""
         found: list[dict[str, Any]] = []
 
         def look() -> bool:
-            found[:] = filter(what, self.audit(**chosen))
+            found[:] = [
+                record
+                for record in self.audit(event, address)
+                if record["destination_port"] == port and device in ("", record["device"])
+            ]
             return bool(found)
 
-        wait_for(f"an audit record {chosen}", look, DEADLINE_S)
+        wait_for(f"an audit record that a flow to port {port} {event}", look, DEADLINE_S)
         return found[0]
 
     def stats(self, service: str) -> Any:

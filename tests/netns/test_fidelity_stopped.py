@@ -74,12 +74,6 @@ def test_decisions_go_on_and_survive_the_flow_service(orphaned: World) -> None:
         for process in (pid, *descendants(pid)):
             os.kill(process, signal.SIGCONT)
     for way, event, port in owed:
-        found = orphaned.recorded(
-            lambda found, port=port, way=way: bool(
-                found["destination_port"] == port and found["device"] == way.client.device
-            ),
-            event=event,
-            destination_address=way.server,
-        )
+        found = orphaned.recorded(event, port, way.server, way.client.device)
         if event == "denied":
             assert found["rule"] == MAIL_RULE
