@@ -147,6 +147,10 @@ class Orphans:
             raise OSError(f"the ends of lost flows can't be recorded: {worker.spool.error}")
         self._records.clear()
         self._contexts.clear()
+        self.begin_contexts()
+
+    def begin_contexts(self) -> None:
+        """A fresh contexts' file in place of the predecessor's."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         self._log = os.open(self._contexts_path, flags, 0o600)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from falkirk.flow.orphans import read_contexts
+from falkirk.flow.orphans import Orphans, read_contexts
 from falkirk.linux import seqpacket
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Adopt, DialFailed, Prepare
@@ -127,13 +127,17 @@ def test_a_live_table_that_cannot_be_read_is_no_reason_to_stop(rig: FlowRig, dat
     established(client)
 
 
-def test_contexts_survive_and_half_written_lines_do_not(rig: FlowRig) -> None:
-    rig.tunnel(who=context())
-    rig.tunnel(who=context(device="phone"))
-    rig.kill()
-    path = rig.data_dir / "flow" / "live" / "worker-0.tunnels"
+def test_contexts_survive_and_a_torn_line_does_not(tmp_path: Path) -> None:
+    from falkirk.wire.slots import SlotPlan
+
+    live = tmp_path / "live" / "worker-0"
+    orphans = Orphans(live, tmp_path / "spool", SlotPlan(1), 0)
+    orphans.begin_contexts()
+    orphans.remember(7, context())
+    orphans.remember(8, context(device="phone"))
+    orphans.close()
+    path = live.with_suffix(".tunnels")
     data = path.read_bytes()
     path.write_bytes(data.replace(b"\n", b'\n{"tunnel":9,"con\n', 1) + b'{"tunnel":9,"conte')
-    assert read_contexts(path) == {1: context(), 2: context(device="phone")}
-    assert read_contexts(path.with_name("none")) == {}
-    rig.start()
+    assert read_contexts(path) == {7: context(), 8: context(device="phone")}
+    assert read_contexts(tmp_path / "none") == {}
