@@ -120,7 +120,9 @@ class Lane:
         else:
             return self.worker.ingress.packet(self, tunnel, end)
         header = view[:10].tobytes()
-        if header != flow.vnet_ok and not self.worker.ingress.vnet(self, flow, l4, end):
+        if header == flow.vnet_ok:
+            view[:10] = flow.vnet_put
+        elif not self.worker.ingress.vnet(self, flow, l4, end):
             return None
         flags = buffer[l4 + 13]
         worker = self.worker

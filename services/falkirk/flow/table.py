@@ -77,6 +77,7 @@ class Flow:
         "tick",
         "tunnel",
         "vnet_ok",
+        "vnet_put",
     )
 
     def __init__(self, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, index: int) -> None:
@@ -102,6 +103,8 @@ class Flow:
         """The first packet behind its virtio-net header, while the upstream is dialled."""
         self.vnet_ok = b""
         """The last virtio-net header from the tunnel that was found to be true."""
+        self.vnet_put = b""
+        """Its normal form, which goes on."""
         self.tick = 0
         """The second of the last packet."""
         self.bytes_up = 0
@@ -182,8 +185,11 @@ class Tunnel:
         "mtu",
         "queue",
         "queued",
+        "records_left",
+        "records_tick",
         "refused",
         "row",
+        "unrecorded",
     )
 
     def __init__(
@@ -205,6 +211,10 @@ class Tunnel:
         self.queued = 0
         self.refused: dict[tuple[bytes, int, str], list[int]] = {}
         """Refusals of the last seconds by (destination, port, reason): [second of the record, repeats since]."""
+        self.records_tick = 0
+        self.records_left = 0
+        self.unrecorded = 0
+        """Refusals since the last record of any, beyond what is recorded a second."""
         self.icmp_tick = 0
         self.icmp_left = 0
 

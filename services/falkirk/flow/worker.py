@@ -154,7 +154,7 @@ class Worker:
         self._listener = seqpacket.listen(self._path, 0o660)
 
         def accept(_: int) -> None:
-            while (accepted := seqpacket.accept(self._listener)) is not None:
+            while (accepted := self._accept()) is not None:
                 if self.trusted(seqpacket.peer(accepted).uid):
                     self.onramps.add(peers.OnrampLink(self, accepted))
                 else:
@@ -163,6 +163,14 @@ class Worker:
 
         self.watch(self._listener.fileno(), select.EPOLLIN, accept)
         self.watch(self._parent.fileno(), peers.READ, self._from_parent)
+
+    def _accept(self) -> socket.socket | None:
+        try:
+            return seqpacket.accept(self._listener)
+        except OSError as error:
+            # Out of descriptors: the peer waits in the backlog.
+            self.log.error("accept_failed", error=str(error))
+            return None
 
     def trusted(self, uid: int) -> bool:
         """Whether a peer on a mesh socket may speak to this worker."""
