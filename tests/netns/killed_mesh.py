@@ -207,6 +207,7 @@ class KilledMesh:
                     streams.append(self.load.begin(habit, sock, self.addresses[group.family], group))
         try:
             wait_for("every stream is steady", lambda: all(stream.steady for stream in streams), PATIENCE_S)
+            wait_for("every stream is in the flow table", lambda: (self.flows() or 0) >= len(streams), PATIENCE_S)
             for recovery in self.recoveries:
                 recovery.settled = recovery.settled or time.monotonic()
         finally:
@@ -317,6 +318,8 @@ class KilledMesh:
                 if done():
                     setattr(recovery, step, time.monotonic() - start)
                     del steps[step]
+            # Somebody always looks at the table, also while nobody fills it.
+            self.flows()
         untold = [str(stream) for stream in doomed if not _told(stream)]
         assert not steps, f"{name}: not within {PATIENCE_S} s: {set(steps)}; streams untold: {untold}"
         recovery.failed_briefly = sum(stream.client.outcome != "eof" for stream in self.load.short[brief:])
