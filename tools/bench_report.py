@@ -50,7 +50,11 @@ def _contestant(of: Mapping[str, float], medians: Medians) -> dict[str, Any]:
 
 
 def report(
-    medians: Medians, failed: Mapping[str, int], baseline: Mapping[str, Any], shape: Mapping[str, Any]
+    medians: Medians,
+    failed: Mapping[str, int],
+    gave_up: Mapping[str, int],
+    baseline: Mapping[str, Any],
+    shape: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Medians by contestant and measurement, turned into the bench's JSON object."""
     veth, loopback = medians["veth"], medians["loopback"]
@@ -64,6 +68,7 @@ def report(
         "veth": {key: round(value, 1) for key, value in veth.items()},
         "loopback": {key: round(value, 1) for key, value in loopback.items()},
         "failed_connections": dict(failed),
+        "failed_measurements": dict(gave_up),
         "against_best_peer": _against(medians.get("falkirk", {}), peers),
         "baseline": dict(baseline),
         "configuration": dict(shape),
@@ -146,6 +151,8 @@ def show(result: Mapping[str, Any]) -> str:
     failures = {name: count for name, count in result["failed_connections"].items() if count}
     if failures:
         lines.append(f"failed connections: {failures}")
+    if result["failed_measurements"]:
+        lines.append(f"measurements that gave nothing: {result['failed_measurements']}")
     return "\n".join(lines)
 
 

@@ -27,6 +27,7 @@ PARSER = (
 )
 """Reasons for which a packet doesn't get past the IP parser."""
 BY_LIMITS = {
+    "audit_unwritable",
     "device_held_limit",
     "device_limit",
     "icmp_rate_limit",

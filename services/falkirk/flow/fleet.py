@@ -175,6 +175,8 @@ class Fleet:
                 self.rules = await asyncio.to_thread(_load_rules, data)
         except ValueError as error:
             raise SnapshotRefused(str(error)) from error
+        rules = sum(map(self.rules.count, self.rules.tenants()))
+        self.replica[name].items = self.routes.routes if name == "routes" else rules
         load = control.Load(name, str(path), revision.epoch, revision.number)
         self._snapshots[name] = load
         for worker in range(self.workers):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import mmap
-import struct
 import zlib
 from typing import Final
 
@@ -20,7 +19,6 @@ MAX_WORKERS: Final = 64
 _ID: Final = 16
 _ROW: Final = _ID + 4 * MAX_WORKERS
 SIZE: Final = ROWS * _ROW
-_U32: Final = struct.Struct("<I")
 
 
 class TenantCounts:
@@ -30,10 +28,11 @@ class TenantCounts:
         """Clears this worker's column: its predecessor's flows are gone."""
         self._fd = fd
         self._map = mmap.mmap(fd, SIZE)
-        self._columns = struct.Struct(f"<{workers}I")
+        self._workers = workers
+        self._words = memoryview(self._map).cast("I")
         self._offset = _ID + 4 * worker
         for row in range(ROWS):
-            _U32.pack_into(self._map, row * _ROW + self._offset, 0)
+            self._words[(row * _ROW + self._offset) >> 2] = 0
 
     def row(self, tenant_id: bytes) -> int | None:
         """The tenant's row, made where it is missing; None where there are too many tenants. `tenant_id`: 16 bytes."""
@@ -54,9 +53,9 @@ class TenantCounts:
 
     def total(self, row: int) -> int:
         """Flows of the tenant on this node."""
-        return sum(self._columns.unpack_from(self._map, row + _ID))
+        first = (row + _ID) >> 2
+        return self._words[first] if self._workers == 1 else sum(self._words[first : first + self._workers])
 
     def add(self, row: int, change: int) -> None:
         """Count a flow's start (1) or end (-1)."""
-        at = row + self._offset
-        _U32.pack_into(self._map, at, _U32.unpack_from(self._map, at)[0] + change)
+        self._words[(row + self._offset) >> 2] += change

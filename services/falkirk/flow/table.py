@@ -85,10 +85,13 @@ class Flow:
         self.forward = forward
         half = size // 2
         self.back = key[half:size] + key[:half] + key[size + 2 :] + key[size : size + 2]
-        self.delta_addresses = (native_sum(forward[:size]) - native_sum(key[:size])) % 0xFFFF
-        self.delta_all = (native_sum(forward) - native_sum(key)) % 0xFFFF
-        self.delta_addresses_back = (0xFFFF - self.delta_addresses) % 0xFFFF
-        self.delta_all_back = (0xFFFF - self.delta_all) % 0xFFFF
+        # 2^16 = 1 modulo 65,535, so a number's remainder is the sum of its words.
+        addresses = int.from_bytes(forward[:size], "little") - int.from_bytes(key[:size], "little")
+        everything = int.from_bytes(forward, "little") - int.from_bytes(key, "little")
+        self.delta_addresses = addresses % 0xFFFF
+        self.delta_all = everything % 0xFFFF
+        self.delta_addresses_back = -addresses % 0xFFFF
+        self.delta_all_back = -everything % 0xFFFF
         self.port = int.from_bytes(key[size : size + 2], "little")
         """The initiator's port in native order."""
         self.state = State.HELD
@@ -210,6 +213,9 @@ class Wheel:
     def __init__(self, now: int) -> None:
         self._now = now
         self._buckets: dict[int, dict[Flow, None]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets.values()))
 
     def place(self, flow: Flow, deadline: int) -> None:
         """Put a flow into the bucket of `deadline` (monotonic seconds), out of the one it was in."""

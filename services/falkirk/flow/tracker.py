@@ -181,7 +181,6 @@ class Tracker:
             return False
         if state is State.OPENING and not flags & SYN:
             self._state(flow, State.ESTABLISHED)
-            self._worker.wheel.place(flow, self._worker.second + self._worker.settings.established_idle_s)
         if flags & SYN and not flags & ACK and flow.over:
             # RFC 9293 3.6.1: a new connection may take the place of one whose end was seen.
             self.finish(flow, flow.reason)
@@ -218,8 +217,6 @@ class Tracker:
     def _closing(self, flow: Flow) -> None:
         if flow.state is not State.CLOSING:
             self._state(flow, State.CLOSING)
-            # A half-closed flow may stay as long as an established one.
-            self._worker.wheel.place(flow, self._worker.second + self._worker.settings.established_idle_s)
 
     # ended
 
@@ -239,13 +236,15 @@ class Tracker:
             self.finish(flow, flow.reason)
             return
         self._closing(flow)
-        patience = self._worker.settings.transitory_idle_s if message.reason == "finished" else LINGER
-        self._worker.wheel.place(flow, self._worker.second + patience)
-        self._maybe_over(flow)
+        if not self._maybe_over(flow):
+            patience = self._worker.settings.transitory_idle_s if message.reason == "finished" else LINGER
+            self._worker.wheel.place(flow, self._worker.second + patience)
 
-    def _maybe_over(self, flow: Flow) -> None:
+    def _maybe_over(self, flow: Flow) -> bool:
         if flow.over and (flow.reset or (flow.fin_acked_up and flow.fin_acked_down)):
             self.finished.append((flow, flow.reason))
+            return True
+        return False
 
     def abort(self, flow: Flow, reason: str) -> None:
         """End a live flow: both sides get a RST, the initiator's by the kernel where it has a connection."""
@@ -265,7 +264,8 @@ class Tracker:
         self._worker.answers.reset(flow.tunnel, packet)
 
     def expire(self) -> None:
-        """End what the wheel says is idle."""
+        """End what the wheel says is idle. A flow is placed once, at its start; a half-closed one may stay as long as an
+        established one."""
         worker = self._worker
         settings = worker.settings
         for flow in worker.wheel.due(worker.second):
@@ -344,6 +344,10 @@ class Tracker:
         repeats = seen[1] if seen is not None else 0
         if len(tunnel.refused) >= MAX_REFUSALS:
             tunnel.refused.clear()
+        if worker.spool.stuck:
+            # Told with the next record of it: what the disk doesn't take must not fill the memory.
+            tunnel.refused[at] = [worker.second - REPEAT, repeats + 1]
+            return
         tunnel.refused[at] = [worker.second, 0]
         flow_id = self._random(16)
         span_id = self._random(8) if int.from_bytes(flow_id[8:12], "big") < self._sampled_below else b""

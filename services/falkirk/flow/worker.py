@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -36,10 +36,10 @@ from falkirk.flow.limits import TenantCounts
 from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
 from falkirk.flow.slots import SlotPool
+from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import DeviceCounts, Flow, Tunnel, Wheel
 from falkirk.flow.tracker import Tracker
 from falkirk.linux import seqpacket
-from falkirk.runtime.blob import HEADER_BYTES
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire.context import Framing
@@ -60,10 +60,8 @@ from falkirk.wire.slots import FIRST_INDEX, SlotPlan
 SECOND: Final = 1_000_000_000
 ADOPTION: Final = SECOND
 """How long a restarted worker waits for its predecessor's tunnels before it resets their streams."""
-TELL: Final = SECOND // 50
+TELL: Final = SECOND // 10
 """How often the parent is told that the spool has grown, at most: each telling costs it a read and a message to policy."""
-LOAD_SLICE: Final = 2_000_000
-"""Nanoseconds a turn for loading a snapshot."""
 TUNNEL_BUFFER: Final = 4 * 1024 * 1024
 MIN_MTU: Final = 576
 MAX_MTU: Final = 65535
@@ -100,14 +98,13 @@ class Worker:
         self.upgrader_generations: dict[int, int] = {}
         self.routes = RouteTable()
         self.rules = RuleTable.empty()
+        self.snapshots = Snapshots(self)
         self.wheel = Wheel(self.second)
         self.tenants = TenantCounts(tenants_fd, start.workers, start.worker)
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._parent = parent
         self._to_parent: deque[bytes] = deque()
-        self._loading: list[tuple[control.Load, Iterator[None]]] = []
-        self._loaded: set[str] = set()
         self._devices: dict[str, DeviceCounts] = {}
         self._plan = SlotPlan(start.workers)
         self._upgrader: peers.UpgraderLink | None = None
@@ -130,7 +127,7 @@ class Worker:
         live = data / "live" / f"worker-{start.worker}"
         self.live = LiveTable(live, self.settings.max_flows, epoch, self.orphans.cursors)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
-        self.tracker = Tracker(self, os.urandom)
+        self.tracker = Tracker(self, Randomness())
         self.answers = Answers(self)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
@@ -186,7 +183,7 @@ class Worker:
     def run(self) -> None:
         """Until the parent's pair ends."""
         while self._alive:
-            if self._loading:
+            if self.snapshots.loading:
                 self.turn(0)
             elif self._untold:
                 self.turn(TELL / SECOND)
@@ -228,8 +225,8 @@ class Worker:
             self.tracker.end_of_turn()
         if self._upgrader is None or self._lost_at is not None or not self.ready:
             self._mend()
-        if self._loading:
-            self._load()
+        if self.snapshots.loading:
+            self.snapshots.step()
         if self.spool.pending or self.spool.stuck:
             if not self.spool.flush():
                 # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
@@ -505,7 +502,7 @@ class Worker:
                 path = Path(self.start.run_dir, "mesh", f"upgrader.worker.{self.start.worker}.sock")
                 self._link = peers.dial_upgrader(self, path, self._hello())
             return
-        if self.ready or self._loaded != {"rules", "routes"}:
+        if self.ready or not self.snapshots.complete:
             return
         if self.orphans.tunnels - self.tunnels.keys() and self.now < self._adoption_deadline:
             return
@@ -544,7 +541,7 @@ class Worker:
             for message in control.TO_WORKER.decode(data):
                 match message:
                     case control.Load():
-                        self._begin_load(message)
+                        self.snapshots.begin(message)
                     case control.Terminate():
                         self._terminate(message)
 
@@ -553,47 +550,20 @@ class Worker:
         if flow is not None and flow.flow_id == message.flow_id:
             self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
-    def _begin_load(self, message: control.Load) -> None:
-        try:
-            with open(message.path, "rb") as file:
-                file.seek(HEADER_BYTES)
-                data = file.read()
-        except OSError as error:
-            self.tell(control.Loaded(message.name, message.epoch, message.number, str(error)))
-            return
-        self._loading = [entry for entry in self._loading if entry[0].name != message.name]
-        steps = self._load_routes(data) if message.name == "routes" else self._load_rules(data)
-        self._loading.append((message, steps))
 
-    def _load_routes(self, data: bytes) -> Iterator[None]:
-        table = RouteTable()
-        yield from table.load(data)
-        self.routes = table
+class Randomness:
+    """Random bytes, a page at a time: a system call a flow would cost more than the bytes."""
 
-    def _load_rules(self, data: bytes) -> Iterator[None]:
-        loading = RuleTable.load(data)
-        yield from loading
-        assert loading.table is not None
-        self.rules = loading.table
+    def __init__(self) -> None:
+        self._page = b""
+        self._at = 0
 
-    def _load(self) -> None:
-        """A slice of loading; the table decides once it is whole."""
-        message, steps = self._loading[0]
-        until = time.monotonic_ns() + LOAD_SLICE
-        error = ""
-        try:
-            for _ in steps:
-                if time.monotonic_ns() > until:
-                    return
-        except ValueError as failed:
-            error = str(failed)
-        self._loading.pop(0)
-        if not error:
-            self._loaded.add(message.name)
-            for tunnel in self.tunnels.values():
-                tunnel.memo.clear()
-            self._mend()
-        self.tell(control.Loaded(message.name, message.epoch, message.number, error))
+    def __call__(self, size: int) -> bytes:
+        """That many bytes, each given out once; `size` is small."""
+        if self._at + size > len(self._page):
+            self._page, self._at = os.urandom(4096), 0
+        self._at += size
+        return self._page[self._at - size : self._at]
 
 
 def _read_device(lane: Lane, _: int) -> None:

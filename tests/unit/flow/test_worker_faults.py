@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def rig(tmp_path: Path) -> Iterator[FlowRig]:
 
 
 def descriptors() -> int:
+    gc.collect()  # Sockets that other tests left to it.
     return len(list(Path("/proc/self/fd").iterdir()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from falkirk.runtime.backoff import Backoff
 
 
@@ -10,7 +12,7 @@ def test_first_at_once_then_doubling_to_a_bound() -> None:
     delays = [backoff.ended(0.1) for _ in range(10)]
     assert delays[0] == 0
     assert delays[1] > 0
-    assert all(later == min(2 * earlier, delays[-1]) for earlier, later in zip(delays[1:], delays[2:], strict=False))
+    assert all(later == min(2 * earlier, delays[-1]) for earlier, later in pairwise(delays[1:]))
     assert delays[-1] == 2.0
 
 

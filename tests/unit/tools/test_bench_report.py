@@ -23,7 +23,7 @@ SHAPE = {"rules": 1000, "routes": 10_000, "framing": "vnet", "rounds": 3, "secon
 
 
 def test_ratios_are_of_the_veth_and_of_loopback() -> None:
-    result = report(MEDIANS, {"falkirk": 0}, BASELINE, SHAPE)
+    result = report(MEDIANS, {"falkirk": 0}, {}, BASELINE, SHAPE)
     assert result["veth_gbit_s"] == 40.0
     assert result["forward"] == {"gbit_s": 16.0, "of_veth": 0.4}
     assert result["reverse"] == {"gbit_s": 14.0, "of_veth": 0.35}
@@ -37,14 +37,14 @@ def test_ratios_are_of_the_veth_and_of_loopback() -> None:
 
 
 def test_without_falkirk_or_peers_there_are_no_ratios_to_them() -> None:
-    result = report({"veth": VETH | LOAD, "loopback": LOAD}, {}, BASELINE, SHAPE)
+    result = report({"veth": VETH | LOAD, "loopback": LOAD}, {}, {}, BASELINE, SHAPE)
     assert result["forward"] == {"gbit_s": None, "of_veth": None}
     assert result["peers"] == {}
     assert result["against_best_peer"] == {}
 
 
 def test_the_table_has_a_row_for_everyone_and_says_what_was_measured() -> None:
-    shown = show(report(MEDIANS, {"pasta": 3}, BASELINE, SHAPE))
+    shown = show(report(MEDIANS, {"pasta": 3}, {}, BASELINE, SHAPE))
     for text in (
         "falkirk",
         "pasta",
