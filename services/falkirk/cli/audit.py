@@ -10,21 +10,16 @@ import datetime
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
-import grpc
 import msgspec
 import typer
 from google.protobuf.timestamp_pb2 import Timestamp
-from rich.console import Console
-from rich.table import Table
 
 from falkirk.api.policy.v1 import policy_service_pb2 as pb
 from falkirk.api.policy.v1 import policy_service_pb2_grpc as pb_grpc
-from falkirk.runtime import client
-from falkirk.runtime.errors import FalkirkError, from_rpc
-from falkirk.runtime.settings import default_run_dir
+from falkirk.cli.connection import RunDir, calling
+from falkirk.cli.output import print_table
 
 QUERY_SECONDS: Final = 60.0
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -32,13 +27,9 @@ _COLUMNS: Final = ("time", "event", "tenant", "device", "source", "destination",
 
 app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
 
-RunDir = Annotated[
-    Path | None,
-    typer.Option("--run-dir", envvar="FALKIRK_RUN_DIR", help="Run directory of the mesh.", show_default=False),
-]
 Tenant = Annotated[str, typer.Option(help="Only this tenant (its name).")]
 Device = Annotated[str, typer.Option(help="Only this device (its name).")]
-Event = Annotated[str, typer.Option(help="Only started, denied or ended.")]
+Event = Annotated[Literal["started", "denied", "ended"] | None, typer.Option(help="Only records of this event.")]
 Flow = Annotated[str, typer.Option("--flow", help="Only this flow (its id).")]
 Destination = Annotated[str, typer.Option("--dst", help="Only flows to this address.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -51,10 +42,10 @@ def register(app_: typer.Typer) -> None:
 
 @app.command()
 def query(
-    run_dir: RunDir = None,
+    run_dir: RunDir,
     tenant: Tenant = "",
     device: Device = "",
-    event: Event = "",
+    event: Event = None,
     flow: Flow = "",
     dst: Destination = "",
     since: Annotated[str, typer.Option(help="Not older than this: 90s, 15m, 1h, 2d, or a time (RFC 3339).")] = "",
@@ -64,43 +55,37 @@ def query(
 ) -> None:
     """Show stored records, newest last."""
     now = datetime.datetime.now(datetime.UTC)
-    wanted = pb.AuditFilter(tenant=tenant, device=device, event=event, flow_id=flow, destination_address=dst)
+    wanted = pb.AuditFilter(tenant=tenant, device=device, event=event or "", flow_id=flow, destination_address=dst)
     if since:
         wanted.time.start.CopyFrom(moment(since, now))
     if until:
         wanted.time.end.CopyFrom(moment(until, now))
     records: list[dict[str, Any]] = []
-    try:
-        with client.sync_channel(run_dir or default_run_dir(), "policy") as channel:
-            request = pb.QueryRequest(filter=wanted, limit=limit)
-            for response in pb_grpc.AuditServiceStub(channel).Query(request, timeout=QUERY_SECONDS):
-                stored_at = {"stored_at": response.stored_at.ToJsonString()}
-                records.append(stored_at | msgspec.json.decode(response.record.json))
-    except (grpc.RpcError, FalkirkError) as error:
-        _fail(error)
+    with calling(run_dir, "policy") as channel:
+        request = pb.QueryRequest(filter=wanted, limit=limit)
+        for response in pb_grpc.AuditServiceStub(channel).Query(request, timeout=QUERY_SECONDS):
+            stored_at = {"stored_at": response.stored_at.ToJsonString()}
+            records.append(stored_at | msgspec.json.decode(response.record.json))
     if json:
         _lines(records)
-        return
-    table = Table(*_COLUMNS, box=None, header_style="bold")
-    for record in records:
-        table.add_row(*row(record))
-    Console().print(table)
+    else:
+        print_table(_COLUMNS, map(row, records))
 
 
 @app.command()
 def tail(
-    run_dir: RunDir = None,
+    run_dir: RunDir,
     tenant: Tenant = "",
     device: Device = "",
-    event: Event = "",
+    event: Event = None,
     flow: Flow = "",
     dst: Destination = "",
     json: Json = False,
 ) -> None:
     """Show records as they are stored, until interrupted."""
-    wanted = pb.AuditFilter(tenant=tenant, device=device, event=event, flow_id=flow, destination_address=dst)
+    wanted = pb.AuditFilter(tenant=tenant, device=device, event=event or "", flow_id=flow, destination_address=dst)
     try:
-        with client.sync_channel(run_dir or default_run_dir(), "policy") as channel:
+        with calling(run_dir, "policy") as channel:
             for response in pb_grpc.AuditServiceStub(channel).Tail(pb.TailRequest(filter=wanted)):
                 if json:
                     _lines([msgspec.json.decode(response.record.json)])
@@ -108,8 +93,6 @@ def tail(
                     print("  ".join(row(msgspec.json.decode(response.record.json))), flush=True)
     except KeyboardInterrupt:
         return
-    except (grpc.RpcError, FalkirkError) as error:
-        _fail(error)
 
 
 def moment(text: str, now: datetime.datetime) -> Timestamp:
@@ -160,8 +143,3 @@ def _lines(records: Iterable[Mapping[str, Any]]) -> None:
     for record in records:
         sys.stdout.write(msgspec.json.encode(record).decode() + "\n")
     sys.stdout.flush()
-
-
-def _fail(error: grpc.RpcError | FalkirkError) -> None:
-    print(f"falkirk audit: {error if isinstance(error, FalkirkError) else from_rpc(error)}", file=sys.stderr)
-    raise typer.Exit(1)

@@ -17,7 +17,7 @@ from typing import Final, Literal
 import msgspec
 
 from falkirk.cli import probe
-from falkirk.runtime import roads, settings
+from falkirk.runtime import settings
 from falkirk.runtime.settings import SERVICES, SettingsError, Shell, host_port
 
 NOFILE_WANTED: Final = 65536
@@ -74,25 +74,30 @@ def nofile(hard: int) -> Check:
 
 
 def directories(shell: Shell) -> Iterator[Check]:
-    """Run and data directory, made where missing."""
-    try:
-        roads.prepare(shell)
-        yield Check("run_dir", "ok", f"{shell.run_dir} with admin/, mesh/ and read/")
-    except SettingsError as error:
-        yield Check("run_dir", "failed", str(error), "choose a directory of your own with --run-dir")
+    """Could the run and the data directory be used, or made? Nothing is made."""
+    for name, path in (("run_dir", shell.run_dir), ("data_dir", shell.data_dir)):
+        there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            yield Check(name, "ok", f"{path} can be {'written' if there == path else 'made'}")
+        else:
+            why = f"uid {os.geteuid()} may not write in {there}" if there.is_dir() else f"{there} is not a directory"
+            yield Check(name, "failed", f"{path}: {why}", _remedy(name))
+
+
+def data_directory(shell: Shell) -> Check:
+    """The data directory, made where missing and written to."""
     try:
         shell.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         test = shell.data_dir / f".write-test.{os.getpid()}"
         test.touch()
         test.unlink()
-        yield Check("data_dir", "ok", f"{shell.data_dir} can be written")
     except OSError as error:
-        yield Check(
-            "data_dir",
-            "failed",
-            f"{shell.data_dir}: {error.strerror}",
-            "choose a directory of your own with --data-dir",
-        )
+        return Check("data_dir", "failed", f"{shell.data_dir}: {error.strerror}", _remedy("data_dir"))
+    return Check("data_dir", "ok", f"{shell.data_dir} can be written")
+
+
+def _remedy(name: str) -> str:
+    return f"choose a directory of your own with --{name.replace('_', '-')}"
 
 
 def permissions(shell: Shell) -> Iterator[Check]:

@@ -5,8 +5,10 @@ decides?), and the flow tracker (all of it, from the replicas that packets are d
 change is under way or an owner is away; then the flow tracker's is what happens. A service that doesn't answer is one stage's error, not
 the end of the others.
 
-Exit status: 0 where the flow would pass, 1 where it wouldn't, 3 where the flow tracker couldn't be asked. With --json one object: {"outcome",
-"onramp", "router", "policy", "flow"}, each the service's answer in protobuf's JSON, or {"error": {"code", "reason", "message"}}.
+Exit status: 0 where the flow would pass, 1 where it wouldn't, 2 for wrong usage, 3 where a stage that decides couldn't be asked. With --json one
+object: {"outcome", "onramp", "router", "policy", "flow"}, each the service's answer in protobuf's JSON, {"error": {"code", "reason", "message"}}, or
+null where it wasn't asked. The outcome is `lift` where the flow would pass; `refused` where the device wouldn't be admitted; the flow tracker's
+`answer_rst` (denied), `answer_unreachable` (no route) or `drop` (a blackhole) otherwise; `unknown` where nobody could say.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def explain(
     tenant: Annotated[str, typer.Option(help="The tenant's name.")],
     device: Annotated[str, typer.Option(help="The device's name.")],
     dst: Annotated[str, typer.Option(help="The destination address.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The destination port.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The destination port; ICMP has none.")] = 0,
     protocol: Annotated[Literal["tcp", "udp", "icmp"], typer.Option(help="The protocol.")] = "tcp",
     virtual_network: Annotated[str, typer.Option(help="Virtual network; the device's own if not given.")] = "",
     run_dir: Annotated[Path | None, typer.Option(help="Sockets of the mesh. [$FALKIRK_RUN_DIR]")] = None,
@@ -47,8 +49,11 @@ def explain(
         destination = str(ipaddress.ip_address(dst))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--dst") from error
+    if not port and protocol != "icmp":
+        raise typer.BadParameter("a destination port from 1 to 65535 is needed", param_hint="--port")
     answers = ask(_run_dir(run_dir), tenant, device, virtual_network, destination, port, protocol)
-    outcome = getattr(answers["flow"], "outcome", "unknown")
+    refused = getattr(answers["onramp"], "admitted", True) is False
+    outcome = "refused" if refused else getattr(answers["flow"], "outcome", "unknown")
     if as_json:
         typer.echo(
             msgspec.json.encode({"outcome": outcome, **{name: _plain(answer) for name, answer in answers.items()}})
@@ -76,7 +81,8 @@ def ask(
         lambda channel: onramp_service_pb2_grpc.OnrampServiceStub(channel).Explain,
         onramp_service_pb2.ExplainRequest(tenant=tenant, device=device, virtual_network=virtual_network),
     )
-    admitted = getattr(admission, "admitted", False)
+    refused = getattr(admission, "admitted", True) is False
+    admitted = not refused and not isinstance(admission, Exception)
     context = admission.context if admitted else net_pb2.TunnelContext(tenant=tenant, device=device)
     answers["router"] = _ask(
         run_dir,
@@ -99,6 +105,10 @@ def ask(
         )
     else:
         answers["policy"] = None
+    if refused:
+        answers["flow"] = None
+        return answers
+    # Without the on-ramp's answer the flow tracker still knows whom an open tunnel speaks for.
     answers["flow"] = _ask(
         run_dir,
         "flow",
@@ -156,7 +166,12 @@ def render(answers: Answers) -> Iterator[str]:
         answer = answers[service]
         yield f"{service}:"
         if answer is None:
-            yield "  not asked: the device wouldn't be admitted"
+            why = (
+                "the on-ramp didn't answer"
+                if isinstance(answers["onramp"], Exception)
+                else "the device wouldn't be admitted"
+            )
+            yield f"  not asked: {why}"
         elif isinstance(answer, Exception):
             yield f"  no answer: {answer}"
         else:

@@ -1,7 +1,7 @@
 """`falkirk up`: the six services on one machine.
 
-Before anything is started it checks settings (every section), TUN device and namespaces, directories, and that no other mesh uses the run directory;
-what fails is printed with its remedy, and the exit status is 2. Then the services run as children (`falkirk.cli.supervisor`); once all say SERVING it
+Before anything is started it checks settings (every section), TUN device and namespaces, then directories, and that no other mesh uses the run
+directory; what fails is printed with its remedy, and the exit status is 2. Then the services run as children (`falkirk.cli.supervisor`); once all say SERVING it
 prints where things are and what to try. Logs of all go to standard error, what is for people to standard output.
 
 Exit status: 0 after SIGTERM or SIGINT and a clean drain; 1 where a service had to be killed; 2 where it couldn't start. A second signal
@@ -16,12 +16,16 @@ import resource
 import shlex
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from falkirk.runtime.settings import SERVICES, SettingsError, Shell
+
+if TYPE_CHECKING:
+    from falkirk.cli.checks import Check
 
 PATIENCE_SECONDS: Final = 15.0
 """After this long without all SERVING, the missing ones are named."""
@@ -47,9 +51,11 @@ def up(
         arguments = ["--run-dir", str(shell.run_dir), "--data-dir", str(shell.data_dir)]
         if config is not None:
             arguments += ["--config", str(config.absolute())]
+        # The machine first: where nothing can run nothing is made.
+        _judge(checks.machine())
         roads.prepare(shell)
         with roads.sole(shell.run_dir, "up"):
-            _check_machine(shell)
+            _judge((checks.data_directory(shell), *checks.ports(shell, running=False)))
             status = asyncio.run(_run(shell, arguments))
     except SettingsError as error:
         _refuse(str(error))
@@ -58,11 +64,8 @@ def up(
     raise typer.Exit(status)
 
 
-def _check_machine(shell: Shell) -> None:
+def _judge(found: Iterable[Check]) -> None:
     """Prints what isn't well; ends the process where nothing could run."""
-    from falkirk.cli import checks
-
-    found = (*checks.directories(shell), *checks.machine(), *checks.ports(shell, running=False))
     problems = [check for check in found if check.state != "ok"]
     for check in problems:
         typer.echo(f"falkirk up: {check.state}: {check.detail}\n    remedy: {check.remedy}", err=True)

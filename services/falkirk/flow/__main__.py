@@ -68,8 +68,7 @@ async def main() -> None:
         "falkirk.api.flow.v1.FlowService",
     )
     audit = policy_service_pb2_grpc.AuditServiceStub(policy)
-    background = (fleet.pool.run, *(replica.run for replica in fleet.replica.values()), *fleet.deliverers(audit))
-    await server.run(*background)
+    await server.run(lambda: fleet.run(audit), *(replica.run for replica in fleet.replica.values()))
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ class Delivery:
         self._on_lines = on_lines
         self._feed = SpoolReader(directory, at_end=True)
         self._grown = asyncio.Event()
+        self._acknowledged = asyncio.Event()
         self.acknowledged = Place(0, 0)
         self._written: dict[int, list[int]] = {}
         """First and last sequence number of each epoch whose records may not all be acknowledged."""
@@ -125,6 +126,12 @@ class Delivery:
                 log.info("audit_delivery_waits", code=error.code().name, pending=self.pending)
             await asyncio.sleep(RETRY)
 
+    async def delivered(self) -> None:
+        """Returns once policy has acknowledged all there is."""
+        while self.pending:
+            self._acknowledged.clear()
+            await self._acknowledged.wait()
+
     async def _stream(self, stub: policy_service_pb2_grpc.AuditServiceStub) -> None:
         room = asyncio.Semaphore(IN_FLIGHT)
         async for response in stub.Deliver(self._batches(room)):
@@ -136,6 +143,7 @@ class Delivery:
         self.acknowledged = Place(epoch, sequence)
         for older in [known for known in self._written if known < epoch]:
             del self._written[older]
+        self._acknowledged.set()
         self._forget()
 
     async def _batches(self, room: asyncio.Semaphore) -> AsyncIterator[policy_service_pb2.DeliverRequest]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -33,6 +33,8 @@ from falkirk.wire.slots import SlotPlan
 
 log = structlog.get_logger()
 NAMES: Final = ("rules", "routes")
+LAST_RECORDS_SECONDS: Final = 2.0
+"""How long policy may take for the last records of a drain; what it doesn't take is delivered after the next start."""
 
 
 class Fleet:
@@ -90,6 +92,7 @@ class Fleet:
         log.warning("worker_exited", worker=worker, status=status)
         self._contexts[worker].clear()
         self._set_ready(worker, False)
+        self._deliveries[worker].grown()
 
     def _message(self, worker: int, data: bytes, fds: list[int]) -> None:
         for fd in fds:
@@ -190,11 +193,20 @@ class Fleet:
         """Audit records that policy hasn't acknowledged."""
         return sum(delivery.pending for delivery in self._deliveries)
 
-    def deliverers(
-        self, stub: policy_service_pb2_grpc.AuditServiceStub
-    ) -> list[Callable[[], Coroutine[Any, Any, None]]]:
-        """One background task a worker's spool."""
-        return [partial(delivery.run, stub) for delivery in self._deliveries]
+    async def run(self, stub: policy_service_pb2_grpc.AuditServiceStub) -> None:
+        """Keep the workers and deliver what they record, until cancelled; then they end, and their last records are delivered."""
+        async with asyncio.TaskGroup() as tasks:
+            deliveries = [tasks.create_task(delivery.run(stub)) for delivery in self._deliveries]
+            try:
+                await self.pool.run()
+            finally:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_RECORDS_SECONDS):
+                        for delivery in self._deliveries:
+                            delivery.grown()
+                            await delivery.delivered()
+                for task in deliveries:
+                    task.cancel()
 
 
 def _load_routes(data: bytes) -> RouteTable:

@@ -157,8 +157,10 @@ class LiveReader:
         with path.open("rb") as file:
             self._inode = os.fstat(file.fileno()).st_ino
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        magic, version, self.capacity, self.epoch, *_ = HEADER.unpack_from(self._map)
-        if magic != MAGIC or version != VERSION:
+        whole = self._map[: HEADER.size].ljust(HEADER.size, b"\0")
+        magic, version, self.capacity, self.epoch, *_ = HEADER.unpack(whole)
+        size = HEADER_SIZE + self.capacity * RECORD_SIZE
+        if magic != MAGIC or version != VERSION or len(self._map) < size:
             raise ValueError(f"{path}: not a live table of version {VERSION}")
 
     @property

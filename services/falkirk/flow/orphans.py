@@ -160,12 +160,18 @@ class Orphans:
             self._keeps_file = True
         self._records.clear()
         self._contexts.clear()
+        self.begin_contexts()
+
+    def begin_contexts(self) -> None:
+        """A fresh contexts' file in place of the predecessor's."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
         self._log = os.open(self._contexts_path, flags, 0o600)
 
     def remember(self, tunnel: int, context: TunnelContext) -> None:
         """Keep a tunnel's context for a successor."""
-        os.write(self._log, msgspec.json.encode(TunnelLine(tunnel, context)) + b"\n")
+        # A full disk costs a successor's records their names, and nobody his tunnel.
+        with contextlib.suppress(OSError):
+            os.write(self._log, msgspec.json.encode(TunnelLine(tunnel, context)) + b"\n")
 
     def close(self) -> None:
         """Let the files go."""
@@ -233,9 +239,13 @@ def _probe(back: bytes) -> bytes:
 
 
 def read_contexts(path: Path) -> dict[int, TunnelContext]:
-    """The contexts' file; a torn last line is left out."""
+    """The contexts' file; lines that were half written are left out."""
     if not path.exists():
         return {}
-    lines = path.read_bytes().split(b"\n")[:-1]
     decode = msgspec.json.Decoder(TunnelLine).decode
-    return {line.tunnel: line.context for line in map(decode, lines)}
+    contexts = {}
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(msgspec.DecodeError):
+            found = decode(line)
+            contexts[found.tunnel] = found.context
+    return contexts

@@ -45,6 +45,7 @@ READ: Final = select.EPOLLIN | select.EPOLLRDHUP
 RETRY: Final = 50_000_000
 """Nanoseconds between attempts to reach the upgrader worker."""
 BUDGET: Final = 64
+TUNNEL_BUFFER: Final = 4 * 1024 * 1024
 
 
 class Link:
@@ -264,3 +265,20 @@ def dial_upgrader(worker: Worker, path: Path, hello: Hello) -> UpgraderLink | No
     link = UpgraderLink(worker, sock)
     link.send([hello])
     return link
+
+
+def grow(fd: int) -> bool:
+    """Let a tunnel hold a few dozen super-packets; the kernel's limit for unprivileged processes applies. False where it
+    isn't a unix SEQPACKET socket."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        return False
+    try:
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
+            return False
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, TUNNEL_BUFFER)
+    finally:
+        sock.detach()
+    return True

@@ -89,7 +89,8 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
             raise FalkirkError(
                 grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ADDRESS", f"destination_address: {error}"
             ) from error
-        if not 0 < request.destination_port < 65536:
+        lowest = 0 if request.protocol == net_pb2.PROTOCOL_ICMP else 1
+        if not lowest <= request.destination_port < 65536:
             raise FalkirkError(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PORT", "destination_port: must be 1 to 65535")
         if request.HasField("context"):
             who = context_of_proto(request.context)

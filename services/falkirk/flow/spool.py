@@ -179,7 +179,10 @@ def last_words(directory: Path, epoch: int) -> LastWords:
     later = [path for path in found if epoch_of(path) > epoch]
     for segment in [path for path in found if epoch_of(path) == epoch][-2:] + later:
         for line in segment.read_bytes().splitlines():
-            head = decode(line)
+            try:
+                head = decode(line)
+            except msgspec.DecodeError:
+                continue  # Of a disk that lost it; a worker that doesn't start would cost more.
             if head.epoch == epoch:
                 words.sequence = max(words.sequence, head.sequence)
             if head.event == "ended":

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections import deque
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.records import of_tunnel
 from falkirk.wire.context import Framing, TunnelContext
 
 if TYPE_CHECKING:
     from falkirk.flow.decision import Decision
+
+
+IPV6: Final = 0x10000
 
 
 class State(IntEnum):
@@ -92,8 +95,8 @@ class Flow:
         self.delta_all = everything % 0xFFFF
         self.delta_addresses_back = -addresses % 0xFFFF
         self.delta_all_back = -everything % 0xFFFF
-        self.port = int.from_bytes(key[size : size + 2], "little")
-        """The initiator's port in native order."""
+        self.port = int.from_bytes(key[size : size + 2], "little") | (size == 32) * IPV6
+        """The initiator's port in native order, and `IPV6`: what a segment from the slot's kernel is known by."""
         self.state = State.HELD
         self.held: bytes | None = None
         """The first packet behind its virtio-net header, while the upstream is dialled."""

@@ -126,7 +126,7 @@ class Tracker:
     def _limit(self, tunnel: Tunnel) -> str | None:
         settings = self._worker.settings
         context = tunnel.context
-        if not self._worker.ready:
+        if not self._worker.ready or self._worker.draining:
             return "not_ready"
         if self._worker.spool.stuck:
             return "audit_unwritable"

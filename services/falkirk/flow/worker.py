@@ -28,6 +28,7 @@ from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
 from falkirk.flow import control, counters, peers, records, spool
 from falkirk.flow.answers import Answers
+from falkirk.flow.drain import Drain
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.ingress import Ingress
@@ -35,6 +36,7 @@ from falkirk.flow.lane import BUDGET, ZERO_HEADER, Lane
 from falkirk.flow.limits import TenantCounts
 from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
+from falkirk.flow.randomness import Randomness
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import DeviceCounts, Flow, Tunnel, Wheel
@@ -62,7 +64,6 @@ ADOPTION: Final = SECOND
 """How long a restarted worker waits for its predecessor's tunnels before it resets their streams."""
 TELL: Final = SECOND // 10
 """How often the parent is told that the spool has grown, at most: each telling costs it a read and a message to policy."""
-TUNNEL_BUFFER: Final = 4 * 1024 * 1024
 MIN_MTU: Final = 576
 MAX_MTU: Final = 65535
 TENANT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -89,6 +90,9 @@ class Worker:
         self._untold = False
         self.flow_count = 0
         self.ready = False
+        self.draining = False
+        """New flows are refused: the worker is about to end (`drain`)."""
+        self.drain = Drain(self)
         self.tunnels: dict[int, Tunnel] = {}
         self.dirty: list[Flow] = []
         self.released: list[int] = []
@@ -181,8 +185,8 @@ class Worker:
             self._epoll.unregister(fd)
 
     def run(self) -> None:
-        """Until the parent's pair ends."""
-        while self._alive:
+        """Until the parent's pair ends, or a drain does."""
+        while self._alive and not self.draining:
             if self.snapshots.loading:
                 self.turn(0)
             elif self._untold:
@@ -191,6 +195,8 @@ class Worker:
                 self.turn(1.0)
             else:
                 self.turn(peers.RETRY / SECOND)
+        if self._alive:
+            self.drain.turns()
         self._path.unlink(missing_ok=True)
 
     def turn(self, timeout: float) -> None:
@@ -384,7 +390,7 @@ class Worker:
             and TENANT_ID.fullmatch(context.tenant_id)
         ):
             return "INVALID", "the tunnel's number, its MTU or its tenant's id can't be one"
-        if not grow(fd):
+        if not peers.grow(fd):
             return "INVALID", "the descriptor isn't a SEQPACKET socket"
         row = self.tenants.row(bytes.fromhex(context.tenant_id.replace("-", "")))
         if row is None:
@@ -551,40 +557,8 @@ class Worker:
             self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
 
-class Randomness:
-    """Random bytes, a page at a time: a system call a flow would cost more than the bytes."""
-
-    def __init__(self) -> None:
-        self._page = b""
-        self._at = 0
-
-    def __call__(self, size: int) -> bytes:
-        """That many bytes, each given out once; `size` is small."""
-        if self._at + size > len(self._page):
-            self._page, self._at = os.urandom(4096), 0
-        self._at += size
-        return self._page[self._at - size : self._at]
-
-
 def _read_device(lane: Lane, _: int) -> None:
     lane.from_tun()
-
-
-def grow(fd: int) -> bool:
-    """Let a tunnel hold a few dozen super-packets; the kernel's limit for unprivileged processes applies. False where it
-    isn't a unix SEQPACKET socket."""
-    try:
-        sock = socket.socket(fileno=fd)
-    except OSError:
-        return False
-    try:
-        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-            return False
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, TUNNEL_BUFFER)
-    finally:
-        sock.detach()
-    return True
 
 
 def main(argv: list[str]) -> int:
@@ -609,6 +583,7 @@ def main(argv: list[str]) -> int:
         # A predecessor that is still ending, or a disk that takes no records: the parent tries again.
         print(f"flow.worker.{start.worker}: {error}", file=sys.stderr)
         return 1
+    worker.drain.on_sigterm()
     worker.run()
     return 0
 
