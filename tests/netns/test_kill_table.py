@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +34,20 @@ RecordId = tuple[str, int, int, int]
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("workers", [1, 3])
-def test_every_process_in_turn(tmp_path: Path, workers: int) -> None:
+def test_every_process_in_turn(tmp_path: Path, workers: int, record_property: Callable[[str, object], None]) -> None:
     with killed_mesh(tmp_path, workers) as mesh:
         mesh.keep_brief()
         victims = {victim.name: victim for victim in mesh.victims()}
         for victim in victims.values():
             mesh.fill()
-            print(mesh.kill(victim))
+            mesh.kill(victim)
         for names, again in SEVERAL:
             mesh.fill()
-            print(mesh.kill(*(victims[name] for name in names), again=again))
+            mesh.kill(*(victims[name] for name in names), again=again)
         mesh.fill()
+        for recovery in mesh.recoveries:
+            print(recovery)
+            record_property(f"{recovery.name}_serves_again_s", round(recovery.serves, 2))
         finished = Counter(stream.client.outcome for stream in mesh.load.short)
         assert finished["eof"] > 10 * workers, finished
         _audit(mesh)

@@ -12,6 +12,7 @@ processes dies, and both at once. Limit: `capacity` flows a worker; a full table
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ class LiveReader:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
+            self._inode = os.fstat(file.fileno()).st_ino
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         whole = self._map[: HEADER.size].ljust(HEADER.size, b"\0")
         magic, version, self.capacity, self.epoch, *_ = HEADER.unpack(whole)
@@ -199,6 +201,10 @@ class LiveReader:
                 return self.record(index)
             at = self._map.find(flow_id, at + 1)
         return None
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this still is the table at `path`, and no successor has put its own there."""
+        return path.exists() and path.stat().st_ino == self._inode
 
     def close(self) -> None:
         """Let the file go."""

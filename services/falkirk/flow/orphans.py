@@ -11,7 +11,8 @@ gets the RST with the right sequence number. It is probed again twice, a second 
 half second (tcp_invalid_ratelimit), and the kernel at the other end may just have asked, a window of zero for instance.
 
 The books are closed before the predecessor's live table gives way, and what is in the spool isn't written again, so that a
-worker that is killed at any point of this leaves its successor the rest to do and nothing twice. A lock makes sure that the
+worker that is killed at any point of this leaves its successor the rest to do and nothing twice; clients that aren't told
+yet are in a file of their own until they are. A lock makes sure that the
 predecessor has ended: a killed parent's worker may live a moment longer than it.
 
 Limits: contexts of tunnels are appended to a file beside the live table and read once, at the next start. Streams of tunnels
@@ -80,6 +81,11 @@ class Orphans:
         self.cursors = (0, 0)
         self.tunnels: set[int] = set()
         """Tunnels that have lost streams."""
+        self._untold_path = live.with_suffix(".untold")
+        # One that is missing or of another version has nothing to say.
+        with contextlib.suppress(FileNotFoundError, msgspec.DecodeError):
+            self._by_slot = _untold(self._untold_path.read_bytes())
+            self.tunnels.update(orphan.tunnel for orphan in self._by_slot.values())
         self._contexts_path = live.with_suffix(".tunnels")
         self._contexts = read_contexts(self._contexts_path)
         self._epoch = 0
@@ -87,6 +93,7 @@ class Orphans:
         self._silent: list[tuple[int, bytes, int]] = []
         """Clients to probe: tunnel, way back, tries left."""
         self._seconds = 0
+        self._keeps_file = bool(self._by_slot)
         if live.exists():
             self._read(live)
         self.epoch = max(self._epoch, last_epoch(spool))
@@ -145,6 +152,12 @@ class Orphans:
             )
         if worker.spool.pending and not worker.spool.flush():
             raise OSError(f"the ends of lost flows can't be recorded: {worker.spool.error}")
+        if self._by_slot:
+            # This worker may be killed before all clients are told.
+            fresh = self._untold_path.with_suffix(".new-untold")
+            fresh.write_bytes(msgspec.msgpack.encode(self._by_slot))
+            fresh.replace(self._untold_path)
+            self._keeps_file = True
         self._records.clear()
         self._contexts.clear()
         self.begin_contexts()
@@ -193,6 +206,9 @@ class Orphans:
                 self._by_slot.clear()
         if self._silent:
             self.probe(worker)
+        if self._keeps_file and not self._by_slot and not self._silent:
+            self._keeps_file = False
+            self._untold_path.unlink(missing_ok=True)
 
     def probe(self, worker: Worker) -> None:
         """Probe those that must be, and once more in a second; what their tunnel doesn't take now isn't counted as a try."""
@@ -202,6 +218,9 @@ class Orphans:
             if tunnel is not None and tries:
                 sent = worker.say(tunnel, _probe(back), counted=False)
                 self._silent.append((number, back, tries - sent))
+
+
+_untold: Final = msgspec.msgpack.Decoder(dict[int, Orphan]).decode
 
 
 def _probe(back: bytes) -> bytes:

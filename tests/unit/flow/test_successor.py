@@ -10,10 +10,15 @@ import msgspec
 import pytest
 
 from falkirk.flow.delivery import Delivery
+from falkirk.flow.events import EventFeed
+from falkirk.flow.fleet import Fleet
+from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import TRIES
+from falkirk.flow.settings import FlowSettings
 from falkirk.flow.spool import SpoolWriter, segments
 from falkirk.flow.worker import SECOND
 from falkirk.linux import seqpacket
+from falkirk.runtime.settings import shell_of
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Adopt, Closed, Prepare
 from falkirk.wire.packet import Packet
@@ -87,6 +92,20 @@ def test_a_client_whose_reset_was_not_seen_is_probed(client: Client) -> None:
     says_where_it_stands(client)
     later(client.rig)
     assert client.received() == []
+
+
+def test_a_client_is_told_though_two_workers_were_killed(client: Client) -> None:
+    established(client)
+    untold = live(client.rig).with_suffix(".untold")
+    succeed(client)
+    assert untold.exists()
+    succeed(client)
+    for _ in range(TRIES):
+        probed(client)
+    says_where_it_stands(client)
+    later(client.rig)
+    assert not untold.exists()
+    assert [event for event, _ in events(client.rig)] == ["started", "ended"]
 
 
 def test_a_client_that_was_reset_is_not_probed(client: Client) -> None:
@@ -210,3 +229,17 @@ def test_what_policy_has_not_acknowledged_is_counted_over_restarts(tmp_path: Pat
     assert delivery.pending == 3
     delivery.acknowledge(9, 4)
     assert delivery.pending == 0
+
+
+def test_the_parent_reads_the_table_that_is_there_now(tmp_path: Path) -> None:
+    shell = shell_of({}, None, run_dir=tmp_path / "run", data_dir=tmp_path / "data")
+    fleet = Fleet(shell, FlowSettings(), EventFeed(), lambda _: None)
+    assert fleet.live(0) is None
+    path = tmp_path / "data" / "flow" / "live" / "worker-0"
+    path.parent.mkdir(parents=True)
+    for epoch in (1, 2):
+        LiveTable(path, 1, epoch)
+        table = fleet.live(0)
+        assert table is not None
+        assert table.epoch == epoch
+        assert fleet.live(0) is table
