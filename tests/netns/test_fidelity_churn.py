@@ -6,7 +6,7 @@ import select
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -85,7 +85,7 @@ def settled(earlier: dict[str, Process], later: dict[str, Process]) -> bool:
 
 
 @pytest.mark.usefixtures("echo")
-def test_connections_leave_nothing_behind(world: World) -> None:
+def test_connections_leave_nothing_behind(world: World, record_property: Callable[[str, object], None]) -> None:
     def of_all_ways(count: int) -> dict[str, Process]:
         share = count // len(world.ways())
         assert together(lambda way: way.client.call(churn, way, share), world.ways()) == [share] * len(world.ways())
@@ -97,6 +97,7 @@ def test_connections_leave_nothing_behind(world: World) -> None:
     # A leak grows in every round; an allocator's last page comes late in one or two.
     while not settled(*rounds[-2:]) and len(rounds) < MOST_ROUNDS:
         rounds.append(of_all_ways(count))
+    record_property("rounds", len(rounds))
     assert settled(*rounds[-2:]), rounds
 
     def as_before() -> bool:

@@ -21,6 +21,7 @@ from tools.netlab import wait_for
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
 MIB = 1 << 20
 BIG = 64 * MIB
+BESIDE = 32 * MIB
 DOWNLOADS = 200
 DOWNLOAD = 5 * MIB
 
@@ -152,8 +153,8 @@ def test_a_stalled_client_hinders_nobody(way: Way, record_property: Callable[[st
     def seconds() -> float:
         with way.pair() as (client, server):
             start = time.monotonic()
-            sender = in_background(lambda: send_stream(server, 3, BIG))
-            assert receive_stream(client)[0] == BIG
+            sender = in_background(lambda: send_stream(server, 3, BESIDE))
+            assert receive_stream(client)[0] == BESIDE
             sender.join()
             return time.monotonic() - start
 
