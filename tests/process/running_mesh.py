@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,13 @@ from tools.netlab import Lab, wait_for
 
 @dataclass(frozen=True)
 class RunningMesh:
-    """The mesh, its laboratory, and the server's address."""
+    """The mesh, its laboratory, the server's address, the process id of `falkirk up`, and our end of the server's cable."""
 
     mesh: Mesh
     lab: Lab
     server: str
+    pid: int
+    cable: str
 
     def curl(self, url: str) -> subprocess.CompletedProcess[bytes]:
         """Curl as the device `laptop`, at most 30 s."""
@@ -52,17 +54,17 @@ def resources() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def running_mesh(directory: Path) -> Iterator[RunningMesh]:
+def running_mesh(directory: Path, settings: Mapping[str, Any] | None = None) -> Iterator[RunningMesh]:
     """Server, mesh and resources; all gone afterwards."""
     with Lab() as lab:
         namespace = lab.namespace("server")
         net = f"198.18.{lab.number}"
-        lab.cable(None, namespace, [f"{net}.1/24"], [f"{net}.2/24"])
+        cable, _ = lab.cable(None, namespace, [f"{net}.1/24"], [f"{net}.2/24"])
         log = directory / "server.log"
         with log.open("wb") as output:
             namespace.start(sys.executable, str(Path(http_server.__file__).resolve()), log=output)
         wait_for("the HTTP server", lambda: log.read_text().startswith("ready"), 15)
         mesh = Mesh(lab, directory)
-        mesh.start({})
+        pid = mesh.start(settings or {})
         mesh.apply(resources())
-        yield RunningMesh(mesh, lab, f"{net}.2")
+        yield RunningMesh(mesh, lab, f"{net}.2", pid, cable)

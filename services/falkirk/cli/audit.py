@@ -18,7 +18,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from falkirk.api.policy.v1 import policy_service_pb2 as pb
 from falkirk.api.policy.v1 import policy_service_pb2_grpc as pb_grpc
-from falkirk.cli.connection import RunDir, calling
+from falkirk.cli.connection import RunDir, calling, until_interrupted
 from falkirk.cli.output import print_table
 
 QUERY_SECONDS: Final = 60.0
@@ -84,15 +84,12 @@ def tail(
 ) -> None:
     """Show records as they are stored, until interrupted."""
     wanted = pb.AuditFilter(tenant=tenant, device=device, event=event or "", flow_id=flow, destination_address=dst)
-    try:
-        with calling(run_dir, "policy") as channel:
-            for response in pb_grpc.AuditServiceStub(channel).Tail(pb.TailRequest(filter=wanted)):
-                if json:
-                    _lines([msgspec.json.decode(response.record.json)])
-                else:
-                    print("  ".join(row(msgspec.json.decode(response.record.json))), flush=True)
-    except KeyboardInterrupt:
-        return
+    with until_interrupted(), calling(run_dir, "policy") as channel:
+        for response in pb_grpc.AuditServiceStub(channel).Tail(pb.TailRequest(filter=wanted)):
+            if json:
+                _lines([msgspec.json.decode(response.record.json)])
+            else:
+                print("  ".join(row(msgspec.json.decode(response.record.json))), flush=True)
 
 
 def moment(text: str, now: datetime.datetime) -> Timestamp:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -69,6 +69,13 @@ def calling(
         _explain(failed, locate(failed))
     except FalkirkError as error:
         _explain(error, locate(error))
+
+
+@contextmanager
+def until_interrupted() -> Iterator[None]:
+    """For what goes on until Ctrl-C: that is its end, and no failure."""
+    with suppress(KeyboardInterrupt):
+        yield
 
 
 def fail(message: str, reason: str, remedy: str = "") -> NoReturn:

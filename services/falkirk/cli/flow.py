@@ -10,7 +10,7 @@ import typer
 from falkirk.api.flow.v1 import flow_service_pb2 as pb
 from falkirk.api.flow.v1 import flow_service_pb2_grpc as pb_grpc
 from falkirk.api.net.v1 import net_pb2
-from falkirk.cli.connection import Json, RunDir, calling
+from falkirk.cli.connection import Json, RunDir, calling, until_interrupted
 from falkirk.cli.output import print_json, print_table
 
 PAGE: Final = 1000
@@ -71,7 +71,7 @@ def watch(
 ) -> None:
     """Show flows as they start, are denied and end; until interrupted."""
     chosen = pb.FlowFilter(tenant=tenant, device=device, destination=dst, destination_port=port)
-    with calling(run_dir, "flow") as channel:
+    with until_interrupted(), calling(run_dir, "flow") as channel:
         stub = pb_grpc.FlowServiceStub(channel)
         for event in stub.Watch(pb.WatchRequest(filter=chosen, include_live=live)):
             if json:

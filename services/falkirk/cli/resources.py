@@ -18,7 +18,7 @@ import typer
 from falkirk.api.registry.v1.registry_service_pb2 import ApplyRequest, ApplyResponse
 from falkirk.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from falkirk.cli import manifest
-from falkirk.cli.connection import Json, RunDir, calling, fail
+from falkirk.cli.connection import Json, RunDir, calling, fail, until_interrupted
 from falkirk.cli.fields import LABELS, SPECS, Flag, Spec
 from falkirk.cli.output import print_json, print_table, timestamp
 from falkirk.runtime.client import MESSAGE_BYTES
@@ -252,7 +252,7 @@ def _watch(spec: Spec) -> Callable[..., None]:
     def command(run_dir: RunDir, tenant: _AnyTenant = "", json: Json = False) -> None:
         of = {"tenant": tenant} if spec.scoped else {}
         lines = _Lines(spec)
-        with calling(run_dir, _SERVICE) as channel:
+        with until_interrupted(), calling(run_dir, _SERVICE) as channel:
             for message in spec.stub(channel).Watch(spec.request("Watch", **of)):
                 if json:
                     print_json(message, line=True)

@@ -11,11 +11,11 @@ from falkirk.api.policy.v1 import policy_service_pb2, policy_service_pb2_grpc
 from falkirk.api.router.v1 import router_service_pb2, router_service_pb2_grpc
 from falkirk.flow.events import EventFeed
 from falkirk.flow.fleet import Fleet
+from falkirk.flow.metrics import FlowCollector
 from falkirk.flow.service import FlowService
 from falkirk.flow.settings import FlowSettings
 from falkirk.runtime import telemetry
 from falkirk.runtime.client import channel
-from falkirk.runtime.metrics import CountersCollector
 from falkirk.runtime.replica import BlobReplica
 from falkirk.runtime.server import Server
 from falkirk.runtime.settings import arguments
@@ -28,12 +28,7 @@ async def main() -> None:
     server = Server("flow", shell)
     feed = EventFeed()
     fleet = Fleet(shell, settings, feed, server.set_ready)
-    server.metrics.register(
-        CountersCollector("falkirk_drops", "Packets dropped, by reason.", ("service", "reason"), fleet.drops)
-    )
-    server.metrics.register(
-        CountersCollector("falkirk_flow_counts", "What the flow workers count.", ("worker", "name"), fleet.counts)
-    )
+    server.metrics.register(FlowCollector(fleet.counters))
     policy = channel(shell, "policy")
     router = channel(shell, "router")
     rules = policy_service_pb2_grpc.PolicyServiceStub(policy)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -154,17 +154,6 @@ class Fleet:
         """The slot's address in the private namespace."""
         address = self._plan.address4 if record.family == 4 else self._plan.address6
         return address_text(address(worker, record.slot))
-
-    def drops(self) -> Iterator[tuple[dict[str, str], int]]:
-        """Dropped packets of all workers, for metrics."""
-        for reason, place in counters.DROPS.items():
-            yield {"service": "flow", "reason": reason}, sum(counts.view[place] for counts in self.counters)
-
-    def counts(self) -> Iterator[tuple[dict[str, str], int]]:
-        """Everything else that workers count."""
-        for worker, counts in enumerate(self.counters):
-            for place, name in enumerate(counters.NAMES[: counters.PAIRED]):
-                yield {"worker": str(worker), "name": name}, counts.view[place]
 
     # what they must know
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-import time
 
 from prometheus_client import Gauge
 
-from falkirk.api.net.v1 import net_pb2
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.api.registry.v1 import registry_service_pb2 as registry
 from falkirk.onramp import parsers
 from falkirk.onramp.admission import Grants
+from falkirk.onramp.context import Code
 from falkirk.onramp.parent import Parent
 from falkirk.onramp.service import OnrampService
 from falkirk.onramp.settings import Settings
@@ -34,12 +32,15 @@ async def serve(shell: Shell, settings: Settings) -> None:
     replica = ResourceReplica(
         "resources", shell.data("onramp") / "replica", client.channel(shell, "registry"), KINDS, parent.on_change
     )
-    process = net_pb2.ProcessInfo(name="onramp", pid=os.getpid(), generation=1)
-    process.start_time.FromNanoseconds(time.time_ns())
-    service = OnrampService(parent, Grants(settings.grants()), replica, lambda: [process, *parent.processes()])
+    service = OnrampService(parent, Grants(settings.grants()), replica, lambda: [server.process(), *parent.processes()])
     server.add(
         onramp_service_pb2_grpc.add_OnrampServiceServicer_to_server, service, "falkirk.api.onramp.v1.OnrampService"
     )
+
+    def refusals() -> list[tuple[dict[str, str], int]]:
+        counts = parent.counters.values()
+        return [({"service": "onramp", "reason": code.value.lower()}, counts[code.value]) for code in Code]
+
     server.metrics.register(
         CountersCollector(
             "falkirk_onramp_admissions",
@@ -47,6 +48,9 @@ async def serve(shell: Shell, settings: Settings) -> None:
             ("result",),
             lambda: [({"result": name}, count) for name, count in parent.counters.values().items()],
         )
+    )
+    server.metrics.register(
+        CountersCollector("falkirk_drops", "Tunnels refused, by reason.", ("service", "reason"), refusals)
     )
     Gauge("falkirk_onramp_tunnels", "Open tunnels.", registry=server.metrics).set_function(lambda: len(parent.tunnels))
     await server.run(replica.run, parent.run)

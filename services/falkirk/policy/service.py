@@ -17,6 +17,7 @@ from falkirk.api.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from falkirk.decide.rules import RuleSource, RuleTable, Verdict, check
 from falkirk.policy.rulebook import TREATMENTS, Rulebook
 from falkirk.policy.store import AuditStore
+from falkirk.runtime import supervised
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wire.context import TunnelContext
 
@@ -80,7 +81,7 @@ class PolicyService(pb_grpc.PolicyServiceServicer):
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
         """See the proto."""
         counts = {f"audit_{name}": count for name, count in dict(self._store.counters).items()} | self.answers
-        process = net_pb2.ProcessInfo(name="policy", pid=os.getpid(), generation=1)
+        process = net_pb2.ProcessInfo(name="policy", pid=os.getpid(), generation=supervised.generation())
         process.start_time.FromNanoseconds(self._started_ns)
         return pb.StatsResponse(
             replicas=[self._rulebook.replica.status(), self._rulebook.status()],

@@ -26,6 +26,7 @@ from falkirk.registry.kinds import BY_NAME, BY_NUMBER, KINDS, Kind
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.store import Store, Writing
 from falkirk.registry.watch import Event, Feed, Interest, Piece, Step, Synced
+from falkirk.runtime import supervised
 from falkirk.runtime.errors import FalkirkError
 
 T = TypeVar("T")
@@ -242,7 +243,7 @@ class RegistryService:
             lambda connection: connection.execute("SELECT kind, count(*) FROM resource GROUP BY kind").fetchall()
         )
         counts: dict[int, int] = dict(rows)
-        process = ProcessInfo(name="registry", pid=os.getpid(), generation=1)
+        process = ProcessInfo(name="registry", pid=os.getpid(), generation=supervised.generation())
         process.start_time.FromNanoseconds(self._started_ns)
         return registry_pb2.StatsResponse(
             revision=self._desk.revision(),

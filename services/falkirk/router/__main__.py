@@ -16,7 +16,7 @@ from falkirk.router.book import RouteBook
 from falkirk.router.press import Press
 from falkirk.router.service import RouterService
 from falkirk.router.settings import Settings
-from falkirk.runtime import client, telemetry
+from falkirk.runtime import client, supervised, telemetry
 from falkirk.runtime.replica import ResourceReplica
 from falkirk.runtime.roads import AlreadyRunning
 from falkirk.runtime.server import Server
@@ -32,7 +32,7 @@ async def serve(shell: Shell, settings: Settings) -> None:
     replica = ResourceReplica(
         "resources", shell.data("router") / "replica", client.channel(shell, "registry"), KINDS, press.on_change
     )
-    process = net_pb2.ProcessInfo(name="router", pid=os.getpid(), generation=1)
+    process = net_pb2.ProcessInfo(name="router", pid=os.getpid(), generation=supervised.generation())
     process.start_time.FromNanoseconds(time.time_ns())
     service = RouterService(press, replica, lambda: [process])
     server.add(

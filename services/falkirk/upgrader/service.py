@@ -12,6 +12,7 @@ from falkirk.api.net.v1 import net_pb2
 from falkirk.api.upgrader.v1 import upgrader_service_pb2 as pb
 from falkirk.api.upgrader.v1 import upgrader_service_pb2_grpc
 from falkirk.linux.namespace_messages import Made, WorkerDevices
+from falkirk.runtime import supervised
 from falkirk.runtime.errors import FalkirkError
 from falkirk.upgrader.control import GAUGES
 from falkirk.upgrader.parent import Lock
@@ -28,7 +29,7 @@ class UpgraderService(upgrader_service_pb2_grpc.UpgraderServiceServicer):
     def __init__(self, lock: Lock, workers: int, started_ns: int) -> None:
         self._lock = lock
         self._workers = workers
-        self._parent = net_pb2.ProcessInfo(name="upgrader", pid=os.getpid(), generation=1)
+        self._parent = net_pb2.ProcessInfo(name="upgrader", pid=os.getpid(), generation=supervised.generation())
         self._parent.start_time.FromNanoseconds(started_ns)
 
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
