@@ -135,9 +135,8 @@ def _tun_write_error(rig: FlowRig) -> object:
 
 
 def _audit_unwritable(rig: FlowRig) -> object:
-    full = os.open("/dev/full", os.O_WRONLY)
-    os.dup2(full, rig.worker.spool._file)
-    os.close(full)
+    rig.worker.spool.close()
+    rig.worker.spool._file = os.open("/dev/full", os.O_WRONLY)
     sock = rig.tunnel()
     # The first is held back with its record; from then on none is taken.
     sock.send(tcp4(flags=SYN))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import select
 import signal
@@ -217,13 +218,30 @@ class World:
         """`falkirk up`, and the resources of tenant acme."""
         self.pid = self.mesh.start({"workers": self.workers, **settings})
         names = (f"device{number}" for number in range(1000))
-        self.mesh.apply([*self.tenant("acme")])
+        documents = self.tenant("acme")
         while len(self._on_worker) < self.workers:
             devices = [next(names) for _ in range(4 * self.workers)]
-            self.mesh.apply(resource("Device", name, "acme", user="alice") for name in devices)
+            documents += [resource("Device", name, "acme", user="alice") for name in devices]
+            self.apply(documents)
+            documents.clear()
             for device in self.mesh.ask_json("devices", "device", "list", "--tenant", "acme"):
                 meta = device["metadata"]
                 self._on_worker.setdefault(zlib.crc32(meta["id"].encode()) % self.workers, meta["name"])
+
+    def apply(self, documents: Sequence[Mapping[str, Any]]) -> None:
+        """`falkirk apply`; returns once packets and tunnels are decided by what was applied."""
+        self.mesh.apply(documents)
+        (stored,) = self._revisions("registry")
+        wait_for(
+            "the replicas",
+            lambda: min((*self._revisions("flow"), *self._revisions("onramp"))) >= stored,
+            DEADLINE_S,
+        )
+
+    def _revisions(self, service: str) -> list[int]:
+        stats = self.stats(service)
+        held = [stats] if service == "registry" else stats.replicas
+        return [of.revision.number for of in held]
 
     def tenant(self, name: str, **egress: str) -> list[dict[str, Any]]:
         """A tenant with a user, rules, and routes to the server's prefix (by egress_address4 and 6 where given)."""
@@ -269,44 +287,50 @@ class World:
 
     # questions
 
-    def audit(self, **chosen: str) -> list[dict[str, Any]]:
-        """Stored audit records, oldest first; `chosen` are fields of AuditFilter."""
+    def audit(self, event: str, address: str) -> list[dict[str, Any]]:
+        """The newest 1,000 audit records of one kind about flows to an address (empty: to any), oldest first."""
         from falkirk.api.policy.v1 import policy_service_pb2 as pb
         from falkirk.api.policy.v1 import policy_service_pb2_grpc as pb_grpc
         from falkirk.runtime import client
 
-        request = pb.QueryRequest(filter=pb.AuditFilter(**chosen), limit=100_000)
+        wanted = pb.AuditFilter(event=event, destination_address=address)
         with client.sync_channel(self.mesh.run_dir, "policy") as channel:
+            request = pb.QueryRequest(filter=wanted, limit=1000)
             answers = pb_grpc.AuditServiceStub(channel).Query(request, timeout=DEADLINE_S)
             return [msgspec.json.decode(answer.record.json) for answer in answers]
 
-    def recorded(self, what: Callable[[dict[str, Any]], bool], **chosen: str) -> dict[str, Any]:
-        """The first audit record of this kind, once it is stored."""
+    def recorded(self, event: str, port: int, address: str = "", device: str = "") -> dict[str, Any]:
+        """The first audit record about a flow to that port, once it is stored; address and device where given."""
         found: list[dict[str, Any]] = []
 
         def look() -> bool:
-            found[:] = filter(what, self.audit(**chosen))
+            found[:] = [
+                record
+                for record in self.audit(event, address)
+                if record["destination_port"] == port and device in ("", record["device"])
+            ]
             return bool(found)
 
-        wait_for(f"an audit record {chosen}", look, DEADLINE_S)
+        wait_for(f"an audit record that a flow to port {port} {event}", look, DEADLINE_S)
         return found[0]
 
-    def flow_stats(self) -> Any:
-        """FlowService.Stats."""
-        from falkirk.api.flow.v1 import flow_service_pb2 as pb
-        from falkirk.api.flow.v1 import flow_service_pb2_grpc as pb_grpc
+    def stats(self, service: str) -> Any:
+        """A service's Stats, called by name: its request and stub follow from the service's."""
         from falkirk.runtime import client
 
-        with client.sync_channel(self.mesh.run_dir, "flow") as channel:
-            return pb_grpc.FlowServiceStub(channel).Stats(pb.StatsRequest(), timeout=DEADLINE_S)
+        package = f"falkirk.api.{service}.v1.{service}_service"
+        messages, stubs = importlib.import_module(f"{package}_pb2"), importlib.import_module(f"{package}_pb2_grpc")
+        with client.sync_channel(self.mesh.run_dir, service) as channel:
+            stub = getattr(stubs, f"{service.capitalize()}ServiceStub")(channel)
+            return stub.Stats(messages.StatsRequest(), timeout=DEADLINE_S)
 
     def drops(self, reason: str) -> int:
         """Packets dropped for a reason, by all workers."""
-        return sum(drop.value for worker in self.flow_stats().workers for drop in worker.drops if drop.name == reason)
+        return sum(drop.value for worker in self.stats("flow").workers for drop in worker.drops if drop.name == reason)
 
     def active_slots(self) -> int:
         """Slots in use, of all workers; at most a second old."""
-        return sum(worker.slots_active for worker in self.flow_stats().workers)
+        return sum(worker.slots_active for worker in self.stats("flow").workers)
 
     def processes(self) -> dict[str, Process]:
         """What each process below `falkirk up` holds, by its process id and command."""

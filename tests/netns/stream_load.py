@@ -30,14 +30,16 @@ TICK_S: Final = 0.1
 PACE: Final = 8192
 """Bytes a tick of a sender that takes its time."""
 GULP: Final = 65536
+BULK: Final = 1 << 20
+"""Bytes a tick of one that doesn't."""
 PATTERN: Final = bytes(index % 251 for index in range(251 * 512))
 ENDLESS: Final = 1 << 40
 HELLO: Final = struct.Struct("!16sQ")
 LENGTH: Final = struct.Struct("!Q")
 SHORT_BYTES: Final = 20_000
-BRIEF_S: Final = 1.5
+BRIEF_S: Final = 6.0
 """A short stream that hasn't ended after this long is given up."""
-FINISHED_BYTES: Final = 49_152
+FINISHED_BYTES: Final = 16_384
 
 
 class Habit(enum.Enum):
@@ -45,6 +47,7 @@ class Habit(enum.Enum):
 
     DOWNLOAD = "the server sends without end, and doesn't say how much"
     DOWNLOAD_LENGTH = "the server says how much, and sends"
+    BULK = "the server sends as fast as it can, the client reads all of it"
     SLOW_READER = "the server sends as fast as it can, the client reads little by little"
     IDLE = "one byte each way, then silence"
     UPLOAD = "the client sends without end"
@@ -54,10 +57,11 @@ class Habit(enum.Enum):
     SHORT = "a few kilobytes, and both ends close"
 
 
-LASTING: Final = tuple(habit for habit in Habit if habit is not Habit.SHORT)
+LASTING: Final = tuple(habit for habit in Habit if habit not in (Habit.SHORT, Habit.BULK))
+"""Those that cost little."""
 _CLIENT_SENDS: Final = {Habit.UPLOAD, Habit.SERVER_ENDED}
 _ENDS_AFTER: Final = {Habit.SHORT: SHORT_BYTES, Habit.FINISHED: FINISHED_BYTES, Habit.SERVER_ENDED: 1}
-_SERVER_SENDS: Final = {Habit.DOWNLOAD, Habit.DOWNLOAD_LENGTH, Habit.SLOW_READER, Habit.CLIENT_ENDED}
+_SERVER_SENDS: Final = {Habit.DOWNLOAD, Habit.DOWNLOAD_LENGTH, Habit.BULK, Habit.SLOW_READER, Habit.CLIENT_ENDED}
 
 
 @dataclass(eq=False)
@@ -91,6 +95,7 @@ class Stream:
     client: End
     server: End | None = None
     started: float = field(default_factory=time.monotonic)
+    ended: float = 0.0
 
     @property
     def open(self) -> bool:
@@ -233,7 +238,7 @@ class Load:
                     self._turn(stream, end)
             if stream.habit is Habit.SHORT and not stream.client.outcome and now - stream.started > BRIEF_S:
                 self._over(stream.client, "given up")
-                self._forget(stream)
+                self._finish_short(stream)
         for renew in self._sources:
             renew()
 
@@ -331,7 +336,7 @@ class Load:
 
     def _send(self, stream: Stream, end: End) -> None:
         fast = stream.habit in (Habit.SLOW_READER, Habit.SHORT, Habit.FINISHED)
-        left = min(end.to_send, (1 << 18) if fast else PACE)
+        left = min(end.to_send, BULK if stream.habit is Habit.BULK else (1 << 18) if fast else PACE)
         with contextlib.suppress(BlockingIOError):
             while left > 0:
                 at = end.sent % 251
@@ -344,7 +349,7 @@ class Load:
             end.sock.shutdown(socket.SHUT_WR)
 
     def _receive(self, stream: Stream, end: End) -> None:
-        left = GULP if stream.habit is Habit.SLOW_READER else 1 << 20
+        left = GULP if stream.habit is Habit.SLOW_READER else BULK
         while left > 0 and not end.eof:
             try:
                 data = end.sock.recv(min(left, GULP))
@@ -363,6 +368,7 @@ class Load:
 
     def _finish_short(self, stream: Stream) -> None:
         if stream.habit is Habit.SHORT and stream.client.outcome:
+            stream.ended = time.monotonic()
             self._forget(stream)
 
     def _over(self, end: End, outcome: str) -> None:

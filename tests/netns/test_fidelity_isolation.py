@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import socket
 import struct
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from scapy.layers.inet import IP, TCP
 
+from falkirk.linux import seqpacket
 from tests.netns.fidelity import DEADLINE_S, Client, Way, World, receive
+from tools.mesh import resource
 from tools.netlab import wait_for
 
 pytestmark = pytest.mark.netns
@@ -23,7 +27,7 @@ NARROW = 1280
 """The smallest path MTU that IPv6 knows (RFC 8200 5); for IPv4 just a small one."""
 ANSWER = 1 << 20
 TENANTS = ("twins-a", "twins-b")
-TWIN = ("100.96.7.7", "fd00:7::7")
+TWIN = ["100.96.7.7", "fd00:7::7"]
 SOURCE_PORT = 41_000
 
 
@@ -120,15 +124,8 @@ def twins(world: World) -> World:
         for address in egress.values():
             server.add_here(address)
         documents += world.tenant(tenant, **egress)
-        documents.append(
-            {
-                "apiVersion": "falkirk.dev/v1alpha1",
-                "kind": "Device",
-                "metadata": {"name": "twin", "tenant": tenant},
-                "spec": {"user": "alice", "addresses": list(TWIN)},
-            }
-        )
-    world.mesh.apply(documents, "twins")
+        documents.append(resource("Device", "twin", tenant, user="alice", addresses=TWIN))
+    world.apply(documents)
     return world
 
 
@@ -157,3 +154,28 @@ def test_equal_signatures_of_two_tenants_are_two_flows(
                     server.sendall(f"for {number}".encode())
                 for sock, number in ((client, 3), (other, 4)):
                     assert sock.recv(64) == f"for {number}".encode()
+
+
+def test_a_tenants_tunnel_does_not_speak_from_another_tenants_address(twins: World) -> None:
+    way = Way(twins, twins.client("raw", worker=1), socket.AF_INET)
+    context = {"v": 1, "tenant": TENANTS[0], "device": "twin", "framing": "raw"}
+    with way.pair() as (client, server), way.listener() as listener:
+        address, port = client.getsockname()[0], listener.getsockname()[1]
+        with seqpacket.connect(twins.mesh.run_dir / "tunnel.sock") as tunnel:
+            tunnel.setblocking(True)
+            tunnel.settimeout(DEADLINE_S)
+            tunnel.send(json.dumps(context).encode())
+            assert "admitted" in json.loads(tunnel.recv(16384))
+            before = twins.drops("spoofed_source")
+            for packet in (
+                IP(src=address, dst=way.server) / TCP(sport=999, dport=port, flags="S"),
+                IP(src=address, dst=way.server)
+                / TCP(sport=client.getsockname()[1], dport=client.getpeername()[1], flags="R"),
+            ):
+                tunnel.send(bytes(packet))
+            wait_for("the dropped packets", lambda: twins.drops("spoofed_source") == before + 2, DEADLINE_S)
+        listener.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+        client.sendall(b"x")
+        assert server.recv(1) == b"x"

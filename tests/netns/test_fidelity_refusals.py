@@ -29,11 +29,7 @@ UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 def record(way: Way, event: str, address: str, port: int) -> dict[str, Any]:
     """The audit record of a connection that this way's client tried."""
-
-    def ours(found: dict[str, Any]) -> bool:
-        return bool(found["device"] == way.client.device and found["destination_port"] == port)
-
-    return way.world.recorded(ours, event=event, destination_address=address)
+    return way.world.recorded(event, port, address, way.client.device)
 
 
 def closed_port(way: Way) -> int:

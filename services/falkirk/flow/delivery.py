@@ -88,20 +88,32 @@ class Delivery:
         self._feed = SpoolReader(directory, at_end=True)
         self._grown = asyncio.Event()
         self._acknowledged = asyncio.Event()
-        self.newest = Place(0, 0)
         self.acknowledged = Place(0, 0)
+        self._written: dict[int, list[int]] = {}
+        """First and last sequence number of each epoch whose records may not all be acknowledged."""
+        for segment in segments(directory):
+            self._wrote(_ends(segment))
 
     @property
     def pending(self) -> int:
-        """Records of the newest epoch that policy hasn't acknowledged."""
-        if self.newest.epoch != self.acknowledged.epoch:
-            return self.newest.sequence
-        return max(self.newest.sequence - self.acknowledged.sequence, 0)
+        """Records on disk that policy hasn't acknowledged to this process."""
+        seen = self.acknowledged
+        return sum(
+            max(last - max(first - 1, seen.sequence if epoch == seen.epoch else 0), 0)
+            for epoch, (first, last) in self._written.items()
+            if epoch >= seen.epoch
+        )
+
+    def _wrote(self, lines: list[bytes]) -> None:
+        """Lines of one segment are on disk."""
+        if lines:
+            first, last = _place(lines[0]), _place(lines[-1])
+            self._written.setdefault(first.epoch, [first.sequence, 0])[1] = last.sequence
 
     def grown(self) -> None:
         """The worker says that the spool has grown."""
         while lines := self._feed.read():
-            self.newest = _place(lines[-1])
+            self._wrote(lines)
             self._on_lines(lines)
         self._grown.set()
 
@@ -124,9 +136,15 @@ class Delivery:
         room = asyncio.Semaphore(IN_FLIGHT)
         async for response in stub.Deliver(self._batches(room)):
             room.release()
-            self.acknowledged = Place(response.epoch, response.sequence)
-            self._acknowledged.set()
-            self._forget()
+            self.acknowledge(response.epoch, response.sequence)
+
+    def acknowledge(self, epoch: int, sequence: int) -> None:
+        """Policy has everything up to this record."""
+        self.acknowledged = Place(epoch, sequence)
+        for older in [known for known in self._written if known < epoch]:
+            del self._written[older]
+        self._acknowledged.set()
+        self._forget()
 
     async def _batches(self, room: asyncio.Semaphore) -> AsyncIterator[policy_service_pb2.DeliverRequest]:
         reader = SpoolReader(self._directory)
@@ -152,6 +170,16 @@ class Delivery:
             if not done:
                 return
             segment.unlink()
+
+
+def _ends(segment: Path) -> list[bytes]:
+    """The first and the last whole line of a segment."""
+    with segment.open("rb") as file:
+        first = file.readline()
+        file.seek(max(0, segment.stat().st_size - CHUNK))
+        tail = file.read()
+    whole = tail[: tail.rfind(b"\n") + 1].splitlines()
+    return [first, whole[-1]] if whole else []
 
 
 class _Record(msgspec.Struct):

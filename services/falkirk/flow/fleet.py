@@ -92,7 +92,6 @@ class Fleet:
         log.warning("worker_exited", worker=worker, status=status)
         self._contexts[worker].clear()
         self._set_ready(worker, False)
-        self._forget_live(worker)
         self._deliveries[worker].grown()
 
     def _message(self, worker: int, data: bytes, fds: list[int]) -> None:
@@ -130,17 +129,14 @@ class Fleet:
         """The worker's live table; None before its first start."""
         path = self._directory / "live" / f"worker-{worker}"
         reader = self._live[worker]
-        if reader is None and path.exists():
+        if reader is None or not reader.is_at(path):
+            # Not closed: whoever goes through the old one may go on.
             try:
-                reader = self._live[worker] = LiveReader(path)
-            except ValueError:
-                return None
+                reader = LiveReader(path)
+            except (FileNotFoundError, ValueError):
+                reader = None
+            self._live[worker] = reader
         return reader
-
-    def _forget_live(self, worker: int) -> None:
-        reader, self._live[worker] = self._live[worker], None
-        if reader is not None:
-            reader.close()
 
     def context(self, worker: int, tunnel: int) -> TunnelContext | None:
         """Whom a tunnel speaks for; None where it is closed."""

@@ -80,8 +80,9 @@ class Ingress:
 
     def vnet(self, lane: Lane, flow: Flow, l4: int, end: int) -> bool:
         """Whether the virtio-net header tells the truth about the segment; counted where not. The tunnel's word is not trusted."""
+        header = lane.view[:HEADER].tobytes()
         if self._vnet(lane, flow.tunnel, l4, end, 4 if l4 == 30 else 6):
-            flow.vnet_ok = lane.view[:HEADER].tobytes()
+            flow.vnet_ok, flow.vnet_put = header, lane.view[:HEADER].tobytes()
             return True
         return False
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.counters import FORWARDED, RECEIVED
 from falkirk.flow.slots import SlotPool
-from falkirk.flow.table import Flow, State, Tunnel
+from falkirk.flow.table import IPV6, Flow, State, Tunnel
 from falkirk.wire.context import Framing
 
 if TYPE_CHECKING:
@@ -120,7 +120,9 @@ class Lane:
         else:
             return self.worker.ingress.packet(self, tunnel, end)
         header = view[:10].tobytes()
-        if header != flow.vnet_ok and not self.worker.ingress.vnet(self, flow, l4, end):
+        if header == flow.vnet_ok:
+            view[:10] = flow.vnet_put
+        elif not self.worker.ingress.vnet(self, flow, l4, end):
             return None
         flags = buffer[l4 + 13]
         worker = self.worker
@@ -185,7 +187,7 @@ class Lane:
             l4 = 30
         elif buffer[10] >> 4 == 6 and buffer[16] == 6:
             index = (buffer[47] << 16 | buffer[48] << 8 | buffer[49]) - self.slot_base
-            port = words[26]
+            port = words[26] | IPV6
             l4 = 50
         else:
             return worker.egress.other(self, end)

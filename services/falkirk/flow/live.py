@@ -12,6 +12,7 @@ processes dies, and both at once. Limit: `capacity` flows a worker; a full table
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,14 +63,14 @@ class LiveRecord:
 
 
 class LiveTable:
-    """The worker's side: a fresh file in place of the predecessor's."""
+    """The worker's side: a fresh file in place of the predecessor's, which leaves its slot pools' `cursors`."""
 
-    def __init__(self, path: Path, capacity: int, epoch: int) -> None:
+    def __init__(self, path: Path, capacity: int, epoch: int, cursors: tuple[int, int] = (0, 0)) -> None:
         fresh = path.with_suffix(".new")
         with fresh.open("w+b") as file:
             file.truncate(HEADER_SIZE + capacity * RECORD_SIZE)
             self._map = mmap.mmap(file.fileno(), 0)
-        self._map[: HEADER.size] = HEADER.pack(MAGIC, VERSION, capacity, epoch, 0, 0, 0)
+        self._map[: HEADER.size] = HEADER.pack(MAGIC, VERSION, capacity, epoch, 0, *cursors)
         fresh.replace(path)
         self.capacity = capacity
         self._free: list[int] = []
@@ -154,9 +155,12 @@ class LiveReader:
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
+            self._inode = os.fstat(file.fileno()).st_ino
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        magic, version, self.capacity, self.epoch, *_ = HEADER.unpack_from(self._map)
-        if magic != MAGIC or version != VERSION:
+        whole = self._map[: HEADER.size].ljust(HEADER.size, b"\0")
+        magic, version, self.capacity, self.epoch, *_ = HEADER.unpack(whole)
+        size = HEADER_SIZE + self.capacity * RECORD_SIZE
+        if magic != MAGIC or version != VERSION or len(self._map) < size:
             raise ValueError(f"{path}: not a live table of version {VERSION}")
 
     @property
@@ -197,6 +201,10 @@ class LiveReader:
                 return self.record(index)
             at = self._map.find(flow_id, at + 1)
         return None
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this still is the table at `path`, and no successor has put its own there."""
+        return path.exists() and path.stat().st_ino == self._inode
 
     def close(self) -> None:
         """Let the file go."""

@@ -23,5 +23,10 @@ class FlowMatch:
             and (not chosen.user or chosen.user == flow.context.user)
             and (not chosen.destination_port or chosen.destination_port == flow.key.destination_port)
             and (not chosen.protocol or chosen.protocol == flow.key.protocol)
-            and (self._network is None or ipaddress.ip_address(flow.key.destination_address) in self._network)
+            and (self._network is None or self._covers(self._network, flow.key.destination_address))
         )
+
+    @staticmethod
+    def _covers(network: ipaddress.IPv4Network | ipaddress.IPv6Network, address: str) -> bool:
+        # A record of refusals that were only counted has no address.
+        return bool(address) and ipaddress.ip_address(address) in network

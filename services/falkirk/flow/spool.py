@@ -5,7 +5,8 @@ the messages of that turn leave, so no flow's first packet goes out unrecorded. 
 `<epoch>-<number>.ndjson`; the parent reads them, delivers them to `policy` and deletes those that are acknowledged,
 except the newest two, from which a restarted worker learns how far its predecessor came.
 
-A worker killed in mid-write leaves a torn last line: its successor cuts it off. Records aren't fsynced here: they
+A segment is made when there is something to write to it, so the newest one of an epoch always holds its last flush. A
+worker killed in mid-write leaves a torn last line: its successor cuts it off. Records aren't fsynced here: they
 survive the process, not the machine; `policy` fsyncs what it stores.
 """
 
@@ -86,7 +87,7 @@ class SpoolWriter:
         self._size = 0
         self.pending: list[bytes] = []
         """Records that `flush` will write."""
-        self._file = self._open()
+        self._file = -1
 
     def add(self, line: str) -> None:
         """Queue a record, whose sequence is `next()`'s."""
@@ -103,6 +104,8 @@ class SpoolWriter:
         data = self._rest + b"\n".join(self.pending)
         self.pending = []
         try:
+            if self._file < 0:
+                self._file = self._open()
             written = os.write(self._file, data)
         except OSError as error:
             written, self.error = 0, str(error)
@@ -113,15 +116,16 @@ class SpoolWriter:
             # A line that is half written is completed by the next flush; a successor would cut it off.
             return False
         if self._size >= SEGMENT_BYTES:
-            os.close(self._file)
+            self.close()
             self._number += 1
             self._size = 0
-            self._file = self._open()
         return True
 
     def close(self) -> None:
         """Let the segment go; what wasn't flushed is lost."""
-        os.close(self._file)
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def _open(self) -> int:
         path = self._directory / f"{self.epoch:020d}-{self._number:08d}.ndjson"
@@ -167,13 +171,25 @@ class _Head(msgspec.Struct):
 
 
 def last_words(directory: Path, epoch: int) -> LastWords:
-    """Read them from the newest two segments of the epoch (the live table is cleared a turn after the end is written)."""
+    """Read them from the newest two segments of the epoch (the live table is cleared a turn after the end is written), and
+    from all later ones: a successor that died before its own live table was in place has closed some of the books."""
     words = LastWords(0, set())
     decode = msgspec.json.Decoder(_Head).decode
-    for segment in [path for path in segments(directory) if epoch_of(path) == epoch][-2:]:
+    found = segments(directory)
+    later = [path for path in found if epoch_of(path) > epoch]
+    for segment in [path for path in found if epoch_of(path) == epoch][-2:] + later:
         for line in segment.read_bytes().splitlines():
-            head = decode(line)
-            words.sequence = max(words.sequence, head.sequence)
+            try:
+                head = decode(line)
+            except msgspec.DecodeError:
+                continue  # Of a disk that lost it; a worker that doesn't start would cost more.
+            if head.epoch == epoch:
+                words.sequence = max(words.sequence, head.sequence)
             if head.event == "ended":
                 words.ended.add(head.flow_id)
     return words
+
+
+def last_epoch(directory: Path) -> int:
+    """The newest epoch that wrote anything; 0 where none has."""
+    return max(map(epoch_of, segments(directory)), default=0)

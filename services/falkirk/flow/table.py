@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections import deque
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.records import of_tunnel
 from falkirk.wire.context import Framing, TunnelContext
 
 if TYPE_CHECKING:
     from falkirk.flow.decision import Decision
+
+
+IPV6: Final = 0x10000
 
 
 class State(IntEnum):
@@ -74,6 +77,7 @@ class Flow:
         "tick",
         "tunnel",
         "vnet_ok",
+        "vnet_put",
     )
 
     def __init__(self, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, index: int) -> None:
@@ -92,13 +96,15 @@ class Flow:
         self.delta_all = everything % 0xFFFF
         self.delta_addresses_back = -addresses % 0xFFFF
         self.delta_all_back = -everything % 0xFFFF
-        self.port = int.from_bytes(key[size : size + 2], "little")
-        """The initiator's port in native order."""
+        self.port = int.from_bytes(key[size : size + 2], "little") | (size == 32) * IPV6
+        """The initiator's port in native order, and `IPV6`: what a segment from the slot's kernel is known by."""
         self.state = State.HELD
         self.held: bytes | None = None
         """The first packet behind its virtio-net header, while the upstream is dialled."""
         self.vnet_ok = b""
         """The last virtio-net header from the tunnel that was found to be true."""
+        self.vnet_put = b""
+        """Its normal form, which goes on."""
         self.tick = 0
         """The second of the last packet."""
         self.bytes_up = 0
@@ -179,8 +185,11 @@ class Tunnel:
         "mtu",
         "queue",
         "queued",
+        "records_left",
+        "records_tick",
         "refused",
         "row",
+        "unrecorded",
     )
 
     def __init__(
@@ -202,6 +211,10 @@ class Tunnel:
         self.queued = 0
         self.refused: dict[tuple[bytes, int, str], list[int]] = {}
         """Refusals of the last seconds by (destination, port, reason): [second of the record, repeats since]."""
+        self.records_tick = 0
+        self.records_left = 0
+        self.unrecorded = 0
+        """Refusals since the last record of any, beyond what is recorded a second."""
         self.icmp_tick = 0
         self.icmp_left = 0
 

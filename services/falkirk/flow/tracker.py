@@ -40,6 +40,10 @@ LINGER: Final = 5
 """Seconds that a flow whose stream was reset waits for the RST to pass."""
 REPEAT: Final = 10
 """Seconds over which repeats of one refusal are counted instead of recorded."""
+FINISHED: Final = "finished"
+"""The upgrader's word for a stream whose FINs have both passed."""
+RECORDS: Final = 100
+"""Refusals of a tunnel that are recorded a second; a port scan is told as its number, not address by address."""
 MAX_REFUSALS: Final = 4096
 """Different refusals a tunnel that are remembered; beyond, each one is recorded."""
 _SEQUENCES: Final = struct.Struct(">II")
@@ -237,7 +241,7 @@ class Tracker:
             return
         self._closing(flow)
         if not self._maybe_over(flow):
-            patience = self._worker.settings.transitory_idle_s if message.reason == "finished" else LINGER
+            patience = self._worker.settings.transitory_idle_s if message.reason == FINISHED else LINGER
             self._worker.wheel.place(flow, self._worker.second + patience)
 
     def _maybe_over(self, flow: Flow) -> bool:
@@ -269,6 +273,10 @@ class Tracker:
         worker = self._worker
         settings = worker.settings
         for flow in worker.wheel.due(worker.second):
+            if flow.over and flow.reason == FINISHED and flow.tick + settings.transitory_idle_s > worker.second:
+                # A slow client still fetches what the kernel holds for it; nor may the slot rest while the kernel retransmits.
+                worker.wheel.place(flow, flow.tick + settings.transitory_idle_s)
+                continue
             if flow.over or flow.reason:
                 self.finish(flow, flow.reason)
                 continue
@@ -344,6 +352,16 @@ class Tracker:
         repeats = seen[1] if seen is not None else 0
         if len(tunnel.refused) >= MAX_REFUSALS:
             tunnel.refused.clear()
+        if tunnel.records_tick != worker.second:
+            unrecorded, tunnel.unrecorded = tunnel.unrecorded, 0
+            tunnel.records_tick, tunnel.records_left = worker.second, RECORDS
+            if unrecorded:
+                told = records.of_reason("refusals_unrecorded") + f',"count":{unrecorded}'
+                worker.write_record("denied", self._random(16), tunnel.audit + told)
+        if not tunnel.records_left:
+            tunnel.unrecorded += 1
+            return
+        tunnel.records_left -= 1
         if worker.spool.stuck:
             # Told with the next record of it: what the disk doesn't take must not fill the memory.
             tunnel.refused[at] = [worker.second - REPEAT, repeats + 1]

@@ -36,6 +36,7 @@ from falkirk.flow.lane import BUDGET, ZERO_HEADER, Lane
 from falkirk.flow.limits import TenantCounts
 from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
+from falkirk.flow.randomness import Randomness
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import DeviceCounts, Flow, Tunnel, Wheel
@@ -117,14 +118,18 @@ class Worker:
         self._generation = time.time_ns()
         self._alive = True
         data = Path(start.data_dir, "flow")
-        epoch = self.wall
         self._spool_directory = data / "spool" / f"worker-{start.worker}"
         self.orphans = Orphans(
             data / "live" / f"worker-{start.worker}", self._spool_directory, self._plan, start.worker
         )
+        # Records are ordered by epoch, whatever becomes of the wall clock.
+        epoch = max(self.wall, self.orphans.epoch + 1)
         self.spool = spool.SpoolWriter(self._spool_directory, epoch)
         self._audit = records.of_worker(start.node, start.worker, epoch)
-        self.live = LiveTable(data / "live" / f"worker-{start.worker}", self.settings.max_flows, epoch)
+        self.orphans.bury(self)
+        self._untold = self.spool.sequence > 0
+        live = data / "live" / f"worker-{start.worker}"
+        self.live = LiveTable(live, self.settings.max_flows, epoch, self.orphans.cursors)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
         self.tracker = Tracker(self, Randomness())
         self.answers = Answers(self)
@@ -132,7 +137,6 @@ class Worker:
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
         self._adoption_deadline = self.now + ADOPTION
-        self.orphans.bury(self)
         self._listen()
 
     # set-up
@@ -150,7 +154,7 @@ class Worker:
         self._listener = seqpacket.listen(self._path, 0o660)
 
         def accept(_: int) -> None:
-            while (accepted := seqpacket.accept(self._listener)) is not None:
+            while (accepted := self._accept()) is not None:
                 if self.trusted(seqpacket.peer(accepted).uid):
                     self.onramps.add(peers.OnrampLink(self, accepted))
                 else:
@@ -159,6 +163,14 @@ class Worker:
 
         self.watch(self._listener.fileno(), select.EPOLLIN, accept)
         self.watch(self._parent.fileno(), peers.READ, self._from_parent)
+
+    def _accept(self) -> socket.socket | None:
+        try:
+            return seqpacket.accept(self._listener)
+        except OSError as error:
+            # Out of descriptors: the peer waits in the backlog.
+            self.log.error("accept_failed", error=str(error))
+            return None
 
     def trusted(self, uid: int) -> bool:
         """Whether a peer on a mesh socket may speak to this worker."""
@@ -234,6 +246,7 @@ class Worker:
                 # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
                 return
             self._untold = True
+            self.live.cursors(*(self._lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
         if self._untold and self.now - self._spooled_at >= TELL:
             self._spooled_at = self.now
             self._untold = False
@@ -266,13 +279,13 @@ class Worker:
         self._wall_offset = time.time_ns() - time.monotonic_ns()
         self.tracker.expire()
         self.tracker.checkpoint()
+        self.orphans.each_second(self)
         self._gauges()
         if self.spool.stuck:
             self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")
 
     def _gauges(self) -> None:
         vnet, raw = self._lanes[Framing.VNET].pool, self._lanes[Framing.RAW].pool
-        self.live.cursors(vnet.cursor, raw.cursor)
         self.counts[counters.FLOWS] = self.flow_count
         self.counts[counters.SLOTS_ACTIVE] = vnet.active + raw.active
         self.counts[counters.SLOTS_RESTING] = vnet.resting + raw.resting
@@ -480,13 +493,17 @@ class Worker:
 
     def _bereave(self) -> None:
         """End the flows of an upgrader that is gone; first what its kernel still had to say, which are resets mostly."""
-        for lane in self._lanes.values():
-            while lane.tun >= 0 and lane.from_tun() == BUDGET:
-                pass
+        self._drain_devices()
         for tunnel in self.tunnels.values():
             for flow in list(tunnel.flows.values()):
                 self.orphans.reset(self, flow)
                 self.tracker.finish(flow, "upgrader_lost")
+        self.orphans.probe(self)
+
+    def _drain_devices(self) -> None:
+        for lane in self._lanes.values():
+            while lane.tun >= 0 and lane.from_tun() == BUDGET:
+                pass
 
     def _mend(self) -> None:
         """Towards being ready: reach the upgrader, clear what is lost, take new flows."""
@@ -503,6 +520,8 @@ class Worker:
             return
         if self.orphans.tunnels - self.tunnels.keys() and self.now < self._adoption_deadline:
             return
+        # What a predecessor's streams have sent meanwhile fills the devices' queues, and a RST that finds no room is lost.
+        self._drain_devices()
         self._upgrader.send([AbortAll()])
         for lane in self._lanes.values():
             if lane.tun not in self._handlers:
@@ -546,21 +565,6 @@ class Worker:
             self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
 
-class Randomness:
-    """Random bytes, a page at a time: a system call a flow would cost more than the bytes."""
-
-    def __init__(self) -> None:
-        self._page = b""
-        self._at = 0
-
-    def __call__(self, size: int) -> bytes:
-        """That many bytes, each given out once; `size` is small."""
-        if self._at + size > len(self._page):
-            self._page, self._at = os.urandom(4096), 0
-        self._at += size
-        return self._page[self._at - size : self._at]
-
-
 def _read_device(lane: Lane, _: int) -> None:
     lane.from_tun()
 
@@ -581,7 +585,12 @@ def main(argv: list[str]) -> int:
     if not isinstance(start, control.Start) or len(fds) != start.descriptors:
         raise ValueError("the first message must be Start with its descriptors")
     parent.setblocking(False)
-    worker = Worker(parent, start, Counters.attach(fds[0], counters.NAMES), fds[1])
+    try:
+        worker = Worker(parent, start, Counters.attach(fds[0], counters.NAMES), fds[1])
+    except OSError as error:
+        # A predecessor that is still ending, or a disk that takes no records: the parent tries again.
+        print(f"flow.worker.{start.worker}: {error}", file=sys.stderr)
+        return 1
     worker.drain.on_sigterm()
     worker.run()
     return 0

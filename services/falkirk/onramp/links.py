@@ -151,7 +151,7 @@ class FlowLink:
                 self._read(data, descriptors)
             except OSError as error:
                 self._drop(os.strerror(error.errno or 0))
-            except (msgspec.DecodeError, _PeerFault) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, _PeerFault) as error:
                 self._drop(str(error))
 
     def _read(self, data: bytes, descriptors: list[int]) -> None:

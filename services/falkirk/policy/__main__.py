@@ -18,6 +18,9 @@ from falkirk.runtime.client import channel
 from falkirk.runtime.server import Server
 from falkirk.runtime.settings import Shell, arguments
 
+WRITER_SECONDS = 1.0
+"""How often the audit writer is looked after."""
+
 
 async def serve(shell: Shell, store: AuditStore) -> None:
     """Serve until told to stop; ready once rules are known, from the registry or from disk."""
@@ -42,7 +45,12 @@ async def serve(shell: Shell, store: AuditStore) -> None:
             await rulebook.loaded.wait()
             server.set_ready(True)
 
-        await server.run(rulebook.run, ready)
+        async def writing() -> None:
+            while store.writing:
+                await asyncio.sleep(WRITER_SECONDS)
+            raise RuntimeError("the audit writer has ended; started again, the service recovers the log")
+
+        await server.run(rulebook.run, ready, writing)
 
 
 def main() -> int:

@@ -14,6 +14,7 @@ written. A directory is owned by one process (a lock says so). Limit: about 60,0
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
@@ -76,6 +77,8 @@ class AuditStore:
         self._opened_at = 0
         self._synced = 0
         self._jobs: deque[_Job] = deque()
+        self._owed: dict[Key, int] = {}
+        """By key: the lowest sequence of those that a commit failed on and that weren't delivered again."""
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="audit-writer")
@@ -156,6 +159,11 @@ class AuditStore:
             self._wake.notify()
         return job.done
 
+    @property
+    def writing(self) -> bool:
+        """Whether the writer lives; without it nothing is stored any more."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Stores what was appended, then stops."""
         with self._wake:
@@ -187,6 +195,7 @@ class AuditStore:
             return jobs
 
     def _commit(self, jobs: list[_Job]) -> None:
+        jobs = [job for job in jobs if not self._out_of_turn(job)]
         now = time.time_ns()
         moved: dict[Key, int] = {}
         fresh: list[Record] = []
@@ -209,6 +218,8 @@ class AuditStore:
             with contextlib.suppress(OSError):
                 self._cut(self._synced)
             for job in jobs:
+                for record in job.records:
+                    self._owed[record.key] = min(record.sequence, self._owed.get(record.key, record.sequence))
                 job.done.set_exception(error)
             return
         with self._wake:
@@ -222,6 +233,18 @@ class AuditStore:
             job.done.set_result(batch.marks)
             if self.on_stored is not None and batch.fresh:
                 self.on_stored(Stored(batch.fresh, job.received_at, now))
+
+    def _out_of_turn(self, job: _Job) -> bool:
+        """Refuse what was under way behind records that couldn't be stored: stored first, it would make those look like duplicates."""
+        for record in job.records:
+            owed = self._owed.get(record.key)
+            if owed is None:
+                continue
+            if record.sequence > owed:
+                job.done.set_exception(OSError(errno.EAGAIN, "earlier records weren't stored; deliver those first"))
+                return True
+            del self._owed[record.key]
+        return False
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)

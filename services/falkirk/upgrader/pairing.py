@@ -152,7 +152,7 @@ class Pairing:
             return []
         try:
             return list(handover.FLOW_TO_UPGRADER.decode(data))
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             self._refused("message", error=str(error))
             return []
 

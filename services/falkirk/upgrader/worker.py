@@ -362,8 +362,9 @@ def run(parent: socket.socket) -> None:
                 message = seqpacket.receive(parent, control.MAX_DATAGRAM)
                 if message is not None and not message[0]:
                     break
-    worker.close()
+    # While the listener lives nobody else can have bound there; a moment later a successor may.
     path.unlink(missing_ok=True)
+    worker.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -457,3 +457,15 @@ def test_a_slow_reader_is_queued_for_up_to_a_bound(tmp_path: Path) -> None:
     assert rig.worker._epoll.poll(0) == []
     assert rig.balanced()
     rig.close()
+
+
+def test_a_late_segment_of_the_other_family_is_not_for_the_slots_new_flow(rig: FlowRig) -> None:
+    # A socket that the upgrader has closed may go on sending for longer than its slot rests.
+    client = Client(rig, Framing.RAW, 4)
+    prepare, _ = established(client)
+    plan = rig.plan
+    listener, slot = plan.address6(0, plan.slot(Framing.RAW, 1)), plan.address6(0, prepare.slot)
+    client.tun.send(vnet.ZERO + segment(listener, slot, PORT, client.port, 1, 1, FIN | ACK))
+    rig.step()
+    assert client.received() == []
+    assert rig.drops() == {"no_flow": 1}

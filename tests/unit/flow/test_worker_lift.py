@@ -273,3 +273,40 @@ def test_successor_closes_the_books_and_leads_resets_back(rig: FlowRig) -> None:
     assert (answer.flags, answer.source, answer.destination_port) == (RST, client.server, client.port)
     client.kernel(slot, RST, 9001)
     assert client.received() == []
+
+
+def test_a_port_scan_is_told_as_its_number(rig: FlowRig) -> None:
+    client = Client(rig, Framing.RAW, 4)
+    rig.worker.rules = type(rig.worker.rules).empty()
+    for port in range(1, 301):
+        client.to = port
+        client.send(SYN)
+    assert rig.count("denied") == 300
+    recorded = [record for record in rig.records() if record.event == "denied"]
+    assert 100 <= len(recorded) < 300
+    rig.until(lambda: rig.worker.second > rig.worker.tunnels[1].records_tick)
+    client.to = 400
+    client.send(SYN)
+    records = [record for record in rig.records() if record.event == "denied"]
+    told = sum(record.count for record in records if record.reason == "refusals_unrecorded")
+    assert told + len([record for record in records if record.destination]) == 301
+
+
+def test_a_slow_client_keeps_its_flow_while_it_fetches_the_rest(rig: FlowRig) -> None:
+    client = Client(rig, Framing.RAW, 4)
+    prepare, slot = established(client)
+    client.send(FIN | ACK, 1001, 9001)
+    rig.say_upgrader(Closed(prepare.slot, "finished", 0, 0))
+    worker = rig.worker
+    flow = worker.flow_of(prepare.slot)
+    assert flow is not None
+    for _ in range(3):
+        worker.second = flow.bucket
+        flow.tick = worker.second - 1
+        worker.tracker.expire()
+        assert worker.flow_count == 1
+    worker.second = flow.bucket
+    worker.tracker.expire()
+    worker.turn(0)
+    assert worker.flow_count == 0
+    assert slot

@@ -53,6 +53,25 @@ def test_what_is_delivered_twice_is_stored_once(store: AuditStore) -> None:
     assert (store.counters["stored_denied"], store.counters["duplicates"]) == (4, 10)
 
 
+def test_what_was_under_way_behind_a_failure_waits_for_its_turn(
+    store: AuditStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    assert store.append(records(1, 2)).result(TIMEOUT)
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "_write", full)
+        with pytest.raises(OSError, match="No space"):
+            store.append(records(3, 4)).result(TIMEOUT)
+    with pytest.raises(OSError, match="deliver those first"):
+        store.append(records(5, 6)).result(TIMEOUT)
+    assert store.append(records(3, 4)).result(TIMEOUT) == {("local", 0, 1): 4}
+    assert store.append(records(5, 6)).result(TIMEOUT) == {("local", 0, 1): 6}
+    assert sequences(store) == [1, 2, 3, 4, 5, 6]
+    assert store.writing
+
+
 def test_marks_outlive_the_process_and_the_segment(tmp_path: Path) -> None:
     limits = Limits(segment_bytes=400, flush_milliseconds=0)
     for last in (3, 5, 9):

@@ -1,0 +1,135 @@
+"""The live table: what the worker writes is what a reader sees, whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from falkirk.flow.live import HEADER_SIZE, MAGIC, RECORD_SIZE, LiveReader, LiveTable
+from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6
+
+KEY4 = DEVICE4 + SERVER4 + bytes.fromhex("9c4001bb")
+KEY6 = DEVICE6 + SERVER6 + bytes.fromhex("9c410050")
+
+
+def fill(table: LiveTable, key: bytes = KEY4, number: int = 1, rule: bytes = b"main/all") -> int:
+    index = table.claim()
+    assert index is not None
+    table.begin(index, 1, 0, 7, 16 + number, key, bytes([number]) * 16, number, 1000 + number, b"r" * 16, rule)
+    return index
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "worker-0"
+
+
+def test_a_flow_reads_back(path: Path) -> None:
+    table = LiveTable(path, 4, epoch=99)
+    fill(table)
+    fill(table, KEY6, 2, "öäü".encode() * 50)
+    reader = LiveReader(path)
+    assert (reader.epoch, reader.capacity) == (99, 4)
+    four, six = reader
+    assert (four.family, four.source, four.destination, four.source_port, four.destination_port) == (
+        4,
+        DEVICE4,
+        SERVER4,
+        40000,
+        443,
+    )
+    assert (four.flow_id, four.sequence, four.start, four.last, four.slot, four.tunnel) == (
+        b"\1" * 16,
+        1,
+        1001,
+        1001,
+        17,
+        7,
+    )
+    assert (four.route_id, four.rule, four.protocol, four.kind) == (b"r" * 16, "main/all", 6, 0)
+    assert (six.family, six.source, six.destination, six.source_port) == (6, DEVICE6, SERVER6, 40001)
+    # A rule that is cut in the middle of a letter is still text.
+    assert six.rule.startswith("öäüöäü")
+    reader.close()
+
+
+def test_counts_states_and_cursors(path: Path) -> None:
+    table = LiveTable(path, 4, 1)
+    index = fill(table)
+    table.state(index, 3)
+    table.counts(index, 5000, 10, 20, 1, 2)
+    table.cursors(11, 12)
+    reader = LiveReader(path)
+    (record,) = reader
+    assert (record.state, record.last) == (3, 5000)
+    assert (record.bytes_up, record.bytes_down, record.packets_up, record.packets_down) == (10, 20, 1, 2)
+    assert reader.cursors == (11, 12)
+    reader.close()
+
+
+def test_places_run_out_and_come_back(path: Path) -> None:
+    table = LiveTable(path, 2, 1)
+    first, second = fill(table), fill(table, number=2)
+    assert table.claim() is None
+    table.release(first)
+    reader = LiveReader(path)
+    assert [record.index for record in reader] == [second]
+    assert reader.find(b"\1" * 16) is None
+    assert table.claim() == first
+    # Claimed isn't live: a reader sees nothing before the state is there.
+    assert [record.index for record in reader] == [second]
+    reader.close()
+
+
+def test_a_flow_is_found_by_its_id_and_by_nothing_that_looks_like_it(path: Path) -> None:
+    table = LiveTable(path, 4, 1)
+    flow_id = b"\1" * 16
+    index = table.claim()
+    assert index is not None
+    # The id stands in another flow's rule and route too.
+    table.begin(index, 1, 0, 7, 99, KEY4, b"x" * 16, 1, 1, flow_id, flow_id * 3)
+    reader = LiveReader(path)
+    assert reader.find(flow_id) is None
+    fill(table)
+    found = reader.find(flow_id)
+    assert found is not None
+    assert found.slot == 17
+    reader.close()
+
+
+def test_reading_goes_on_from_a_place(path: Path) -> None:
+    table = LiveTable(path, 8, 1)
+    for number in range(1, 6):
+        fill(table, number=number)
+    reader = LiveReader(path)
+    assert [record.index for record in reader.records(3)] == [3, 4]
+    assert list(reader.records(8)) == []
+    reader.close()
+
+
+def test_a_successor_takes_the_place_and_an_old_reader_keeps_its_own(path: Path) -> None:
+    fill(LiveTable(path, 2, 1))
+    old = LiveReader(path)
+    LiveTable(path, 2, 2)
+    assert len(list(old)) == 1
+    new = LiveReader(path)
+    assert (new.epoch, list(new)) == (2, [])
+    old.close()
+    new.close()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"X" * HEADER_SIZE,
+        (MAGIC + b"\xff\0\0\0").ljust(HEADER_SIZE, b"\0"),
+        MAGIC,
+        b"",
+        (MAGIC + b"\1\0\0\0\xff\0\0\0").ljust(HEADER_SIZE + RECORD_SIZE, b"\0"),
+    ],
+)
+def test_what_is_no_live_table_is_refused(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    with pytest.raises(ValueError):
+        LiveReader(path)
