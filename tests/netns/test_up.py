@@ -16,7 +16,7 @@ import yaml
 
 from tests.netns.conftest import ServerNamespace
 from tests.process.cli_shell import Output
-from tests.process.running_mesh import resources
+from tests.process.running_mesh import descendants, resources
 from tools.load import http_server
 from tools.mesh import API, SERVICES
 from tools.netlab import wait_for
@@ -124,6 +124,7 @@ def up(place: Place) -> Iterator[Up]:
 
 def test_an_ordinary_user_runs_a_mesh_and_connects_through_it(place: Place, up: Up, server_ns: ServerNamespace) -> None:
     assert set(up.pids) == NAMES
+    assert set(up.pids.values()) == set(descendants(up.process.pid))
     assert len(up.namespaces) == 2
     done = place.run("apply", "-f", "-", text=yaml.safe_dump_all(resources()))
     assert done.returncode == 0, done.stderr

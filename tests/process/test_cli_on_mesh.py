@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.process.cli_shell import Cli, Output
-from tests.process.running_mesh import RunningMesh, running_mesh
+from tests.process.running_mesh import RunningMesh, descendants, running_mesh
 from tools.mesh import SERVICES, resource, rule
 from tools.netlab import stop, wait_for
 
@@ -66,24 +66,6 @@ def drip(running: RunningMesh, cli: Cli) -> Iterator[dict[str, Any]]:
     wait_for("the flow", lambda: bool(new()), 20)
     yield {**new()[0], "process": process}
     stop(process)
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Processes below `pid`, by id, with their command lines."""
-    parents, found = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents[int(entry.name)] = int(fields[1])
-    below, edge = set[int](), {pid}
-    while edge:
-        edge = {child for child, parent in parents.items() if parent in edge}
-        below |= edge
-    return {child: found[child] for child in below}
 
 
 def test_doctor_lists_every_process(running: RunningMesh, cli: Cli) -> None:

@@ -67,4 +67,5 @@ class Drain:
             for flow in list(tunnel.flows.values()):
                 worker.orphans.reset(worker, flow)
                 worker.tracker.finish(flow, flow.reason or "drained")
+        worker.orphans.probe(worker)
         worker.turn(0)
