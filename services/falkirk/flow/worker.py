@@ -41,7 +41,7 @@ from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import DeviceCounts, Flow, Tunnel, Wheel
 from falkirk.flow.tracker import Tracker
-from falkirk.linux import seqpacket
+from falkirk.linux import scheduling, seqpacket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire.context import Framing
@@ -585,6 +585,7 @@ def main(argv: list[str]) -> int:
     if not isinstance(start, control.Start) or len(fds) != start.descriptors:
         raise ValueError("the first message must be Start with its descriptors")
     parent.setblocking(False)
+    scheduling.batch()
     try:
         worker = Worker(parent, start, Counters.attach(fds[0], counters.NAMES), fds[1])
     except OSError as error:

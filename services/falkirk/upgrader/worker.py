@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from falkirk.linux import seqpacket, sockets
+from falkirk.linux import scheduling, seqpacket, sockets
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.upgrader import control, dial
@@ -373,6 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--control-fd", type=int, required=True)
     with socket.socket(fileno=parser.parse_args(arguments).control_fd) as parent:
         parent.setblocking(False)
+        scheduling.batch()
         run(parent)
     return 0
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from falkirk.linux import scheduling
 from falkirk.linux.lower.admission import admit
 from falkirk.linux.lower.namespace import device_mtu, enter
 from falkirk.linux.lower.pump import Pump
@@ -49,6 +50,8 @@ def _run(request: LowerRequest) -> int:
     device = enter(request, admitted)
     pump = Pump(device, tunnel, request.framing, device_mtu(request, admitted))
     command = _start(request.command)
+    # After the start: the command is none of ours.
+    scheduling.batch()
     ended: list[bool] = []
     watch = os.pidfd_open(command.pid)
     pump.watch(watch, lambda: ended.append(True))
