@@ -1,4 +1,4 @@
-"""docs/settings.md names every setting, with its default and what the code says of it."""
+"""services/SETTINGS.md names every setting, with its default and what the code says of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import msgspec
 from falkirk.cli.checks import section_kind
 from falkirk.runtime.settings import SERVICES, Shell
 
-REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
+REFERENCE = Path(__file__).resolve().parents[2] / "services" / "SETTINGS.md"
 BY_USER = {
     "run_dir": "`/run/falkirk`; not root: `$XDG_RUNTIME_DIR/falkirk`",
     "data_dir": "`/var/lib/falkirk`; not root: `$XDG_DATA_HOME/falkirk`",
@@ -76,7 +76,7 @@ def rows(
 
 
 def reference() -> str:
-    """The tables of docs/settings.md."""
+    """The tables of services/SETTINGS.md."""
     parts = [("The whole mesh", list(rows(Shell, "")))]
     for service in sorted(SERVICES):
         importlib.import_module(f"falkirk.{service}.settings")

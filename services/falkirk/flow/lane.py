@@ -153,6 +153,10 @@ class Lane:
             worker.counts[FORWARDED] += 1
         return None
 
+    def readable(self, _: int) -> None:
+        """What epoll says of the device."""
+        self.from_tun()
+
     def from_tun(self) -> int:
         """Read the device until it is empty or the budget is spent; returns how many packets there were."""
         buffers = self._from_tun

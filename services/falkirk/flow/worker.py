@@ -20,7 +20,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -525,7 +524,7 @@ class Worker:
         self._upgrader.send([AbortAll()])
         for lane in self._lanes.values():
             if lane.tun not in self._handlers:
-                self.watch(lane.tun, select.EPOLLIN, partial(_read_device, lane))
+                self.watch(lane.tun, select.EPOLLIN, lane.readable)
         self.ready = True
         self._gauges()
         self.tell(control.Status(paired=True, ready=True))
@@ -563,10 +562,6 @@ class Worker:
         flow = self.flow_of(message.slot)
         if flow is not None and flow.flow_id == message.flow_id:
             self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
-
-
-def _read_device(lane: Lane, _: int) -> None:
-    lane.from_tun()
 
 
 def main(argv: list[str]) -> int:

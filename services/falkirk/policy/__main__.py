@@ -18,14 +18,18 @@ from falkirk.runtime.client import channel
 from falkirk.runtime.server import Server
 from falkirk.runtime.settings import Shell, arguments
 
-WRITER_SECONDS = 1.0
-"""How often the audit writer is looked after."""
-
 
 async def serve(shell: Shell, store: AuditStore) -> None:
     """Serve until told to stop; ready once rules are known, from the registry or from disk."""
-    announcer = Announcer(asyncio.get_running_loop())
+    loop = asyncio.get_running_loop()
+    announcer = Announcer(loop)
+    failed = asyncio.Event()
     store.on_stored = announcer.stored
+
+    def writer_failed() -> None:
+        loop.call_soon_threadsafe(failed.set)
+
+    store.on_failed = writer_failed
     async with channel(shell, "registry") as registry:
         rulebook = Rulebook(shell.data("policy") / "replica", registry)
         server = Server("policy", shell)
@@ -46,8 +50,7 @@ async def serve(shell: Shell, store: AuditStore) -> None:
             server.set_ready(True)
 
         async def writing() -> None:
-            while store.writing:
-                await asyncio.sleep(WRITER_SECONDS)
+            await failed.wait()
             raise RuntimeError("the audit writer has ended; started again, the service recovers the log")
 
         await server.run(rulebook.run, ready, writing)

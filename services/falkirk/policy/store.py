@@ -69,6 +69,8 @@ class AuditStore:
         self.directory = directory
         self.limits = limits
         self.on_stored = on_stored
+        self.on_failed: Callable[[], None] | None = None
+        """Called in the writer's thread where that ends before `close`: nothing is stored any more."""
         self.counters: Counter[str] = Counter()
         self._marks: dict[Key, int] = {}
         self._fd = -1
@@ -159,11 +161,6 @@ class AuditStore:
             self._wake.notify()
         return job.done
 
-    @property
-    def writing(self) -> bool:
-        """Whether the writer lives; without it nothing is stored any more."""
-        return self._thread.is_alive()
-
     def close(self) -> None:
         """Stores what was appended, then stops."""
         with self._wake:
@@ -174,8 +171,12 @@ class AuditStore:
         os.close(self._lock_fd)
 
     def _run(self) -> None:
-        while jobs := self._take():
-            self._commit(jobs)
+        try:
+            while jobs := self._take():
+                self._commit(jobs)
+        finally:
+            if not self._closing and self.on_failed is not None:
+                self.on_failed()
 
     def _take(self) -> list[_Job]:
         """The next batch; empty once closed and drained."""

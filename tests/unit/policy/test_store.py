@@ -69,7 +69,6 @@ def test_what_was_under_way_behind_a_failure_waits_for_its_turn(
     assert store.append(records(3, 4)).result(TIMEOUT) == {("local", 0, 1): 4}
     assert store.append(records(5, 6)).result(TIMEOUT) == {("local", 0, 1): 6}
     assert sequences(store) == [1, 2, 3, 4, 5, 6]
-    assert store.writing
 
 
 def test_marks_outlive_the_process_and_the_segment(tmp_path: Path) -> None:
@@ -233,3 +232,15 @@ def test_a_sender_that_leaves_takes_nothing_back(store: AuditStore) -> None:
     assert not left.cancel()
     assert store.append(records(4, 6)).result(TIMEOUT) == {("local", 0, 1): 6}
     assert sequences(store) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_writer_that_ends_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = reopen(tmp_path)
+    failed = threading.Event()
+    store.on_failed = failed.set
+    monkeypatch.setattr(store, "_commit", lambda jobs: [][len(jobs)])
+    store.append(records(1, 1))
+    assert failed.wait(TIMEOUT)
+    store.close()
+    assert failed.is_set()
