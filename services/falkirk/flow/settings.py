@@ -34,15 +34,16 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     icmp_source6: str = "fd66:616c:6b69:726b::1"
     """Address that ICMPv6 errors come from."""
     icmp_per_second: int = 1_000
-    """ICMP errors a tunnel at most (RFC 1812 4.3.2.8, RFC 4443 2.4 f)."""
+    """ICMP errors a tunnel at most; 0 sends none (RFC 1812 4.3.2.8, RFC 4443 2.4 f)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.slots <= 1 << 23:
             raise ValueError("slots must lie between 1 and 8388608")
         for field in msgspec.structs.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{field.name} must be at least 1")
+            least = 0 if field.name == "icmp_per_second" else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{field.name} must be at least {least}")
         for name, kind in (("icmp_source4", ipaddress.IPv4Address), ("icmp_source6", ipaddress.IPv6Address)):
             try:
                 kind(getattr(self, name))
