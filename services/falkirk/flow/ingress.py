@@ -82,6 +82,10 @@ class Ingress:
         """Whether the virtio-net header tells the truth about the segment; counted where not. The tunnel's word is not trusted."""
         header = lane.view[:HEADER].tobytes()
         if self._vnet(lane, flow.tunnel, l4, end, 4 if l4 == 30 else 6):
+            if not lane.buffer[1]:
+                # Not a super-packet: no header length, as the kernel writes it itself. A later segment with the same virtio-net header
+                # may have a shorter TCP header, and the device refuses a length beyond the packet.
+                lane.buffer[2:4] = b"\0\0"
             flow.vnet_ok, flow.vnet_put = header, lane.view[:HEADER].tobytes()
             return True
         return False

@@ -12,6 +12,7 @@ from falkirk.flow.settings import FlowSettings
 from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.build import segment
+from falkirk.wire.checksum import checksum, pseudo_header
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Abort, Adopt, Closed, Connected, DialFailed, Prepare
 from falkirk.wire.packet import Packet, parse, verify
@@ -60,6 +61,8 @@ class Client:
         packets = []
         for data in read(self.tun):
             packet = parse(data, 10, len(data) - 10)
+            # What the TUN device checks as well.
+            assert vnet.unpack(data, 0, len(data)).hdr_len <= len(data) - 10
             verify(data, packet)
             packets.append(packet)
         return packets
@@ -273,6 +276,33 @@ def test_successor_closes_the_books_and_leads_resets_back(rig: FlowRig) -> None:
     assert (answer.flags, answer.source, answer.destination_port) == (RST, client.server, client.port)
     client.kernel(slot, RST, 9001)
     assert client.received() == []
+
+
+def test_a_shorter_header_behind_the_same_vnet_header_fits_the_device(rig: FlowRig) -> None:
+    client = Client(rig, Framing.VNET, 4)
+    partial = vnet.Header(vnet.NEEDS_CSUM, vnet.GSO_NONE, 0, 0, 20, 16).pack()
+
+    def offer(flags: int, sequence: int, options: bytes) -> None:
+        packet = bytearray(segment(client.address, client.server, client.port, 80, sequence, 9001, flags) + options)
+        packet[32] = (20 + len(options)) << 2
+        packet[2:4] = len(packet).to_bytes(2, "big")
+        packet[10:12] = b"\0\0"
+        packet[10:12] = checksum(packet[:20]).to_bytes(2, "big")
+        packet[36:38] = (
+            0xFFFF - checksum(b"", pseudo_header(client.address, client.server, 6, len(packet) - 20))
+        ).to_bytes(2, "big")
+        client.sock.send(partial + packet)
+        rig.step()
+
+    offer(SYN, 1000, b"\1" * 20)
+    offer(SYN, 1000, b"\1" * 20)
+    (prepare,) = rig.asked()
+    assert isinstance(prepare, Prepare)
+    rig.say_upgrader(Connected(prepare.slot, 1))
+    offer(ACK, 1001, b"")
+    rig.step()
+    headers = [vnet.unpack(data, 0, len(data)) for data in read(client.tun)]
+    assert [header.hdr_len for header in headers] == [0, 0]
 
 
 def test_a_port_scan_is_told_as_its_number(rig: FlowRig) -> None:
