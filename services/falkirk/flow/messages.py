@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import uuid
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from falkirk.api.flow.v1 import flow_service_pb2 as pb
 from falkirk.api.net.v1 import net_pb2
 from falkirk.flow.live import LiveRecord
 from falkirk.flow.text import address_text
-from falkirk.wire.context import TunnelContext
+from falkirk.runtime.contexts import context_proto
 
 if TYPE_CHECKING:
     from falkirk.flow.fleet import Fleet
@@ -22,42 +21,6 @@ TREATMENTS = {
     "http": net_pb2.TREATMENT_HTTP,
     "ssh": net_pb2.TREATMENT_SSH,
 }
-
-
-def context_proto(context: TunnelContext) -> net_pb2.TunnelContext:
-    """A tunnel's context."""
-    return net_pb2.TunnelContext(
-        tenant_id=context.tenant_id,
-        tenant=context.tenant,
-        device_id=context.device_id,
-        device=context.device,
-        user_id=context.user_id,
-        user=context.user,
-        groups=context.groups,
-        virtual_network_id=context.virtual_network_id,
-        virtual_network=context.virtual_network,
-        posture=context.posture,
-        attributes=context.attributes,
-        addresses=[address_text(address) for address in context.addresses],
-    )
-
-
-def context_of_proto(context: net_pb2.TunnelContext) -> TunnelContext:
-    """The other way. Raises ValueError where an address isn't one."""
-    return TunnelContext(
-        tenant_id=context.tenant_id,
-        tenant=context.tenant,
-        device_id=context.device_id,
-        device=context.device,
-        virtual_network_id=context.virtual_network_id,
-        virtual_network=context.virtual_network,
-        addresses=tuple(ipaddress.ip_address(address).packed for address in context.addresses),
-        user_id=context.user_id,
-        user=context.user,
-        groups=tuple(context.groups),
-        posture=dict(context.posture),
-        attributes=dict(context.attributes),
-    )
 
 
 def flow_of_live(record: LiveRecord, worker: int, fleet: Fleet) -> pb.Flow | None:

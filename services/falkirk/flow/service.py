@@ -17,7 +17,8 @@ from falkirk.flow.explain import explain
 from falkirk.flow.fleet import Fleet
 from falkirk.flow.live import LiveRecord
 from falkirk.flow.match import FlowMatch
-from falkirk.flow.messages import context_of_proto, flow_of_live
+from falkirk.flow.messages import flow_of_live
+from falkirk.runtime.contexts import context_of_proto
 from falkirk.runtime.errors import FalkirkError
 
 MAX_PAGE = 1000

@@ -2,7 +2,7 @@
 
 SCHED_BATCH (sched(7)) says that a process that is woken doesn't push another off its CPU. Packet processes wake each other
 with every datagram; without it two of them on one CPU alternate packet by packet, with it the producer runs on and the
-consumer finds a batch: a third more throughput on two busy CPUs, and nothing lost where a CPU is idle.
+consumer finds a batch. What that gains depends on how busy the CPUs are; `./tools/bench lift` shows the sum.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from ipaddress import ip_address
 from typing import Any, Final
 
 import grpc
@@ -15,9 +14,10 @@ from falkirk.onramp.admission import Grants, admit
 from falkirk.onramp.context import Code, ContextRequest, Refusal
 from falkirk.onramp.control import Opened
 from falkirk.onramp.parent import Parent, WorkerAway
+from falkirk.runtime.contexts import context_proto
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.replica import ResourceReplica
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.context import Framing
 
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
@@ -88,7 +88,7 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
         except Refusal as refusal:
             return pb.ExplainResponse(code=refusal.code, message=refusal.message, replica=self._replica.status())
         return pb.ExplainResponse(
-            admitted=True, context=_context(admitted.context), replica=self._replica.status(), message="admitted"
+            admitted=True, context=context_proto(admitted.context), replica=self._replica.status(), message="admitted"
         )
 
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
@@ -125,7 +125,7 @@ def _no_tunnel(number: int) -> FalkirkError:
 def _tunnel(opened: Opened) -> pb.Tunnel:
     tunnel = pb.Tunnel(
         id=opened.tunnel,
-        context=_context(opened.context),
+        context=context_proto(opened.context),
         framing=_FRAMINGS[opened.framing],
         mtu=opened.mtu,
         flow_worker=opened.flow_worker,
@@ -134,20 +134,3 @@ def _tunnel(opened: Opened) -> pb.Tunnel:
     )
     tunnel.admitted_at.FromNanoseconds(opened.admitted_at)
     return tunnel
-
-
-def _context(context: TunnelContext) -> net_pb2.TunnelContext:
-    return net_pb2.TunnelContext(
-        tenant_id=context.tenant_id,
-        tenant=context.tenant,
-        device_id=context.device_id,
-        device=context.device,
-        user_id=context.user_id,
-        user=context.user,
-        groups=context.groups,
-        virtual_network_id=context.virtual_network_id,
-        virtual_network=context.virtual_network,
-        posture=context.posture,
-        attributes=context.attributes,
-        addresses=[str(ip_address(address)) for address in context.addresses],
-    )

@@ -1,6 +1,6 @@
 """Reading the audit log: newest first, in blocks from the end, so that recent records cost little however long the log is.
 
-Bytes are searched before JSON is parsed: 64 MiB without a match take about 0.2 s. Only durable lines are read; a segment
+Bytes are searched before JSON is parsed, so lines that can't match cost no decoding. Only durable lines are read; a segment
 that retention removes meanwhile is skipped. Blocking: callers run it in a thread, and set `cancelled` when nobody waits
 any more.
 """

@@ -8,7 +8,7 @@ segments themselves (`falkirk.policy.segment`). A batch is at most `BATCH_RECORD
 synced, the batch's senders get the OSError, and they deliver again.
 
 Segments rotate by size and age; the oldest go when the log is larger or older than it may be, never the one being
-written. A directory is owned by one process (a lock says so). Limit: about 60,000 records/s on one disk.
+written. A directory is owned by one process (a lock says so). Limit: one writer thread.
 """
 
 from __future__ import annotations
