@@ -125,12 +125,12 @@ class Tracker:
             )
         )
         if flow.span_id:
-            worker.trace(flow)
+            worker.tunnels.trace(flow)
 
     def _limit(self, tunnel: Tunnel) -> str | None:
         settings = self._worker.settings
         context = tunnel.context
-        if not self._worker.ready or self._worker.draining:
+        if not self._worker.pair.ready or self._worker.draining:
             return "not_ready"
         if self._worker.spool.stuck:
             return "audit_unwritable"
