@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from falkirk.decide.destination import NO_DEVICE
 from falkirk.decide.routes import RouteEntry, RouteTable, martian
 from falkirk.decide.rules import RuleTable, Verdict
 from falkirk.flow import records
@@ -21,6 +22,8 @@ class Outcome(StrEnum):
 
     LIFT = "lift"
     """Held, dialled, lifted to a stream."""
+    FORWARD = "forward"
+    """Sent as packets into the tunnel of the device that its route leads to."""
     DENY = "answer_rst"
     """Answered with a reset: it looks like a closed port."""
     UNREACHABLE = "answer_unreachable"
@@ -78,15 +81,21 @@ def authorise(
     rules: RuleTable, route: RouteEntry, context: TunnelContext, destination: bytes, port: int, protocol: int
 ) -> Decision:
     """The decision on a flow that has a route."""
-    verdict = rules.decide(context, destination, port, protocol)
+    device = route.device
+    verdict = rules.decide(context, destination, port, protocol, device or NO_DEVICE)
     if not verdict.allowed:
         return Decision(Outcome.DENY, "denied", verdict.why, route, verdict)
     if route.target == "blackhole":
         return Decision(Outcome.UNREACHABLE, "blackhole", f"route {route.name} leads nowhere", route, verdict)
-    if verdict.treatment not in ("", "l4"):
+    if device is not None and device.device_id == context.device_id:
+        why = f"route {route.name} leads back to device {device.device}"
+        return Decision(Outcome.UNREACHABLE, "leads_back", why, route, verdict)
+    if verdict.treatment not in ("", "l4" if device is None else "l3"):
         why = f"rule {verdict.rule} asks for treatment {verdict.treatment}, which this version doesn't build"
+        if device is not None:
+            why += " towards devices"
         return Decision(Outcome.DENY, "treatment_not_built", why, route, verdict)
-    return Decision(Outcome.LIFT, "allowed", verdict.why, route, verdict)
+    return Decision(Outcome.LIFT if device is None else Outcome.FORWARD, "allowed", verdict.why, route, verdict)
 
 
 def decide(
