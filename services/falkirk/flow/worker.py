@@ -32,20 +32,20 @@ from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.ingress import Ingress
 from falkirk.flow.lane import BUDGET, ZERO_HEADER, Lane
+from falkirk.flow.lifecycle import Lifecycle
 from falkirk.flow.limits import TenantCounts
 from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
-from falkirk.flow.table import DeviceCounts, Flow, Tunnel, Wheel
+from falkirk.flow.table import DeviceCounts, Flow, TcpLift, Tunnel, Wheel
 from falkirk.flow.tracker import Tracker
 from falkirk.linux import scheduling, seqpacket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import (
-    Abort,
     AbortAll,
     Adopt,
     Devices,
@@ -130,7 +130,8 @@ class Worker:
         live = data / "live" / f"worker-{start.worker}"
         self.live = LiveTable(live, self.settings.max_flows, epoch, self.orphans.cursors)
         self._lanes = {framing: self._lane(framing) for framing in Framing}
-        self.tracker = Tracker(self, Randomness())
+        self.lifecycle = Lifecycle(self, Randomness())
+        self.tracker = Tracker(self)
         self.answers = Answers(self)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
@@ -276,8 +277,8 @@ class Worker:
         self.second = self.now // SECOND
         self._next_second = (self.second + 1) * SECOND
         self._wall_offset = time.time_ns() - time.monotonic_ns()
-        self.tracker.expire()
-        self.tracker.checkpoint()
+        self.lifecycle.expire()
+        self.lifecycle.checkpoint()
         self.orphans.each_second(self)
         self._gauges()
         if self.spool.stuck:
@@ -316,7 +317,7 @@ class Worker:
         """The lane of a framing."""
         return self._lanes[framing]
 
-    def flow_of(self, slot: int) -> Flow | None:
+    def flow_of(self, slot: int) -> TcpLift | None:
         """The live flow of a slot number."""
         for lane in self._lanes.values():
             index = slot - lane.first_slot
@@ -333,7 +334,7 @@ class Worker:
         """What follows the slot's address in the rewritten signature: listener's address, client's port, listener's port."""
         return self.slot_address(self._plan.slot(lane.framing, 1), len(key)) + key[-4:-2] + self.listener_port
 
-    def inject(self, flow: Flow, packet: bytes) -> None:
+    def inject(self, flow: TcpLift, packet: bytes) -> None:
         """Send a held packet (behind its virtio-net header) on its way."""
         lane = self._lanes[flow.tunnel.framing]
         lane.view[: len(packet)] = packet
@@ -430,8 +431,7 @@ class Worker:
         if tunnel is None:
             return
         for flow in list(tunnel.flows.values()):
-            self.to_upgrader.append(Abort(flow.slot))
-            self.tracker.finish(flow, "tunnel_closed")
+            flow.owner.cut(flow, "tunnel_closed")
         self.unwatch(tunnel.fd)
         os.close(tunnel.fd)
         tunnel.fd = -1
@@ -495,8 +495,7 @@ class Worker:
         self._drain_devices()
         for tunnel in self.tunnels.values():
             for flow in list(tunnel.flows.values()):
-                self.orphans.reset(self, flow)
-                self.tracker.finish(flow, "upgrader_lost")
+                flow.owner.bereave(flow, "upgrader_lost")
         self.orphans.probe(self)
 
     def _drain_devices(self) -> None:
@@ -559,9 +558,10 @@ class Worker:
                         self._terminate(message)
 
     def _terminate(self, message: control.Terminate) -> None:
-        flow = self.flow_of(message.slot)
+        tunnel = self.tunnels.get(message.tunnel)
+        flow = tunnel.flows.get(message.key) if tunnel is not None else None
         if flow is not None and flow.flow_id == message.flow_id:
-            self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
+            flow.owner.end(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
 
 def main(argv: list[str]) -> int:
