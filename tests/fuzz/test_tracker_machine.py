@@ -197,7 +197,7 @@ class TrackerMachine(RuleBasedStateMachine):
                 sock.close()
             self.rig.step()
             worker = self.rig.worker
-            assert (worker.tunnels, worker.flow_count, worker._devices) == ({}, 0, {})
+            assert (worker.tunnels, worker.flow_count, worker.tunnels.devices) == ({}, 0, {})
             self.books_agree()
             self.the_live_table_shows_them()
             self.every_packet_is_accounted_for()

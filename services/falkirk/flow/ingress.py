@@ -150,7 +150,7 @@ class Ingress:
             # It would be kept while the upstream is dialled; no TCP sends so much before it is connected.
             worker.drop("syn_too_large")
             return
-        if not worker.ready:
+        if not worker.pair.ready:
             # The client tries again within a second.
             worker.drop("not_ready")
             return

@@ -46,7 +46,7 @@ class Lifecycle:
         """Why this tunnel may not have another flow now; None where it may."""
         settings = self._worker.settings
         context = tunnel.context
-        if not self._worker.ready or self._worker.draining:
+        if not self._worker.pair.ready or self._worker.draining:
             return "not_ready"
         if self._worker.spool.stuck:
             return "audit_unwritable"
@@ -109,7 +109,7 @@ class Lifecycle:
             decision.rule_bytes,
         )
         if flow.span_id:
-            worker.trace(flow)
+            worker.tunnels.trace(flow)
 
     # meanwhile
 

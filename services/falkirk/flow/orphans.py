@@ -196,7 +196,7 @@ class Orphans:
 
     def each_second(self, worker: Worker) -> None:
         """Look for clients that haven't been told yet, once the upgrader has been asked to reset everything."""
-        if self._by_slot and worker.ready:
+        if self._by_slot and worker.pair.ready:
             here = [slot for slot, orphan in self._by_slot.items() if orphan.tunnel in worker.tunnels]
             for slot in here[:PROBES]:
                 orphan = self._by_slot.pop(slot)
@@ -216,7 +216,7 @@ class Orphans:
         for number, back, tries in silent:
             tunnel = worker.tunnels.get(number)
             if tunnel is not None and tries:
-                sent = worker.say(tunnel, _probe(back), counted=False)
+                sent = worker.tunnels.say(tunnel, _probe(back), counted=False)
                 self._silent.append((number, back, tries - sent))
 
 
