@@ -86,8 +86,7 @@ class UpgraderPair:
         self._drain_devices()
         for tunnel in worker.tunnels.values():
             for flow in list(tunnel.flows.values()):
-                worker.orphans.reset(worker, flow)
-                worker.tracker.finish(flow, "upgrader_lost")
+                flow.owner.bereave(flow, "upgrader_lost")
         worker.orphans.probe(worker)
 
     def _drain_devices(self) -> None:

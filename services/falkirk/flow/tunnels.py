@@ -15,7 +15,7 @@ from falkirk.flow import control, peers
 from falkirk.flow.lane import ZERO_HEADER
 from falkirk.flow.table import DeviceCounts, Flow, Tunnel
 from falkirk.wire.context import Framing
-from falkirk.wire.handover import Abort, Adopt, Held, Traced, TunnelClosed
+from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
 
 if TYPE_CHECKING:
     from falkirk.flow.worker import Worker
@@ -128,8 +128,7 @@ class Tunnels(dict[int, Tunnel]):
         if tunnel is None:
             return
         for flow in list(tunnel.flows.values()):
-            worker.to_upgrader.append(Abort(flow.slot))
-            worker.tracker.finish(flow, "tunnel_closed")
+            flow.owner.cut(flow, "tunnel_closed")
         worker.unwatch(tunnel.fd)
         os.close(tunnel.fd)
         tunnel.fd = -1

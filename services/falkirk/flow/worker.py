@@ -31,6 +31,7 @@ from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.ingress import Ingress
 from falkirk.flow.lane import Lane
+from falkirk.flow.lifecycle import Lifecycle
 from falkirk.flow.limits import TenantCounts
 from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
@@ -38,7 +39,7 @@ from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
-from falkirk.flow.table import Flow, Wheel
+from falkirk.flow.table import Flow, TcpLift, Wheel
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
 from falkirk.linux import scheduling, seqpacket
@@ -115,7 +116,8 @@ class Worker:
         live = data / "live" / f"worker-{start.worker}"
         self.live = LiveTable(live, self.settings.max_flows, epoch, self.orphans.cursors)
         self.lanes = {framing: self._lane(framing) for framing in Framing}
-        self.tracker = Tracker(self, Randomness())
+        self.lifecycle = Lifecycle(self, Randomness())
+        self.tracker = Tracker(self)
         self.answers = Answers(self)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
@@ -260,8 +262,8 @@ class Worker:
         self.second = self.now // SECOND
         self._next_second = (self.second + 1) * SECOND
         self._wall_offset = time.time_ns() - time.monotonic_ns()
-        self.tracker.expire()
-        self.tracker.checkpoint()
+        self.lifecycle.expire()
+        self.lifecycle.checkpoint()
         self.orphans.each_second(self)
         self.gauges()
         if self.spool.stuck:
@@ -301,7 +303,7 @@ class Worker:
         """The lane of a framing."""
         return self.lanes[framing]
 
-    def flow_of(self, slot: int) -> Flow | None:
+    def flow_of(self, slot: int) -> TcpLift | None:
         """The live flow of a slot number."""
         for lane in self.lanes.values():
             index = slot - lane.first_slot
@@ -318,7 +320,7 @@ class Worker:
         """What follows the slot's address in the rewritten signature: listener's address, client's port, listener's port."""
         return self.slot_address(self._plan.slot(lane.framing, 1), len(key)) + key[-4:-2] + self.listener_port
 
-    def inject(self, flow: Flow, packet: bytes) -> None:
+    def inject(self, flow: TcpLift, packet: bytes) -> None:
         """Send a held packet (behind its virtio-net header) on its way."""
         lane = self.lanes[flow.tunnel.framing]
         lane.view[: len(packet)] = packet
@@ -350,9 +352,10 @@ class Worker:
                         self._terminate(message)
 
     def _terminate(self, message: control.Terminate) -> None:
-        flow = self.flow_of(message.slot)
+        tunnel = self.tunnels.get(message.tunnel)
+        flow = tunnel.flows.get(message.key) if tunnel is not None else None
         if flow is not None and flow.flow_id == message.flow_id:
-            self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
+            flow.owner.end(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
 
 def main(argv: list[str]) -> int:
