@@ -32,13 +32,13 @@ from typing import Final
 from falkirk.linux import scheduling, seqpacket, sockets
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
-from falkirk.upgrader import control, dial
+from falkirk.upgrader import control, dial, sessions
 from falkirk.upgrader.deadlines import Deadlines
 from falkirk.upgrader.pairing import Pairing
 from falkirk.upgrader.relay import MAX_PIPES, Relay, TcpStream
 from falkirk.upgrader.stream import Phase, Reason, Stream
 from falkirk.wire import handover
-from falkirk.wire.handover import Closed, Connected, DialFailed, Prepare
+from falkirk.wire.handover import Closed, Connected, DialFailed, OpenSocket, Prepare, SocketFailed, SocketOpened
 from falkirk.wire.slots import SlotPlan
 
 ACCEPTS: Final = 64
@@ -146,6 +146,8 @@ class Worker:
             stream = self._slots.get(message.slot)
             if stream is not None:
                 self._relay.reset(stream, Reason.ABORTED)
+        elif isinstance(message, OpenSocket):
+            self._open_socket(message)
         elif isinstance(message, handover.AbortAll):
             for stream in list(self._slots.values()):
                 self._relay.reset(stream, Reason.ABORTED)
@@ -181,6 +183,24 @@ class Worker:
         self._dialling += 1
         self._relay.dial(stream)
         self._deadlines.add(stream)
+
+    def _open_socket(self, wish: OpenSocket) -> None:
+        begun = time.time_ns() if wish.span_id else 0
+        code = 0
+        try:
+            if self.draining:
+                raise OSError(errno.ESHUTDOWN, "draining")
+            sock, local, raw = sessions.start(wish)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            self._pairing.say(SocketFailed(wish.token, code))
+        else:
+            self._pairing.give(SocketOpened(wish.token, local, raw), sock)
+        self._add(sessions.kind(code))
+        if wish.span_id:
+            status = os.strerror(code) if code else ""
+            attributes: dict[str, str | int] = {"worker": self._setup.worker, "errno": code}
+            self._tell(control.SpanEnded("dial", wish.flow_id, wish.span_id, begun, time.time_ns(), attributes, status))
 
     def _dialled(self, stream: TcpStream, events: int, now: float) -> None:
         code = dial.outcome(stream.upstream.handle, events)
@@ -262,6 +282,9 @@ class Worker:
             {"slot": stream.slot, "worker": self._setup.worker, **attributes},
             status,
         )
+        self._tell(span)
+
+    def _tell(self, span: control.SpanEnded) -> None:
         if not self._report(span):
             self._add("span_dropped")
 
