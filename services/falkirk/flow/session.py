@@ -33,16 +33,17 @@ import socket
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from falkirk.flow.counters import ANSWERED, FORWARDED, RECEIVED
+from falkirk.flow.counters import FORWARDED, RECEIVED
 from falkirk.flow.decision import Outcome
 from falkirk.flow.keys import key_of
+from falkirk.flow.lane import HEADER
 from falkirk.flow.table import Flow, Owner, State, Tunnel
 from falkirk.linux import datagrams
 from falkirk.wire import icmp
 from falkirk.wire.build import MAX_ERROR4, MAX_ERROR6
 from falkirk.wire.handover import OpenSocket, SocketFailed, SocketOpened
 from falkirk.wire.icmp import Unreachable
-from falkirk.wire.packet import Packet
+from falkirk.wire.packet import Packet, parse
 from falkirk.wire.translate import CARRIED4, CARRIED6
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Session(Flow):
         """What its socket was asked for by; 0 where it isn't."""
         self.held: list[bytes] | None = []
         """Packets, each behind its virtio-net header, while the socket is opened; then None."""
-        self.local = 0
+        self.local = -1
         """The external port or identifier."""
         self.raw = False
         """A raw socket: see `falkirk.wire.handover.SocketOpened`."""
@@ -251,11 +252,7 @@ class Sessions(Owner[S]):
         if session.tick != worker.second:
             session.tick = worker.second
             worker.dirty.append(session)
-        if (
-            ttl != session.ttl
-            or traffic_class != session.traffic_class
-            or dont_fragment is not session.dont_fragment
-        ):
+        if ttl != session.ttl or traffic_class != session.traffic_class or dont_fragment is not session.dont_fragment:
             self._header(session, sock, ttl, traffic_class, dont_fragment)
         for _ in range(2):
             try:
@@ -276,9 +273,7 @@ class Sessions(Owner[S]):
         return code
 
     @staticmethod
-    def _header(
-        session: S, sock: socket.socket, ttl: int, traffic_class: int, dont_fragment: bool
-    ) -> None:
+    def _header(session: S, sock: socket.socket, ttl: int, traffic_class: int, dont_fragment: bool) -> None:
         six = session.family == 6
         if ttl != session.ttl:
             datagrams.set_ttl(sock, ttl, six=six)
@@ -299,7 +294,8 @@ class Sessions(Owner[S]):
         if code == errno.EMSGSIZE:
             assert session.sock is not None
             mtu = datagrams.path_mtu(session.sock, six=session.family == 6)
-            worker.answers.too_big(session.tunnel, data, mtu)
+            packet = parse(data, HEADER, len(data) - HEADER)
+            worker.answers.too_big(session.tunnel, data, packet, mtu)
         elif told is not None:
             worker.answers.unreachable(session.tunnel, data, told)
         else:

@@ -27,6 +27,12 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Idle time after which an established TCP flow ends, in seconds. RFC 5382 REQ-5: at least 2 h 4 min."""
     transitory_idle_s: int = 240
     """The same for one that is opening or closing, in seconds. RFC 5382 REQ-5: at least 4 min."""
+    udp_idle_s: int = 300
+    """How long a UDP session lives after the client's last datagram, in seconds. RFC 4787 REQ-5: at least 2 min, 5 or more recommended."""
+    udp_dns_idle_s: int = 20
+    """The same towards port 53, in seconds: longer than resolvers wait for an answer."""
+    echo_idle_s: int = 60
+    """The same for ICMP echo, in seconds. RFC 5508 REQ-2: at least 1 min."""
     tunnel_queue_bytes: int = 1_048_576
     """Bytes that wait for a tunnel whose reader is slow; more is dropped (tunnel_full)."""
     fragment_bytes: int = 16_777_216
@@ -54,6 +60,9 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{field.name} must be at least {least}")
         if self.fragment_timeout_s > 60:
             raise ValueError("fragment_timeout_s must be at most 60")
+        for name, least in (("udp_idle_s", 120), ("udp_dns_idle_s", 17), ("echo_idle_s", 60)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}")
         for name, kind in (("icmp_source4", ipaddress.IPv4Address), ("icmp_source6", ipaddress.IPv6Address)):
             try:
                 kind(getattr(self, name))

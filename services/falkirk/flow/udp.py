@@ -17,11 +17,9 @@ MTU is fragmented: the session's headers are made here, so this is where it leav
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.counters import FORWARDED, RECEIVED
-from falkirk.flow.decision import Decision
 from falkirk.flow.keys import key_of
 from falkirk.flow.lane import HEADER
 from falkirk.flow.session import Opening, Session, Sessions
@@ -55,7 +53,7 @@ class UdpSession(Session):
 
     __slots__ = ("heads", "mapping", "pseudo")
 
-    def __init__(self, owner: Sessions, tunnel: Tunnel, key: bytes) -> None:
+    def __init__(self, owner: Sessions[UdpSession], tunnel: Tunnel, key: bytes) -> None:
         super().__init__(owner, tunnel, key)
         self.heads = Heads(self.destination, self.source, self.destination_port, self.source_port)
         """Of packets to the client."""
@@ -105,7 +103,11 @@ class UdpSessions(Sessions[UdpSession]):
             or view[:10] != session.vnet_ok
         ):
             self._worker.ingress.packet(lane, tunnel, end)
-        elif not buffer[0] & 1 and (buffer[36] or buffer[37]) and (residue(view[30:end]) + session.pseudo + end - 30) % 0xFFFF:
+        elif (
+            not buffer[0] & 1
+            and (buffer[36] or buffer[37])
+            and (residue(view[30:end]) + session.pseudo + end - 30) % 0xFFFF
+        ):
             self._worker.drop("bad_l4_checksum")
         else:
             self._up(session, lane, 38, end, buffer[18], buffer[11], buffer[16] & 0x40 != 0)
