@@ -14,7 +14,7 @@ from typing import Final
 
 from falkirk.api.flow.v1 import flow_service_pb2 as pb
 from falkirk.flow import captured
-from falkirk.flow.captured import Begun, Captured
+from falkirk.flow.captured import Captured
 from falkirk.flow.control import Tap
 from falkirk.linux import seqpacket
 

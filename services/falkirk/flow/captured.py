@@ -61,4 +61,5 @@ def encode(message: Datagram) -> bytes:
 
 def decode(data: bytes) -> Datagram:
     """The datagram's message. Raises msgspec.DecodeError."""
-    return _decoder.decode(data)
+    message: Datagram = _decoder.decode(data)
+    return message

@@ -15,6 +15,7 @@ and behind the NAT when it goes on; what becomes of it in between isn't another 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
@@ -27,9 +28,12 @@ from falkirk.flow.captured import Begun, Captured
 from falkirk.flow.counters import ANSWERED, FORWARDED
 from falkirk.flow.keys import Signature, signature
 from falkirk.flow.lane import HEADER, ZERO_HEADER, Lane
-from falkirk.flow.signatures import keys, signature_of
+from falkirk.flow.signatures import keys, reverse, signature_of
+from falkirk.flow.table import IPV6, TcpLift
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
+from falkirk.wire.malformed import MalformedPacket
+from falkirk.wire.packet import split
 
 if TYPE_CHECKING:
     from falkirk.flow.control import Tap as Wanted
@@ -50,6 +54,7 @@ class Tap:
         """Since the last one that was taken."""
         self.lost_in_all = 0
         self.count = 0
+        self._full_at = 0
         self._expression = cel.Expression(wanted.expression) if wanted.expression else None
         self._memo: dict[tuple[int, bytes, int, int], bool] = {}
 
@@ -84,6 +89,26 @@ class Tap:
     def forget(self) -> None:
         """A tunnel's context has changed."""
         self._memo.clear()
+
+    def has_room(self, now: int) -> bool:
+        """Whether to make a message for it; False, and one is lost, where it has refused one in this turn (`now`)."""
+        if self._full_at == now:
+            self._lose()
+            return False
+        return True
+
+    def take(self, message: Captured, now: int) -> None:
+        """Hand a packet over, or lose it."""
+        if self.push(captured.encode(message)):
+            self.count += 1
+            self.lost = 0
+        else:
+            self._full_at = now
+            self._lose()
+
+    def _lose(self) -> None:
+        self.lost += 1
+        self.lost_in_all += 1
 
     def push(self, datagram: bytes) -> bool:
         """Hand a datagram over; False where the watcher has no room or is gone."""
@@ -121,7 +146,11 @@ class TappedLane(Lane):
         taps.loose = ""
         count = super()._raw_datagram(tunnel, size)
         if taps.loose and taps.watched(tunnel):
-            taps.offer(captured.TUNNEL, captured.DROPPED, taps.loose, tunnel, None, None, ZERO_HEADER, data)
+            good = 0
+            with contextlib.suppress(MalformedPacket):
+                for at, length in split(data, size):
+                    good = at + length
+            taps.malformed(tunnel, taps.loose, data[good:])
         return count
 
     def up(self, tunnel: Tunnel, end: int) -> None:
@@ -147,11 +176,17 @@ class TappedLane(Lane):
         taps.follow(passing, lambda: super(TappedLane, self)._down(end))
         return None
 
+    def put(self, packet: bytes) -> None:
+        """A packet that somebody else than the lane has rewritten."""
+        super().put(packet)
+        self.worker.taps.put(ZERO_HEADER, packet)
+
     def flow_below(self, end: int) -> Flow | None:
         """The flow of a packet from the private namespace, by its slot's address."""
-        at = 27 if self.buffer[HEADER] >> 4 == 4 else 47
+        at, port = (27, self.words[16]) if self.buffer[HEADER] >> 4 == 4 else (47, self.words[26] | IPV6)
         index = int.from_bytes(self.buffer[at : at + 3], "big") - self.slot_base
-        return self.flows[index] if end > at + 3 and 0 <= index < len(self.flows) else None
+        flow = self.flows[index] if end > at + 3 and 0 <= index < len(self.flows) else None
+        return flow if flow is not None and flow.port == port else None
 
 
 class Taps:
@@ -160,6 +195,7 @@ class Taps:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._taps: list[Tap] = []
+        self._deliver = worker.deliver
         self.passing: Passing | None = None
         self.loose = ""
         """Why something was dropped last while no packet was under way."""
@@ -175,24 +211,21 @@ class Taps:
         except ValueError as error:
             self._refuse(fd, str(error))
             return
-        # On record before anything is seen. A worker that ends writes no end; its successor's record is another beginning.
+        # On record before anything is seen. A worker that dies writes no end; its successor's record is another beginning.
         worker.write_record("capture_started", wanted.flow_id, records.of_capture(wanted))
-        if not worker.spool.flush():
+        if not worker.record():
             self._refuse(fd, "the audit log can't be written")
             return
         if not self._taps:
             self._arm()
         self._taps.append(tap)
-
-        def gone(_: int) -> None:
-            self._end(tap)
-
-        worker.watch(fd, select.EPOLLRDHUP, gone)
+        worker.watch(fd, select.EPOLLRDHUP, lambda _: self._end(tap))
         tap.push(captured.encode(Begun()))
 
     @staticmethod
     def _refuse(fd: int, why: str) -> None:
-        seqpacket.send(fd, captured.encode(Begun(why)))
+        with contextlib.suppress(OSError):
+            os.write(fd, captured.encode(Begun(why)))
         os.close(fd)
 
     def _end(self, tap: Tap) -> None:
@@ -200,9 +233,8 @@ class Taps:
         self._taps.remove(tap)
         worker.unwatch(tap.fd)
         os.close(tap.fd)
-        worker.write_record(
-            "capture_ended", tap.wanted.flow_id, records.of_capture(tap.wanted, tap.count, tap.lost_in_all)
-        )
+        said = records.of_capture(tap.wanted, tap.count, tap.lost_in_all)
+        worker.write_record("capture_ended", tap.wanted.flow_id, said)
         if not self._taps:
             self._disarm()
 
@@ -210,15 +242,18 @@ class Taps:
         worker = self._worker
         for framing in Framing:
             worker.lane(framing).__class__ = TappedLane
-        # An attribute of the object hides the method of its class.
-        vars(worker).update(drop=self.drop, deliver=self.deliver, inject=self.inject)
+        # An attribute of an object hides the method of its class.
+        vars(worker).update(drop=self.drop, inject=self.inject, deliver=self.deliver)
+        vars(worker.tunnels).update(deliver=self.deliver)
 
     def _disarm(self) -> None:
         worker = self._worker
         for framing in Framing:
             worker.lane(framing).__class__ = Lane
-        for name in ("drop", "deliver", "inject"):
+        for name in ("drop", "inject"):
             del vars(worker)[name]
+        del vars(worker.tunnels)["deliver"]
+        worker.deliver = self._deliver
 
     def forget(self) -> None:
         """A tunnel's context has changed: what expressions said of it no longer holds."""
@@ -226,8 +261,13 @@ class Taps:
             tap.forget()
 
     def watched(self, tunnel: Tunnel | None) -> bool:
-        """Whether anybody may want packets of a tunnel."""
+        """Whether anybody may want packets of a tunnel; None is no tunnel that is known."""
         return any(tap.watches(tunnel) for tap in self._taps)
+
+    def close(self) -> None:
+        """Let the pairs go."""
+        for tap in self._taps:
+            os.close(tap.fd)
 
     # what the worker does meanwhile
 
@@ -239,25 +279,142 @@ class Taps:
         else:
             self.loose = reason
 
+    def inject(self, flow: TcpLift, packet: bytes) -> None:
+        """Worker.inject: a SYN that was held goes on. It was captured when it came."""
+        passing = Passing(captured.TUNNEL, flow.tunnel, flow, packet[:HEADER], packet[HEADER:])
+        lane = self._worker.lane(flow.tunnel.framing)
+        self.follow(passing, lambda: type(self._worker).inject(self._worker, flow, packet), lane, came=False)
+
     def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True) -> bool:
-        """Worker.deliver, noting what goes out."""
-        self.loose = ""
-        sent = type(self._worker).deliver(self._worker, tunnel, data, counted=counted)
+        """Tunnels.deliver, noting what goes out."""
         if tunnel.framing is Framing.RAW:
             header, packet = ZERO_HEADER, bytes(data)
         else:
             header, packet = bytes(data[:HEADER]), bytes(data[HEADER:])
+        self.loose = ""
+        sent = self._deliver(tunnel, data, counted=counted)
+        passing = self.passing
         if packet[:1] in (b"", b"{"):
             return sent  # The admission's answer.
-        passing = self.passing
         if passing is not None:
             if sent:
                 passing.sent.append((captured.TUNNEL, tunnel, header, packet))
-        elif self.watched(tunnel) and (sent or self.loose):
-            fate = captured.SENT if sent else captured.DROPPED
+        elif sent or self.loose:
             said = signature_of(packet)
             flow = self._flow(tunnel, said)
-            self.offer(
-                captured.TUNNEL, fate, "" if sent else self.loose, tunnel, flow, said and said.reversed, header, packet
+            # To a tunnel: the flow's direction is the other one.
+            said = signature(flow.key) if flow is not None else said and reverse(said)
+            self._offer(
+                captured.TUNNEL,
+                captured.SENT if sent else captured.DROPPED,
+                self.loose,
+                tunnel,
+                flow,
+                said,
+                header,
+                packet,
             )
         return sent
+
+    def malformed(self, tunnel: Tunnel, reason: str, data: bytes) -> None:
+        """A datagram of several packets, whose rest isn't one."""
+        self._offer(captured.TUNNEL, captured.DROPPED, reason, tunnel, None, None, ZERO_HEADER, data)
+
+    def put(self, header: bytes, packet: bytes) -> None:
+        """A packet was written to the device."""
+        if self.passing is not None:
+            self.passing.sent.append((captured.NAMESPACE, None, header, packet))
+
+    # what becomes of a packet
+
+    def follow(self, passing: Passing, go: Callable[[], None], lane: Lane | None = None, *, came: bool = True) -> None:
+        """Let a packet go its way, then tell what was seen of it. A packet to the device lies rewritten in `lane`'s buffer."""
+        counts = self._worker.counts
+        forwarded, answered = counts[FORWARDED], counts[ANSWERED]
+        said = signature_of(passing.data)
+        if passing.flow is None:
+            # Before it passes: a RST takes its flow with it.
+            passing.flow = self._flow(passing.tunnel, said)
+        self.passing = passing
+        try:
+            go()
+        finally:
+            self.passing = None
+        gone = counts[FORWARDED] != forwarded
+        flow = passing.flow or self._flow(passing.tunnel, said)
+        if flow is not None:
+            said = signature(flow.key)
+        rewritten = lane is not None and lane.view[HEADER : HEADER + len(passing.data)] != passing.data
+        if gone and lane is not None and isinstance(flow, TcpLift) and rewritten:
+            passing.sent.append((captured.NAMESPACE, None, lane.view[:HEADER].tobytes(), lane.packet()))
+        if came:
+            fate = (
+                captured.FORWARDED
+                if gone
+                else captured.DROPPED
+                if passing.reason
+                else captured.ANSWERED
+                if counts[ANSWERED] != answered
+                else captured.HELD
+            )
+            reason = "" if gone else passing.reason
+            self._offer(passing.side, fate, reason, passing.tunnel, flow, said, passing.header, passing.data)
+        for side, tunnel, header, packet in passing.sent:
+            self._offer(side, captured.SENT, "", tunnel or passing.tunnel, flow, said, header, packet)
+
+    @staticmethod
+    def _flow(tunnel: Tunnel | None, said: Signature | None) -> Flow | None:
+        """The flow that a packet of a tunnel is of, whichever way it goes."""
+        if tunnel is None or said is None:
+            return None
+        for one in (said, reverse(said)):
+            for key in keys(one):
+                if (flow := tunnel.flows.get(key)) is not None:
+                    return flow
+        return None
+
+    def _offer(
+        self,
+        side: int,
+        fate: str,
+        reason: str,
+        tunnel: Tunnel | None,
+        flow: Flow | None,
+        said: Signature | None,
+        header: bytes,
+        data: bytes,
+    ) -> None:
+        """Give a packet to the taps that want it."""
+        now = self._worker.now
+        takers = [
+            tap
+            for tap in self._taps
+            if (fate == captured.DROPPED or not tap.wanted.dropped_only)
+            and tap.wants(tunnel, flow, said)
+            and tap.has_room(now)
+        ]
+        if not takers:
+            return
+        decision = flow.decision if flow is not None else None
+        if decision is None and tunnel is not None and said is not None:
+            decision = tunnel.memo.get((said.destination, said.destination_port, said.protocol))
+        flags, _, _, gso_size, _, _ = vnet.STRUCT.unpack(header)
+        for tap in takers:
+            message = Captured(
+                time.time_ns(),
+                side,
+                fate,
+                reason,
+                flow.flow_id if flow is not None else b"",
+                tunnel.context.tenant if tunnel is not None else "",
+                tunnel.context.device if tunnel is not None else "",
+                tunnel.id if tunnel is not None else 0,
+                decision.outcome.value if decision is not None else "",
+                decision.rule if decision is not None else "",
+                gso_size,
+                bool(flags & vnet.NEEDS_CSUM),
+                len(data),
+                data[: tap.wanted.snaplen or None],
+                tap.lost,
+            )
+            tap.take(message, now)

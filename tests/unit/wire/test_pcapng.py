@@ -38,10 +38,14 @@ def test_scapy_reads_what_is_said_of_each() -> None:
     assert [data for data, _ in found] == PACKETS
     for number, (_, said) in enumerate(found):
         assert said.linktype == pcapng.LINKTYPE_RAW
-        assert said.ifname == (b"tunnel", b"namespace")[number % 2].decode() or said.ifname == (
-            b"tunnel",
-            b"namespace",
-        )[number % 2]
+        assert (
+            said.ifname == (b"tunnel", b"namespace")[number % 2].decode()
+            or said.ifname
+            == (
+                b"tunnel",
+                b"namespace",
+            )[number % 2]
+        )
         assert said.tshigh << 32 | said.tslow == TIME + number
         assert said.wirelen == len(PACKETS[number]) + number
         assert said.direction == (pcapng.INBOUND, pcapng.OUTBOUND)[number % 2]
