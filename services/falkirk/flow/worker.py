@@ -29,6 +29,7 @@ from falkirk.flow.answers import Answers
 from falkirk.flow.drain import Drain
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
+from falkirk.flow.fragments import Fragments
 from falkirk.flow.ingress import Ingress
 from falkirk.flow.lane import Lane
 from falkirk.flow.lifecycle import Lifecycle
@@ -123,6 +124,7 @@ class Worker:
         self.ingress = Ingress(self)
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
+        self.fragments = Fragments(self)
         self.taps = Taps(self)
         self._listen()
 
@@ -265,6 +267,7 @@ class Worker:
         self.lifecycle.expire()
         self.lifecycle.checkpoint()
         self.orphans.each_second(self)
+        self.fragments.each_second()
         self.gauges()
         if self.spool.stuck:
             self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")
