@@ -8,12 +8,10 @@ Errors about replies of UDP and echo end here: a socket can't send them on (see 
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from falkirk.flow.counters import FORWARDED
 from falkirk.flow.keys import key_of
-from falkirk.flow.lane import ZERO_HEADER
 from falkirk.flow.session import Session
 from falkirk.flow.table import State, TcpLift, Tunnel
 from falkirk.wire.icmp import FRAGMENTATION_NEEDED4, PACKET_TOO_BIG6, UNREACHABLE4
@@ -53,7 +51,7 @@ class IcmpErrors:
         error_packet = translate(lane.buffer, packet, quote, _forward(flow))
         assert error_packet is not None  # Its TTL was looked at before.
         try:
-            os.writev(lane.tun, [ZERO_HEADER, error_packet])
+            lane.put(error_packet)
         except OSError:
             worker.drop("tun_write_error")
         else:
