@@ -22,6 +22,8 @@ import socket
 import struct
 from typing import Final, NamedTuple
 
+from falkirk.linux import sockets
+
 SOL_UDP: Final = 17
 UDP_SEGMENT: Final = 103
 UDP_GRO: Final = 104
@@ -51,8 +53,8 @@ ORIGIN_LOCAL: Final = 1
 
 ANCILLARY: Final = 3 * socket.CMSG_SPACE(4)
 """Room for what comes beside a datagram: TTL, traffic class, size of a train's datagrams."""
-RECEIVE_BUFFER: Final = 1 << 20
-"""Bytes, as far as net.core.rmem_max allows."""
+BUFFER: Final = 1 << 20
+"""Bytes each way, where this process may have so many: a burst must wait for its reader somewhere."""
 _ERROR: Final = struct.Struct("=IBBBBII")
 _ERROR_ROOM: Final = socket.CMSG_SPACE(_ERROR.size + 28) + ANCILLARY
 _QUOTED: Final = 2048
@@ -179,7 +181,7 @@ def _text(family: socket.AddressFamily, address: bytes) -> str:
 
 
 def _prepare(sock: socket.socket, family: socket.AddressFamily) -> None:
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    sockets.raise_buffers(sock, BUFFER)
     if family == socket.AF_INET:
         for option in (IP_RECVERR, IP_RECVTTL, IP_RECVTOS):
             sock.setsockopt(socket.IPPROTO_IP, option, 1)
