@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from falkirk.decide.destination import NO_DEVICE
 from falkirk.decide.routes import RouteEntry, RouteTable, martian
 from falkirk.decide.rules import RuleTable, Verdict
 from falkirk.flow import records
@@ -23,7 +24,7 @@ class Outcome(StrEnum):
     LIFT = "lift"
     """Held, dialled, lifted to a stream or a session."""
     FORWARD = "forward"
-    """Forwarded as packets to another tunnel."""
+    """Sent as packets into the tunnel of the device that its route leads to."""
     DENY = "answer_rst"
     """TCP: answered with a reset, so that it looks like a closed port."""
     PROHIBITED = "answer_prohibited"
@@ -87,17 +88,24 @@ def authorise(
     rules: RuleTable, route: RouteEntry, context: TunnelContext, destination: bytes, port: int, protocol: int
 ) -> Decision:
     """The decision on a flow that has a route."""
-    verdict = rules.decide(context, destination, port, protocol)
+    device = route.device
+    verdict = rules.decide(context, destination, port, protocol, device or NO_DEVICE)
     deny = Outcome.DENY if protocol == TCP else Outcome.PROHIBITED
     if not verdict.allowed:
         return Decision(deny, "denied", verdict.why, route, verdict, protocol)
     if route.target == "blackhole":
         why = f"route {route.name} leads nowhere"
         return Decision(Outcome.UNREACHABLE, "blackhole", why, route, verdict, protocol)
-    if verdict.treatment not in ("", "l4"):
+    if device is not None and device.device_id == context.device_id:
+        why = f"route {route.name} leads back to device {device.device}"
+        return Decision(Outcome.UNREACHABLE, "leads_back", why, route, verdict, protocol)
+    if verdict.treatment not in ("", "l4" if device is None else "l3"):
         why = f"rule {verdict.rule} asks for treatment {verdict.treatment}, which this version doesn't build"
+        if device is not None:
+            why += " towards devices"
         return Decision(deny, "treatment_not_built", why, route, verdict, protocol)
-    return Decision(Outcome.LIFT, "allowed", verdict.why, route, verdict, protocol)
+    outcome = Outcome.LIFT if device is None else Outcome.FORWARD
+    return Decision(outcome, "allowed", verdict.why, route, verdict, protocol)
 
 
 def decide(
