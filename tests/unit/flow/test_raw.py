@@ -131,14 +131,14 @@ def test_what_comes_back_is_packed_for_who_asked(rig: FlowRig, family: int) -> N
     rig.step(1)
     (data,) = read(client.sock)
     packets = [parse(data, at, length) for at, length in split(data, len(data))]
-    for packet in packets:
-        verify(data, packet)
-        assert (packet.source, packet.destination, packet.destination_port) == (
+    for answer in packets:
+        verify(data, answer)
+        assert (answer.source, answer.destination, answer.destination_port) == (
             client.server,
             client.address,
             client.port,
         )
-    assert [packet.sequence for packet in packets] == list(range(9001, 9021))
+    assert [answer.sequence for answer in packets] == list(range(9001, 9021))
     assert rig.balanced()
 
 
