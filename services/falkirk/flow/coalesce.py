@@ -329,19 +329,10 @@ class Coalescer:
             self._give(self._runs.pop(next(iter(self._runs))))
 
     def _other(self, at: int, left: int) -> int:
-        """What isn't a plain TCP segment, or is broken; returns its size, all that is left where it doesn't tell."""
-        arena = self._arena
-        version = arena[at] >> 4
-        size, protocol, least = 0, 0, 1
-        if version == 4 and left >= 20:
-            size, protocol = arena[at + 2] << 8 | arena[at + 3], arena[at + 9]
-            least = 20
-        elif version == 6 and left >= 40:
-            size, protocol = 40 + (arena[at + 4] << 8 | arena[at + 5]), arena[at + 6]
-            least = 40
-        if not least <= size <= left:
-            size = left
-        if protocol not in _APART and self._runs:
+        """What isn't a plain TCP segment, or is broken; returns its size."""
+        size = claimed(self._arena, at, left)
+        protocol = self._arena[at + (9 if self._arena[at] >> 4 == 4 else 6)] if left >= 20 else 0
+        if self._runs and protocol not in _APART:
             # It may belong to a flow that has a run.
             self.flush()
         self._road.other(at, size)
@@ -364,3 +355,14 @@ class Coalescer:
             check = 0 if run.upper == 40 else arena[place + 10] << 8 | arena[place + 11]
             field = place + run.upper + tcp.CHECKSUM_OFFSET
             road.plain(run.flow, place, size, check, arena[field] << 8 | arena[field + 1])
+
+
+def claimed(data: bytearray, at: int, left: int) -> int:
+    """How long the packet at `at` says that it is; all that is left where it doesn't, or can't be."""
+    version = data[at] >> 4
+    size = least = 0
+    if version == 4 and left >= 20:
+        size, least = data[at + 2] << 8 | data[at + 3], 20
+    elif version == 6 and left >= 40:
+        size, least = 40 + (data[at + 4] << 8 | data[at + 5]), 40
+    return size if 0 < least <= size <= left else left

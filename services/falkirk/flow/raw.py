@@ -71,7 +71,7 @@ class RawLane(Lane):
         """Read a tunnel until it is empty or the budget is spent. False where it is over."""
         view = self._arena_view
         fd = tunnel.fd
-        walk = self._coalescer.walk
+        walk = self._walk
         self._tunnel = tunnel
         self._slow = at = received = 0
         alive = True
@@ -84,7 +84,7 @@ class RawLane(Lane):
                 alive = False
                 break
             if size:
-                received += walk(tunnel.lifts, at, at + size)
+                received += walk(tunnel, at, at + size)
                 at += size
                 if at > ROOM:
                     self._coalescer.flush()
@@ -96,8 +96,13 @@ class RawLane(Lane):
                 received += 1
                 self.worker.drop("empty_datagram")
         self._coalescer.flush()
-        self.worker.counts[RECEIVED] += received
+        self.worker.counts[RECEIVED] += received - self.waiting
+        self.waiting = 0
         return alive
+
+    def _walk(self, tunnel: Tunnel, at: int, end: int) -> int:
+        """A datagram in the arena; how many packets it has."""
+        return self._coalescer.walk(tunnel.lifts, at, end)
 
     def plain(self, flow: TcpLift, at: int, size: int, ip_checksum: int, checksum: int) -> None:
         """A segment of an established flow, rewritten in place. The deltas are sums of words in native order; times 256 they are those of
@@ -200,8 +205,7 @@ class RawLane(Lane):
             l4 = at + 40
         if flow is None:
             self._ship_all()
-            self.view[HEADER : HEADER + size] = self._down_view[at : at + size]
-            self._down(HEADER + size)
+            self._slow_down(at, size)
             return
         worker = self.worker
         flow.bytes_down += size
@@ -215,6 +219,11 @@ class RawLane(Lane):
             worker.counts[FORWARDED] += 1
         if flags & 5 or flow.state is not State.ESTABLISHED:
             worker.tracker.segment_down(flow, arena, l4, at + size)
+
+    def _slow_down(self, at: int, size: int) -> None:
+        """The lane's own way, which looks at everything."""
+        self.view[HEADER : HEADER + size] = self._down_view[at : at + size]
+        self._down(HEADER + size)
 
     def _flow(self, address: int, port: int, family: int) -> TcpLift | None:
         """The flow of a slot's address (its low 32 bits) whose initiator has this port."""
