@@ -201,10 +201,10 @@ class Lane:
         if flow.tick != worker.second:
             flow.tick = worker.second
             worker.dirty.append(flow)
+        if buffer[l4 + 13] & 7 or flow.state is not State.ESTABLISHED:
+            worker.tracker.segment_down(flow, buffer, l4, end)
         if worker.deliver(flow.tunnel, view[10:end] if self.raw else view[:end]):
             worker.counts[FORWARDED] += 1
-        if buffer[l4 + 13] & 5 or flow.state is not State.ESTABLISHED:
-            worker.tracker.segment_down(flow, buffer, l4, end)
         return None
 
     def rewrite_back(self, flow: TcpLift | Orphan, l4: int) -> None:
