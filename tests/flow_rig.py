@@ -166,7 +166,7 @@ class FlowRig:
             path = self.directory / f"{name}.bin"
             blob.save(path, blob.Blob("epoch", 1, data))
             seqpacket.send(self._parent, handover.encode([control.Load(name, str(path), "epoch", 1)]))
-        self.until(lambda: self.worker.ready)
+        self.until(lambda: self.worker.pair.ready)
 
     def say_onramp(self, message: handover.Message, fds: Sequence[int] = ()) -> None:
         """Speak as the on-ramp."""

@@ -75,7 +75,7 @@ class Stage:
         rig.asked()
         rig.told()
         worker = rig.worker
-        assert (worker.tunnels, worker.flow_count, worker._devices, len(worker.wheel)) == ({}, 0, {}, 0)
+        assert (worker.tunnels, worker.flow_count, worker.tunnels.devices, len(worker.wheel)) == ({}, 0, {}, 0)
         assert all(worker.lane(framing).pool.active == 0 for framing in Framing)
         assert rig.balanced(), rig.drops()
         self.ahead += 601_000_000_000

@@ -109,7 +109,7 @@ def _all_over(world: World) -> None:
     world.settle(200)
     worker = rig.worker
     assert worker.tunnels == {}
-    assert (worker.flow_count, world.held(), worker._devices) == (0, 0, {})
+    assert (worker.flow_count, world.held(), worker.tunnels.devices) == (0, 0, {})
     for producer in world.producers:
         lane = worker.lane(producer.framing)
         assert lane.pool.active == 0

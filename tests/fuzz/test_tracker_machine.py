@@ -20,7 +20,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from falkirk.flow import control
 from falkirk.flow.live import LiveReader
 from falkirk.flow.settings import FlowSettings
-from falkirk.flow.table import Flow, State
+from falkirk.flow.table import State, TcpLift
 from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.build import segment
@@ -119,7 +119,9 @@ class TrackerMachine(RuleBasedStateMachine):
     def terminate(self, which: int) -> None:
         flow = self.rig.worker.flow_of(self.slots[which % len(self.slots)])
         if flow is not None:
-            seqpacket.send(self.rig._parent, encode([control.Terminate(flow.slot, flow.flow_id, "operator")]))
+            seqpacket.send(
+                self.rig._parent, encode([control.Terminate(flow.tunnel.id, flow.key, flow.flow_id, "operator")])
+            )
             self._listen()
 
     @rule(again=st.booleans())
@@ -150,8 +152,8 @@ class TrackerMachine(RuleBasedStateMachine):
 
     # what always holds
 
-    def _flows(self) -> list[Flow]:
-        return [flow for tunnel in self.rig.worker.tunnels.values() for flow in tunnel.flows.values()]
+    def _flows(self) -> list[TcpLift]:
+        return [flow for tunnel in self.rig.worker.tunnels.values() for flow in tunnel.lifts.values()]
 
     @invariant()
     def books_agree(self) -> None:
@@ -195,7 +197,7 @@ class TrackerMachine(RuleBasedStateMachine):
                 sock.close()
             self.rig.step()
             worker = self.rig.worker
-            assert (worker.tunnels, worker.flow_count, worker._devices) == ({}, 0, {})
+            assert (worker.tunnels, worker.flow_count, worker.tunnels.devices) == ({}, 0, {})
             self.books_agree()
             self.the_live_table_shows_them()
             self.every_packet_is_accounted_for()

@@ -92,6 +92,7 @@ def ask(
             tenant=tenant, virtual_network=context.virtual_network or virtual_network, destination_address=destination
         ),
     )
+    routes = getattr(answers["router"], "routes", ())
     if admitted:
         answers["policy"] = _ask(
             run_dir,
@@ -99,7 +100,11 @@ def ask(
             lambda channel: policy_service_pb2_grpc.PolicyServiceStub(channel).Explain,
             policy_service_pb2.ExplainRequest(
                 question=policy_service_pb2.Question(
-                    context=context, destination_address=destination, destination_port=port, protocol=wanted
+                    context=context,
+                    destination_address=destination,
+                    destination_port=port,
+                    protocol=wanted,
+                    destination_device=routes[0].device if routes else None,
                 )
             ),
         )
@@ -188,8 +193,10 @@ def _onramp(answer: Any) -> Iterator[str]:
 
 
 def _router(answer: Any) -> Iterator[str]:
+    from falkirk.cli.fields import target_text
+
     for place, route in enumerate(answer.routes):
-        yield f"{'taken  ' if place == 0 else 'covered'} {route.prefix} by route {route.route} -> {route.target.WhichOneof('target') or '?'}"
+        yield f"{'taken  ' if place == 0 else 'covered'} {route.prefix} by route {route.route} -> {target_text(route)}"
     if not answer.routes:
         yield "no route covers the destination"
     if answer.off_ramp:

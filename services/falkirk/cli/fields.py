@@ -112,16 +112,24 @@ def _pairs(name: str) -> Setter:
     return put
 
 
+TARGETS = "internet, blackhole or device:NAME"
+
+
 def _target(message: Any, value: str) -> None:
-    if value not in ("internet", "blackhole"):
-        raise typer.BadParameter(f"{value!r} isn't internet or blackhole", param_hint="--target")
-    getattr(message.target, value).SetInParent()
+    kind, colon, name = value.partition(":")
+    if (kind, colon) == ("device", ":") and name:
+        message.target.device.device = name
+    elif value in ("internet", "blackhole"):
+        getattr(message.target, value).SetInParent()
+    else:
+        raise typer.BadParameter(f"{value!r} isn't {TARGETS}", param_hint="--target")
 
 
 def _egress(name: str) -> Setter:
     def put(message: Any, value: Any) -> None:
-        if message.target.WhichOneof("target") == "blackhole":
-            raise typer.BadParameter("a blackhole has no way out", param_hint=f"--{name.replace('_', '-')}")
+        kind = message.target.WhichOneof("target")
+        if kind not in (None, "internet"):
+            raise typer.BadParameter(f"target {kind} dials nothing", param_hint=f"--{name.replace('_', '-')}")
         setattr(message.target.internet, name, value)
 
     return put
@@ -130,6 +138,8 @@ def _egress(name: str) -> Setter:
 def target_text(route: Any) -> str:
     """A route's target in a cell."""
     kind = route.target.WhichOneof("target") or ""
+    if kind == "device":
+        return f"device {route.target.device.device}"
     if kind != "internet":
         return kind
     internet = route.target.internet
@@ -225,7 +235,7 @@ SPECS: tuple[Spec, ...] = (
         (
             Flag("--prefix", str, "Such as 10.1.0.0/16 or 2001:db8::/32.", _plain("prefix")),
             _VNET,
-            Flag("--target", str, "internet or blackhole.", _target),
+            Flag("--target", str, f"{TARGETS}.", _target),
             Flag("--egress-address4", str, "The IPv4 address to leave from.", _egress("egress_address4")),
             Flag("--egress-address6", str, "The IPv6 address to leave from.", _egress("egress_address6")),
             Flag(

@@ -19,7 +19,7 @@ from falkirk.api.registry.v1.registry_service_pb2 import ApplyRequest, ApplyResp
 from falkirk.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from falkirk.cli import manifest
 from falkirk.cli.connection import Json, RunDir, calling, fail, until_interrupted
-from falkirk.cli.fields import LABELS, SPECS, Flag, Spec
+from falkirk.cli.fields import LABELS, SPECS, TARGETS, Flag, Spec
 from falkirk.cli.output import print_json, print_table, timestamp
 from falkirk.runtime.client import MESSAGE_BYTES
 from falkirk.runtime.errors import FalkirkError
@@ -123,7 +123,7 @@ def policy_create(file: _Files, run_dir: RunDir, json: Json = False) -> None:
 
 def route_add(
     prefix: Annotated[str, typer.Argument(metavar="PREFIX", help="Such as 10.1.0.0/16 or 2001:db8::/32.")],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="internet or blackhole.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help=f"{TARGETS}.")],
     tenant: _Tenant,
     run_dir: RunDir,
     vnet: Annotated[

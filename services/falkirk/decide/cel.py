@@ -12,11 +12,15 @@
     net.protocol               string                "tcp", "udp", "icmp" (either family's) or "other"
     net.protocol_number        int                   IANA number
     net.family                 int                   4 or 6
+    net.dst_device             string                the name of the device that the destination leads to; "" where it isn't one
+    net.dst_user               string                that device's owner's name; "" for a device without one
+    net.dst_groups             list(string)          groups of that owner and of that device
     vnet.name                  string                the virtual network's name
     app.attributes             map(string, string)   what the tunnel's producer said about it
     net.dst.inCidr("10.0.0.0/8"), inCidr(address, prefix)    true where the address lies in the prefix (IPv4 and IPv6)
 
-There is no source port and no time, so a verdict holds for (tunnel, destination, port, protocol) and may be memoised.
+There is no source port and no time, and a destination's device follows from its route, so a verdict holds for (tunnel, destination, port,
+protocol) until rules or routes change, and may be memoised.
 Each name is its own typed CEL variable: a misspelt one is a compile error, and has() is for map keys only. An evaluation ends in true, false or an
 error (a missing map key, a malformed address); what an error means is said in `falkirk.decide.rules`.
 
@@ -34,6 +38,7 @@ import msgspec
 from cel_expr_python import cel
 
 from falkirk.decide.checked import Checked, UnreadableExpression, parse
+from falkirk.decide.destination import NO_DEVICE, DestinationDevice
 from falkirk.wire.context import TunnelContext
 
 MAX_EXPRESSION: Final = 4096
@@ -54,6 +59,9 @@ VARIABLES: Final[dict[str, cel.Type]] = {
     "net.protocol": cel.Type.STRING,
     "net.protocol_number": cel.Type.INT,
     "net.family": cel.Type.INT,
+    "net.dst_device": cel.Type.STRING,
+    "net.dst_user": cel.Type.STRING,
+    "net.dst_groups": _STRINGS,
     "vnet.name": cel.Type.STRING,
     "app.attributes": _MAP,
 }
@@ -176,7 +184,9 @@ class Expression:
         return str(value)
 
 
-def activation(context: TunnelContext, destination: bytes, port: int, protocol: int) -> cel.Activation:
+def activation(
+    context: TunnelContext, destination: bytes, port: int, protocol: int, device: DestinationDevice = NO_DEVICE
+) -> cel.Activation:
     """The variables of one question; `protocol` is the IANA number, `destination` packed."""
     groups = list(context.groups)
     return _ENVIRONMENT.Activation(
@@ -193,6 +203,9 @@ def activation(context: TunnelContext, destination: bytes, port: int, protocol: 
             "net.protocol": PROTOCOL_NAMES.get(protocol, "other"),
             "net.protocol_number": protocol,
             "net.family": 4 if len(destination) == 4 else 6,
+            "net.dst_device": device.device,
+            "net.dst_user": device.user,
+            "net.dst_groups": list(device.groups),
             "vnet.name": context.virtual_network,
             "app.attributes": context.attributes,
         }

@@ -25,6 +25,9 @@ from falkirk.decide.checked import Checked, Node, walk
 MAX_VALUES: Final = 256
 DESTINATION: Final = "net.dst"
 GROUPS: Final = "identity.groups"
+DESTINATION_GROUPS: Final = "net.dst_groups"
+GROUP_LISTS: Final = (GROUPS, DESTINATION_GROUPS)
+"""Variables with several values, asked with `in`."""
 SCALARS: Final = (
     "net.port",
     "net.protocol",
@@ -34,6 +37,8 @@ SCALARS: Final = (
     "identity.user",
     "vnet.name",
     "identity.tenant",
+    "net.dst_device",
+    "net.dst_user",
 )
 """Variables with one value, compared with ==."""
 
@@ -118,7 +123,7 @@ def _comparison(node: Node) -> Guards:
     elif node.name == "@in":
         subject, container = node.children
         literals = list(container.children) if container.kind == "list" else []
-        if container.kind == "ident" and _ALIASES.get(container.name, container.name) == GROUPS:
+        if container.kind == "ident" and _ALIASES.get(container.name, container.name) in GROUP_LISTS:
             subject, literals = container, [subject]
         elif subject.name not in SCALARS and subject.name != DESTINATION:
             return NOTHING

@@ -15,7 +15,7 @@ import ipaddress
 from collections.abc import Generator, Mapping, Sequence
 from typing import Final
 
-from falkirk.decide.guards import DESTINATION, GROUPS, SCALARS, Value
+from falkirk.decide.guards import DESTINATION, GROUP_LISTS, SCALARS, Value
 
 _SPARSE: Final = 8
 """A value asked for by at most so many rules keeps a list."""
@@ -27,11 +27,11 @@ _Sealed = dict[Value, "list[int] | int"]
 
 
 class Question:
-    """What the index looks at; `scalars` in the order of `guards.SCALARS`."""
+    """What the index looks at; `scalars` in the order of `guards.SCALARS`, `groups` in that of `guards.GROUP_LISTS`."""
 
     __slots__ = ("destination", "family", "groups", "scalars")
 
-    def __init__(self, destination: bytes, groups: Sequence[str], scalars: tuple[Value, ...]) -> None:
+    def __init__(self, destination: bytes, groups: tuple[Sequence[str], ...], scalars: tuple[Value, ...]) -> None:
         self.destination = int.from_bytes(destination, "big")
         self.family = 4 if len(destination) == 4 else 6
         self.groups = groups
@@ -45,12 +45,12 @@ class RuleIndex:
         self._count = 0
         self._guarded: dict[str, bytearray] = {}
         self._scalars: dict[str, _Entries] = {}
-        self._groups: _Entries = {}
+        self._groups: dict[str, _Entries] = {}
         self._prefixes: dict[tuple[int, int], _Entries] = {}
         # Filled by seal():
         self._all = 0
         self._scalar_tables: list[tuple[int, int, _Sealed]] = []
-        self._group_table: tuple[int, _Sealed] | None = None
+        self._group_tables: list[tuple[int, int, _Sealed]] = []
         self._prefix_free: int | None = None
         self._prefix_tables: dict[int, list[tuple[int, _Sealed]]] = {4: [], 6: []}
 
@@ -69,7 +69,8 @@ class RuleIndex:
                     table = self._prefixes.setdefault((network.version, shift), {})
                     table.setdefault(int(network.network_address) >> shift, []).append(number)
                 continue
-            table = self._groups if variable == GROUPS else self._scalars.setdefault(variable, {})
+            kind = self._groups if variable in GROUP_LISTS else self._scalars
+            table = kind.setdefault(variable, {})
             for value in allowed:
                 table.setdefault(value, []).append(number)
 
@@ -81,10 +82,11 @@ class RuleIndex:
                 table = yield from self._table(self._scalars.get(variable, {}))
                 self._scalar_tables.append((position, self._free(variable), table))
                 yield
-        if GROUPS in self._guarded:
-            table = yield from self._table(self._groups)
-            self._group_table = (self._free(GROUPS), table)
-            yield
+        for position, variable in enumerate(GROUP_LISTS):
+            if variable in self._guarded:
+                table = yield from self._table(self._groups.get(variable, {}))
+                self._group_tables.append((position, self._free(variable), table))
+                yield
         if DESTINATION in self._guarded:
             self._prefix_free = self._free(DESTINATION)
             for (family, shift), entries in sorted(self._prefixes.items()):
@@ -110,9 +112,8 @@ class RuleIndex:
             result &= free
             if not result:
                 return 0
-        if self._group_table is not None:
-            free, table = self._group_table
-            for group in question.groups:
+        for position, free, table in self._group_tables:
+            for group in question.groups[position]:
                 entry = table.get(group)
                 if entry is not None:
                     free |= entry if isinstance(entry, int) else _bits(entry)

@@ -26,12 +26,14 @@ from typing import Final, Literal
 
 import msgspec
 
-Target = Literal["internet", "blackhole"]
+from falkirk.decide.destination import DestinationDevice
+
+Target = Literal["internet", "blackhole", "device"]
 
 DEFAULT_CONNECT_TIMEOUT_MS: Final = 10_000
 """What a route that says 0 takes."""
 
-_MAGIC: Final = b"FALKRT\x00\x01"  # the last byte is the format's version
+_MAGIC: Final = b"FALKRT\x00\x02"  # the last byte is the format's version
 _HEAD: Final = struct.Struct("<8sIIIII")  # magic, networks' bytes, networks, ranges4, ranges6, entries
 _NETWORK: Final = struct.Struct("<HII")  # bytes of the id, ranges4, ranges6
 _BIG_ENDIAN: Final = array("H", b"\x00\x01")[0] == 1
@@ -52,6 +54,7 @@ class RouteEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a lookup answers."""
 
     route_id: str
+    """Empty for a device's own address, to which nobody wrote a route."""
     name: str
     prefix: str
     """Canonical text form."""
@@ -61,6 +64,13 @@ class RouteEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     egress6: bytes = b""
     """IPv6 address to send from, packed; empty lets the kernel choose."""
     connect_timeout_ms: int = DEFAULT_CONNECT_TIMEOUT_MS
+    device: DestinationDevice | None = None
+    """Whom target `device` means."""
+
+    @property
+    def own_address(self) -> bool:
+        """Whether it leads to a device because the prefix is that device's own address."""
+        return self.device is not None and not self.route_id
 
 
 class RouteSource:
@@ -94,7 +104,7 @@ def compile(routes: Iterable[RouteSource]) -> bytes:
 
     Raises RouteConflict for a prefix that stands twice in one virtual network.
     """
-    ordered = sorted(routes, key=lambda source: (source.virtual_network_id, source.entry.route_id))
+    ordered = sorted(routes, key=lambda source: (source.virtual_network_id, source.entry.route_id, source.entry.prefix))
     offsets, entries = array("I"), bytearray()
     prefixes: dict[str, tuple[list[_Prefix], list[_Prefix]]] = defaultdict(lambda: ([], []))
     for index, source in enumerate(ordered):

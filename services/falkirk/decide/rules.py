@@ -24,6 +24,7 @@ from typing import Literal
 import msgspec
 
 from falkirk.decide import cel, snapshot
+from falkirk.decide.destination import NO_DEVICE, DestinationDevice
 from falkirk.decide.guards import NOTHING, Guards, guards
 from falkirk.decide.index import Question, RuleIndex
 from falkirk.wire.context import TunnelContext
@@ -232,12 +233,20 @@ class RuleTable:
         """Ids of tenants that have rules."""
         return list(self._tenants)
 
-    def decide(self, context: TunnelContext, destination: bytes, port: int, protocol: int) -> Verdict:
-        """The verdict on one flow; `destination` packed, `protocol` the IANA number, `port` 0 where there is none."""
+    def decide(
+        self,
+        context: TunnelContext,
+        destination: bytes,
+        port: int,
+        protocol: int,
+        device: DestinationDevice = NO_DEVICE,
+    ) -> Verdict:
+        """The verdict on one flow; `destination` packed, `protocol` the IANA number, `port` 0 where there is none, `device` whom
+        its route leads to."""
         tenant = self._tenants.get(context.tenant_id)
         if tenant is None:
             return _default(context)
-        candidates = tenant.index.candidates(_question(context, destination, port, protocol))
+        candidates = tenant.index.candidates(_question(context, destination, port, protocol, device))
         activation: cel.Activation | None = None
         while candidates:
             lowest = candidates & -candidates
@@ -246,7 +255,7 @@ class RuleTable:
             outcome: bool | str = True
             if rule.expression >= 0:
                 if activation is None:
-                    activation = cel.activation(context, destination, port, protocol)
+                    activation = cel.activation(context, destination, port, protocol, device)
                 outcome = self._expressions[rule.expression].evaluate(activation)
             elif rule.expression == snapshot.BROKEN:
                 outcome = rule.problem
@@ -260,14 +269,20 @@ class RuleTable:
         return _default(context)
 
     def explain(
-        self, context: TunnelContext, destination: bytes, port: int, protocol: int, limit: int = 1000
+        self,
+        context: TunnelContext,
+        destination: bytes,
+        port: int,
+        protocol: int,
+        device: DestinationDevice = NO_DEVICE,
+        limit: int = 1000,
     ) -> tuple[Verdict, list[RuleTrace]]:
         """The same verdict, and what became of the tenant's first `limit` rules."""
         tenant = self._tenants.get(context.tenant_id)
         if tenant is None:
             return _default(context), []
-        candidates = tenant.index.candidates(_question(context, destination, port, protocol))
-        activation = cel.activation(context, destination, port, protocol)
+        candidates = tenant.index.candidates(_question(context, destination, port, protocol, device))
+        activation = cel.activation(context, destination, port, protocol, device)
         verdict: Verdict | None = None
         traces: list[RuleTrace] = []
         for number, rule in enumerate(tenant.rules):
@@ -292,11 +307,13 @@ class RuleTable:
         return verdict or _default(context), traces
 
 
-def _question(context: TunnelContext, destination: bytes, port: int, protocol: int) -> Question:
-    """In the order of `guards.SCALARS`."""
+def _question(
+    context: TunnelContext, destination: bytes, port: int, protocol: int, device: DestinationDevice
+) -> Question:
+    """In the order of `guards.GROUP_LISTS` and `guards.SCALARS`."""
     return Question(
         destination,
-        context.groups,
+        (context.groups, device.groups),
         (
             port,
             cel.PROTOCOL_NAMES.get(protocol, "other"),
@@ -306,6 +323,8 @@ def _question(context: TunnelContext, destination: bytes, port: int, protocol: i
             context.user,
             context.virtual_network,
             context.tenant,
+            device.device,
+            device.user,
         ),
     )
 

@@ -20,7 +20,8 @@ import msgspec
 from falkirk.decide.guards import Value
 
 MAGIC: Final = b"FALKIRK-RULES"
-VERSION: Final = 1
+VERSION: Final = 2
+"""2: guards on the destination's device."""
 FRAME_ITEMS: Final = 64
 
 _HEAD: Final = struct.Struct("!13sH")

@@ -90,5 +90,5 @@ class Answers:
         if answer is None:
             self._worker.drop(otherwise)
             return
-        if self._worker.say(tunnel, answer):
+        if self._worker.tunnels.say(tunnel, answer):
             self._worker.counts[ANSWERED] += 1

@@ -36,9 +36,10 @@ class Load(Message, frozen=True, tag=True):
 
 
 class Terminate(Message, frozen=True, tag=True):
-    """End a flow, if its slot still is its own."""
+    """End the flow that its tunnel knows by this key, if it still is the one of this id."""
 
-    slot: int
+    tunnel: int
+    key: bytes
     flow_id: bytes
     reason: str
 

@@ -10,32 +10,39 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
+from falkirk.decide.destination import NO_DEVICE
 from falkirk.decide.routes import RouteEntry, RouteTable, martian
 from falkirk.decide.rules import RuleTable, Verdict
 from falkirk.flow import records
 from falkirk.wire.context import TunnelContext
+from falkirk.wire.protocol import TCP
 
 
 class Outcome(StrEnum):
     """What is done with the first packet."""
 
     LIFT = "lift"
-    """Held, dialled, lifted to a stream."""
+    """Held, dialled, lifted to a stream or a session."""
+    FORWARD = "forward"
+    """Sent as packets into the tunnel of the device that its route leads to."""
     DENY = "answer_rst"
-    """Answered with a reset: it looks like a closed port."""
+    """TCP: answered with a reset, so that it looks like a closed port."""
+    PROHIBITED = "answer_prohibited"
+    """Anything else: answered with an ICMP error, administratively prohibited."""
     UNREACHABLE = "answer_unreachable"
     """Answered with an ICMP error: there is no way there."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision and why. `reason` is what audit and counters name."""
+    """A decision and why. `reason` is what audit and counters name; `protocol` the IP protocol's number."""
 
     outcome: Outcome
     reason: str
     why: str
     route: RouteEntry | None = None
     verdict: Verdict | None = None
+    protocol: int = TCP
 
     @property
     def rule(self) -> str:
@@ -63,14 +70,17 @@ class Decision:
         return self.rule.encode()
 
 
-def resolve(routes: RouteTable, context: TunnelContext, destination: bytes) -> RouteEntry | Decision:
+def resolve(
+    routes: RouteTable, context: TunnelContext, destination: bytes, protocol: int = TCP
+) -> RouteEntry | Decision:
     """The route that a destination takes, or the decision that there is none."""
     special = martian(destination)
     if special is not None:
-        return Decision(Outcome.UNREACHABLE, "martian_destination", special)
+        return Decision(Outcome.UNREACHABLE, "martian_destination", special, protocol=protocol)
     route = routes.lookup(context.virtual_network_id, destination)
     if route is None:
-        return Decision(Outcome.UNREACHABLE, "no_route", f"no route in virtual network {context.virtual_network}")
+        why = f"no route in virtual network {context.virtual_network}"
+        return Decision(Outcome.UNREACHABLE, "no_route", why, protocol=protocol)
     return route
 
 
@@ -78,22 +88,31 @@ def authorise(
     rules: RuleTable, route: RouteEntry, context: TunnelContext, destination: bytes, port: int, protocol: int
 ) -> Decision:
     """The decision on a flow that has a route."""
-    verdict = rules.decide(context, destination, port, protocol)
+    device = route.device
+    verdict = rules.decide(context, destination, port, protocol, device or NO_DEVICE)
+    deny = Outcome.DENY if protocol == TCP else Outcome.PROHIBITED
     if not verdict.allowed:
-        return Decision(Outcome.DENY, "denied", verdict.why, route, verdict)
+        return Decision(deny, "denied", verdict.why, route, verdict, protocol)
     if route.target == "blackhole":
-        return Decision(Outcome.UNREACHABLE, "blackhole", f"route {route.name} leads nowhere", route, verdict)
-    if verdict.treatment not in ("", "l4"):
+        why = f"route {route.name} leads nowhere"
+        return Decision(Outcome.UNREACHABLE, "blackhole", why, route, verdict, protocol)
+    if device is not None and device.device_id == context.device_id:
+        why = f"route {route.name} leads back to device {device.device}"
+        return Decision(Outcome.UNREACHABLE, "leads_back", why, route, verdict, protocol)
+    if verdict.treatment not in ("", "l4" if device is None else "l3"):
         why = f"rule {verdict.rule} asks for treatment {verdict.treatment}, which this version doesn't build"
-        return Decision(Outcome.DENY, "treatment_not_built", why, route, verdict)
-    return Decision(Outcome.LIFT, "allowed", verdict.why, route, verdict)
+        if device is not None:
+            why += " towards devices"
+        return Decision(deny, "treatment_not_built", why, route, verdict, protocol)
+    outcome = Outcome.LIFT if device is None else Outcome.FORWARD
+    return Decision(outcome, "allowed", verdict.why, route, verdict, protocol)
 
 
 def decide(
     routes: RouteTable, rules: RuleTable, context: TunnelContext, destination: bytes, port: int, protocol: int
 ) -> Decision:
     """Route, then rule. `destination` is packed, `protocol` the IP protocol number."""
-    route = resolve(routes, context, destination)
+    route = resolve(routes, context, destination, protocol)
     if isinstance(route, Decision):
         return route
     return authorise(rules, route, context, destination, port, protocol)

@@ -55,8 +55,8 @@ class Drain:
         self._deadline = worker.now + DRAIN
         for tunnel in worker.tunnels.values():
             for flow in list(tunnel.flows.values()):
-                if not flow.over and not flow.reason:
-                    worker.tracker.abort(flow, "drained")
+                if not flow.reason:
+                    flow.owner.end(flow, "drained")
 
     def turns(self) -> None:
         """Turn until everything has passed or the time is over, then end what is left."""
@@ -65,7 +65,6 @@ class Drain:
             worker.turn(TURN)
         for tunnel in worker.tunnels.values():
             for flow in list(tunnel.flows.values()):
-                worker.orphans.reset(worker, flow)
-                worker.tracker.finish(flow, flow.reason or "drained")
+                flow.owner.bereave(flow, flow.reason or "drained")
         worker.orphans.probe(worker)
         worker.turn(0)

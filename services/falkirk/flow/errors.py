@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from falkirk.flow.counters import FORWARDED
 from falkirk.flow.lane import ZERO_HEADER
-from falkirk.flow.table import Flow, State, Tunnel
+from falkirk.flow.table import State, TcpLift, Tunnel
 from falkirk.wire.icmp import PACKET_TOO_BIG6
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.nat import Rewrite
@@ -58,15 +58,15 @@ class IcmpErrors:
             flow.long_rest |= packet.icmp_type == PACKET_TOO_BIG6 and packet.version == 6
 
     @staticmethod
-    def _flow(tunnel: Tunnel, quote: Quoted) -> Flow | None:
+    def _flow(tunnel: Tunnel, quote: Quoted) -> TcpLift | None:
         """The flow whose segment to the client is quoted."""
         if quote.protocol != TCP:
             return None
         ports = quote.destination_port.to_bytes(2, "big") + quote.source_port.to_bytes(2, "big")
-        return tunnel.flows.get(quote.destination + quote.source + ports)
+        return tunnel.lifts.get(quote.destination + quote.source + ports)
 
 
-def _forward(flow: Flow) -> Rewrite:
+def _forward(flow: TcpLift) -> Rewrite:
     """The flow's rewrite towards the private namespace."""
     size = 4 if flow.family == 4 else 16
     return Rewrite(

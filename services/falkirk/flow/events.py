@@ -17,9 +17,10 @@ import msgspec
 
 from falkirk.api.flow.v1 import flow_service_pb2 as pb
 from falkirk.api.net.v1 import net_pb2
-from falkirk.flow.messages import TREATMENTS
+from falkirk.flow.messages import PROTOCOLS, TREATMENTS
 from falkirk.flow.spool import AuditRecord
 from falkirk.runtime import telemetry
+from falkirk.wire.protocol import number as protocol_number
 
 QUEUE: Final = 10_000
 """Events that wait for one watcher."""
@@ -123,6 +124,7 @@ def nanoseconds(text: str) -> int:
 def flow_of_record(record: AuditRecord) -> tuple[pb.WatchResponse.Event, pb.Flow]:
     """A record as an event."""
     event, state = _EVENTS[record.event]
+    number = protocol_number(record.protocol)
     flow = pb.Flow(
         id=record.flow_id,
         key=net_pb2.FlowKey(
@@ -130,8 +132,8 @@ def flow_of_record(record: AuditRecord) -> tuple[pb.WatchResponse.Event, pb.Flow
             source_port=record.source_port,
             destination_address=record.destination,
             destination_port=record.destination_port,
-            protocol=net_pb2.PROTOCOL_TCP,
-            protocol_number=6,
+            protocol=PROTOCOLS.get(number, net_pb2.PROTOCOL_OTHER) if record.protocol else net_pb2.PROTOCOL_UNSPECIFIED,
+            protocol_number=max(number, 0),
         ),
         state=state,
         tunnel_id=record.tunnel_id,

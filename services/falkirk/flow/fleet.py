@@ -117,7 +117,7 @@ class Fleet:
 
     def terminate(self, worker: int, record: LiveRecord, reason: str) -> bool:
         """Ask a worker to end a flow; False where the worker is away."""
-        return self.pool.send(worker, encode([control.Terminate(record.slot, record.flow_id, reason)]))
+        return self.pool.send(worker, encode([control.Terminate(record.tunnel, record.key, record.flow_id, reason)]))
 
     def processes(self) -> list[net_pb2.ProcessInfo]:
         """The workers' processes."""
@@ -151,7 +151,9 @@ class Fleet:
         return None
 
     def slot_address(self, worker: int, record: LiveRecord) -> str:
-        """The slot's address in the private namespace."""
+        """The slot's address in the private namespace; empty for a flow without one."""
+        if not record.slot:
+            return ""
         address = self._plan.address4 if record.family == 4 else self._plan.address6
         return address_text(address(worker, record.slot))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.decision import Decision, Outcome, authorise, resolve
-from falkirk.flow.table import Flow, Tunnel
+from falkirk.flow.table import TcpLift, Tunnel
 from falkirk.flow.tracker import ACK, FIN, RST, SYN
 from falkirk.wire import ipv4, vnet
 from falkirk.wire.malformed import MalformedPacket
@@ -78,7 +78,7 @@ class Ingress:
                 tunnel, lane, packet, "udp_not_built" if packet.protocol == UDP else "protocol_not_built"
             )
 
-    def vnet(self, lane: Lane, flow: Flow, l4: int, end: int) -> bool:
+    def vnet(self, lane: Lane, flow: TcpLift, l4: int, end: int) -> bool:
         """Whether the virtio-net header tells the truth about the segment; counted where not. The tunnel's word is not trusted."""
         header = lane.view[:HEADER].tobytes()
         if self._vnet(lane, flow.tunnel, l4, end, 4 if l4 == 30 else 6):
@@ -150,18 +150,11 @@ class Ingress:
             # It would be kept while the upstream is dialled; no TCP sends so much before it is connected.
             worker.drop("syn_too_large")
             return
-        if not worker.ready:
+        if not worker.pair.ready:
             # The client tries again within a second.
             worker.drop("not_ready")
             return
-        at = (packet.destination, packet.destination_port, TCP)
-        decision = tunnel.memo.get(at)
-        timing = (0, 0)
-        if decision is None:
-            decision, timing = self._decide(tunnel, packet)
-            if len(tunnel.memo) >= MEMO:
-                tunnel.memo.clear()
-            tunnel.memo[at] = decision
+        decision, timing = self.decide(tunnel, packet.destination, packet.destination_port, TCP)
         data = lane.view[:end].tobytes()
         if decision.outcome is Outcome.LIFT:
             worker.tracker.begin(lane, tunnel, key, decision, data, timing)
@@ -170,17 +163,27 @@ class Ingress:
             worker.answers.reset(tunnel, data)
         else:
             worker.answers.no_route(tunnel, data)
-        worker.tracker.refused(tunnel, key, decision, decision.reason, decision.why)
+        worker.lifecycle.refused(tunnel, key, decision, decision.reason, decision.why)
 
-    def _decide(self, tunnel: Tunnel, packet: Packet) -> tuple[Decision, tuple[int, int]]:
+    def decide(self, tunnel: Tunnel, destination: bytes, port: int, protocol: int) -> tuple[Decision, tuple[int, int]]:
+        """The decision on a new flow, remembered a tunnel; and how long route and rule took, zeros where it was remembered."""
+        at = (destination, port, protocol)
+        known = tunnel.memo.get(at)
+        if known is not None:
+            return known, (0, 0)
         worker = self._worker
         begun = worker.clock()
-        route = resolve(worker.routes, tunnel.context, packet.destination)
-        resolved = worker.clock()
+        route = resolve(worker.routes, tunnel.context, destination, protocol)
+        resolved = decided = worker.clock()
         if isinstance(route, Decision):
-            return route, (resolved - begun, 0)
-        decision = authorise(worker.rules, route, tunnel.context, packet.destination, packet.destination_port, TCP)
-        return decision, (resolved - begun, worker.clock() - resolved)
+            decision = route
+        else:
+            decision = authorise(worker.rules, route, tunnel.context, destination, port, protocol)
+            decided = worker.clock()
+        if len(tunnel.memo) >= MEMO:
+            tunnel.memo.clear()
+        tunnel.memo[at] = decision
+        return decision, (resolved - begun, decided - resolved)
 
     @staticmethod
     def _strip(lane: Lane, packet: Packet, end: int, plain: int) -> int:

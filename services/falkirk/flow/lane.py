@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.counters import FORWARDED, RECEIVED
 from falkirk.flow.slots import SlotPool
-from falkirk.flow.table import IPV6, Flow, State, Tunnel
+from falkirk.flow.table import IPV6, State, TcpLift, Tunnel
 from falkirk.wire.context import Framing
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Lane:
         self.pool = pool
         self.first_slot = first_slot
         """The slot number of index 0 of this kind."""
-        self.flows: list[Flow | None] = [None] * slots
+        self.flows: list[TcpLift | None] = [None] * slots
         """Flows by the index of their slot."""
         self.tun = -1
         self.slot_base = 0
@@ -101,7 +101,7 @@ class Lane:
         words = self.words
         first = buffer[10]
         if first == 0x45 and buffer[19] == 6 and end >= 50:
-            flow = tunnel.flows.get(view[22:34].tobytes())
+            flow = tunnel.lifts.get(view[22:34].tobytes())
             if (
                 flow is None
                 or end - 10 != buffer[12] << 8 | buffer[13]
@@ -113,7 +113,7 @@ class Lane:
                 return self.worker.ingress.packet(self, tunnel, end)
             l4 = 30
         elif first >> 4 == 6 and buffer[16] == 6 and end >= 70:
-            flow = tunnel.flows.get(view[18:54].tobytes())
+            flow = tunnel.lifts.get(view[18:54].tobytes())
             if flow is None or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2:
                 return self.worker.ingress.packet(self, tunnel, end)
             l4 = 50
@@ -210,7 +210,7 @@ class Lane:
             worker.tracker.segment_down(flow, buffer, l4, end)
         return None
 
-    def rewrite_back(self, flow: Flow | Orphan, l4: int) -> None:
+    def rewrite_back(self, flow: TcpLift | Orphan, l4: int) -> None:
         """Give a segment from the private namespace the initiator's view of its signature."""
         words = self.words
         if l4 == 30:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from falkirk.flow.keys import key_of, lift_key, signature
+
 HEADER: Final = struct.Struct("<8sIIQQII")
 """magic, version, capacity, epoch, places in use so far, slot cursor of the vnet pool, of the raw pool."""
 HEADER_SIZE: Final = 4096
@@ -37,7 +39,8 @@ _CURSORS: Final = struct.Struct("<II")
 
 @dataclass(frozen=True, slots=True)
 class LiveRecord:
-    """One live flow. Addresses are packed; times are wall-clock nanoseconds; `sequence` is its started record's."""
+    """One live flow. Addresses are packed; times are wall-clock nanoseconds; `sequence` is its started record's; a `slot` of 0
+    is none."""
 
     index: int
     state: int
@@ -61,6 +64,12 @@ class LiveRecord:
     route_id: bytes
     rule: str
 
+    @property
+    def key(self) -> bytes:
+        """Its key in its tunnel; only a lifted TCP flow has a slot."""
+        ends = self.source, self.destination, self.source_port, self.destination_port
+        return lift_key(*ends) if self.slot else key_of(self.protocol, *ends)
+
 
 class LiveTable:
     """The worker's side: a fresh file in place of the predecessor's, which leaves its slot pools' `cursors`."""
@@ -75,6 +84,11 @@ class LiveTable:
         self.capacity = capacity
         self._free: list[int] = []
         self._high_water = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no place left."""
+        return not self._free and self._high_water == self.capacity
 
     def claim(self) -> int | None:
         """A place for a flow, or None where the table is full."""
@@ -100,23 +114,23 @@ class LiveTable:
         route_id: bytes,
         rule: bytes,
     ) -> None:
-        """Fill a claimed place with a new TCP flow; `key` is its signature, `rule` is cut to `RULE_BYTES`."""
+        """Fill a claimed place with a new flow; `key` is its signature, `rule` is cut to `RULE_BYTES`."""
         at = HEADER_SIZE + index * RECORD_SIZE
-        family, size = (4, 4) if len(key) == 12 else (6, 16)
+        protocol, source, destination, source_port, destination_port = signature(key)
         _RECORD.pack_into(
             self._map,
             at,
             0,
-            family,
+            4 if len(source) == 4 else 6,
             kind,
-            6,
+            protocol,
             tunnel,
             slot,
-            key[-4] << 8 | key[-3],
-            key[-2] << 8 | key[-1],
+            source_port,
+            destination_port,
             flow_id,
-            key[:size],
-            key[size : 2 * size],
+            source,
+            destination,
             sequence,
             start,
             start,

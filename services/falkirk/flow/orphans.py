@@ -1,6 +1,6 @@
 """What a predecessor left: streams whose flow worker died.
 
-Its live table names them. Each gets the `ended` record that it lacks (reason `tracker_lost`, counts as of the last
+Its live table names them. Each flow of any protocol gets the `ended` record that it lacks (reason `tracker_lost`, counts as of the last
 checkpoint), unless its start was never written, or its end was. Each slot that was in use rests. The upgrader resets the
 streams; their RSTs come out of the TUN devices and are led back by `back` and the deltas kept here.
 
@@ -32,7 +32,7 @@ import msgspec
 from falkirk.flow import records
 from falkirk.flow.live import LiveReader, LiveRecord
 from falkirk.flow.spool import last_epoch, last_words, repair
-from falkirk.flow.table import Flow, native_sum
+from falkirk.flow.table import TcpLift, native_sum
 from falkirk.wire.build import segment
 from falkirk.wire.context import Framing, TunnelContext
 from falkirk.wire.slots import FIRST_INDEX, SlotPlan
@@ -49,7 +49,7 @@ TRIES: Final = 3
 
 
 class Orphan(msgspec.Struct, frozen=True, gc=False):
-    """How the way back of a lost stream rewrites a packet; the names are those of `falkirk.flow.table.Flow`."""
+    """How the way back of a lost stream rewrites a packet; the names are those of `falkirk.flow.table.TcpLift`."""
 
     tunnel: int
     back: bytes
@@ -108,8 +108,9 @@ class Orphans:
         self.cursors = table.cursors
         for record in table:
             self._records.append(record)
-            self.tunnels.add(record.tunnel)
-            self._by_slot[record.slot] = self._orphan(record)
+            if record.slot:
+                self.tunnels.add(record.tunnel)
+                self._by_slot[record.slot] = self._orphan(record)
         table.close()
 
     def _orphan(self, record: LiveRecord) -> Orphan:
@@ -117,8 +118,8 @@ class Orphans:
         framing = Framing.RAW if record.kind else Framing.VNET
         one = plan.slot(framing, 1)
         address = plan.address4 if record.family == 4 else plan.address6
-        ports = record.source_port.to_bytes(2, "big") + record.destination_port.to_bytes(2, "big")
-        key = record.source + record.destination + ports
+        key = record.key
+        ports = key[-4:]
         back = record.destination + record.source + ports[2:] + ports[:2]
         inside = address(self._number, record.slot) + address(self._number, one)
         addresses = (native_sum(record.source + record.destination) - native_sum(inside)) % 0xFFFF
@@ -134,12 +135,11 @@ class Orphans:
             flow_id = record.flow_id.hex()
             if record.sequence > words.sequence or flow_id in words.ended:
                 continue
-            ports = record.source_port.to_bytes(2, "big") + record.destination_port.to_bytes(2, "big")
             worker.write_record(
                 "ended",
                 record.flow_id,
                 records.of_tunnel(record.tunnel, self._contexts.get(record.tunnel))
-                + records.of_key(record.source + record.destination + ports)
+                + records.of_key(record.key)
                 + records.of_rule(record.rule)
                 + records.of_reason("tracker_lost")
                 + records.of_counts(
@@ -185,7 +185,7 @@ class Orphans:
             return None
         return msgspec.structs.replace(orphan, delta_all=(orphan.delta_all + native_sum(listener_port)) % 0xFFFF)
 
-    def reset(self, worker: Worker, flow: Flow) -> None:
+    def reset(self, worker: Worker, flow: TcpLift) -> None:
         """Tell the client of a flow whose upgrader is gone, where the kernel's RST hasn't."""
         if flow.held is not None:
             packet, flow.held = flow.held, None
@@ -196,7 +196,7 @@ class Orphans:
 
     def each_second(self, worker: Worker) -> None:
         """Look for clients that haven't been told yet, once the upgrader has been asked to reset everything."""
-        if self._by_slot and worker.ready:
+        if self._by_slot and worker.pair.ready:
             here = [slot for slot, orphan in self._by_slot.items() if orphan.tunnel in worker.tunnels]
             for slot in here[:PROBES]:
                 orphan = self._by_slot.pop(slot)
@@ -216,7 +216,7 @@ class Orphans:
         for number, back, tries in silent:
             tunnel = worker.tunnels.get(number)
             if tunnel is not None and tries:
-                sent = worker.say(tunnel, _probe(back), counted=False)
+                sent = worker.tunnels.say(tunnel, _probe(back), counted=False)
                 self._silent.append((number, back, tries - sent))
 
 

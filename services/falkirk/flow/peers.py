@@ -170,11 +170,11 @@ class OnrampLink(Link):
             match message:
                 case Hello() if greeted:
                     self.onramp = message.worker
-                    self._worker.onramp_arrived(self)
+                    self._worker.tunnels.onramp_arrived(self)
                 case Adopt():
                     self._adopt(message, fds)
                 case TunnelClosed():
-                    self._worker.close_tunnel(message.tunnel, message.reason)
+                    self._worker.tunnels.close(message.tunnel, message.reason)
 
     def _adopt(self, message: Adopt, fds: list[int]) -> None:
         refusal: tuple[str, str] | None = ("NO_DESCRIPTOR", "the tunnel's descriptor got lost: too many are open")
@@ -183,7 +183,7 @@ class OnrampLink(Link):
             os.close(fds.pop(0))
             refusal = None
         elif fds:
-            refusal = self._worker.adopt(self, message, fds[0])
+            refusal = self._worker.tunnels.adopt(self, message, fds[0])
             if refusal is None:
                 del fds[0]
             else:
@@ -220,12 +220,12 @@ class UpgraderLink(Link):
                 case Devices():
                     check_devices(message, fds)
                     devices, fds[:2] = fds[:2], []
-                    self._worker.paired(self, message, devices)
+                    self._worker.pair.paired(self, message, devices)
 
     def over(self, why: str) -> None:
         """The peer is gone, or refused."""
         super().over(why)
-        self._worker.unpaired(self)
+        self._worker.pair.unpaired(self)
 
 
 def check(hello: Hello, role: str, seen: dict[int, int]) -> None:

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from falkirk.flow.keys import signature
 from falkirk.flow.text import address_text
 from falkirk.wire.context import TunnelContext
+from falkirk.wire.protocol import name as protocol_name
 
 if TYPE_CHECKING:
     from falkirk.flow.decision import Decision
@@ -63,12 +65,11 @@ def of_reason(reason: str) -> str:
 
 
 def of_key(key: bytes) -> str:
-    """A TCP flow's signature: 12 or 36 bytes, as they stand in the packet."""
-    size = 4 if len(key) == 12 else 16
-    source_port, destination_port = key[-4] << 8 | key[-3], key[-2] << 8 | key[-1]
+    """A flow's signature."""
+    protocol, source, destination, source_port, destination_port = signature(key)
     return (
-        f',"protocol":"tcp","source":"{address_text(key[:size])}","source_port":{source_port}'
-        f',"destination":"{address_text(key[size : 2 * size])}","destination_port":{destination_port}'
+        f',"protocol":"{protocol_name(protocol)}","source":"{address_text(source)}","source_port":{source_port}'
+        f',"destination":"{address_text(destination)}","destination_port":{destination_port}'
     )
 
 

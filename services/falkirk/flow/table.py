@@ -1,7 +1,8 @@
 """Flows and tunnels as a worker holds them, and the timers that end what is idle. PURE.
 
-A tunnel has a dict from the signature's bytes, sliced out of the packet, to its flow: for IPv4 the 12 bytes of
-addresses and ports, for IPv6 the 36. A flow carries all that the fast path needs, computed once: the twelve (or
+A tunnel has a dict from the signature's bytes to its flow, of every protocol (see `falkirk.flow.keys`). What all flows have
+(whose they are, what was decided, counts, timers) is `Flow`; how one ends is known by its `Owner`: the tracker for lifted TCP,
+others for other kinds. A lifted TCP flow carries all that the fast path needs, computed once: the twelve (or
 thirty-six) bytes to write over the signature each way, and the RFC 1624 deltas of the checksums.
 
 A complete checksum is the complement of its sum, so it takes the opposite direction's delta: HC' = ~(~HC + d) is HC - d
@@ -11,10 +12,12 @@ fields are read in that order too, so nothing is swapped.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from enum import IntEnum
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
+from falkirk.flow.keys import signature
 from falkirk.flow.records import of_tunnel
 from falkirk.wire.context import Framing, TunnelContext
 
@@ -40,34 +43,20 @@ def native_sum(data: bytes) -> int:
 
 
 class Flow:
-    """One flow. `forward` and `back` replace the signature's bytes; deltas are for `forward`, their negatives for `back`."""
+    """One flow of any protocol. The initiator's view: `up` is from it, `down` to it."""
 
     __slots__ = (
-        "back",
         "bucket",
         "bytes_down",
         "bytes_up",
         "decision",
-        "delta_addresses",
-        "delta_addresses_back",
-        "delta_all",
-        "delta_all_back",
-        "fin_acked_down",
-        "fin_acked_up",
-        "fin_down",
-        "fin_up",
         "flow_id",
-        "forward",
-        "held",
         "index",
         "key",
-        "long_rest",
-        "over",
+        "owner",
         "packets_down",
         "packets_up",
-        "port",
         "reason",
-        "reset",
         "sequence",
         "slot",
         "span_id",
@@ -76,16 +65,118 @@ class Flow:
         "state",
         "tick",
         "tunnel",
+    )
+
+    def __init__(self, owner: Owner[Any], tunnel: Tunnel, key: bytes) -> None:
+        self.owner = owner
+        """Who knows how it ends."""
+        self.tunnel = tunnel
+        self.key = key
+        self.index = -1
+        """Its place in the live table."""
+        self.slot = 0
+        """Its NAT slot's number; 0 where it has none."""
+        self.state = State.HELD
+        self.tick = 0
+        """The second of the last packet (of the last outbound one where only those count)."""
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.packets_up = 0
+        self.packets_down = 0
+        self.bucket = 0
+        self.reason = ""
+        self.flow_id = b""
+        self.sequence = 0
+        self.start = 0
+        self.start_wall = 0
+        self.span_id = b""
+        self.decision: Decision | None = None
+
+    @property
+    def protocol(self) -> int:
+        """The IP protocol's number."""
+        return signature(self.key).protocol
+
+    @property
+    def family(self) -> int:
+        """4 or 6."""
+        return 4 if len(self.key) < 16 else 6
+
+    @property
+    def source(self) -> bytes:
+        """The initiator's address."""
+        return self.key[:4] if len(self.key) < 16 else self.key[:16]
+
+    @property
+    def destination(self) -> bytes:
+        """The destination's address."""
+        return self.key[4:8] if len(self.key) < 16 else self.key[16:32]
+
+    @property
+    def source_port(self) -> int:
+        """The initiator's port; an echo's identifier."""
+        return signature(self.key).source_port
+
+    @property
+    def destination_port(self) -> int:
+        """The destination's port."""
+        return signature(self.key).destination_port
+
+
+F = TypeVar("F", bound=Flow)
+
+
+class Owner(ABC, Generic[F]):
+    """What knows how flows of one kind end. Whatever takes a flow out of the tables is `falkirk.flow.lifecycle`."""
+
+    @abstractmethod
+    def end(self, flow: F, reason: str) -> None:
+        """End a live flow and tell both sides, in the words that its protocol has. It may take some turns."""
+
+    @abstractmethod
+    def cut(self, flow: F, reason: str) -> None:
+        """End it at once: its tunnel is gone, and nobody is there to be told."""
+
+    @abstractmethod
+    def bereave(self, flow: F, reason: str) -> None:
+        """The upgrader is gone, with all that it held of the flow: end it at once where it can't do without."""
+
+    @abstractmethod
+    def expire(self, flow: F) -> None:
+        """The wheel's turn for this flow has come: end it where it is idle, or place it anew."""
+
+    @abstractmethod
+    def release(self, flow: F, reason: str) -> None:
+        """It has been taken out of the tables: give back what it held."""
+
+
+class TcpLift(Flow):
+    """A lifted TCP flow. `forward` and `back` replace the signature's bytes; deltas are for `forward`, their negatives for `back`."""
+
+    __slots__ = (
+        "back",
+        "delta_addresses",
+        "delta_addresses_back",
+        "delta_all",
+        "delta_all_back",
+        "fin_acked_down",
+        "fin_acked_up",
+        "fin_down",
+        "fin_up",
+        "forward",
+        "held",
+        "long_rest",
+        "over",
+        "port",
+        "reset",
         "vnet_ok",
         "vnet_put",
     )
 
-    def __init__(self, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, index: int) -> None:
+    def __init__(self, owner: Owner[TcpLift], tunnel: Tunnel, key: bytes, forward: bytes, slot: int) -> None:
+        super().__init__(owner, tunnel, key)
         size = 8 if len(key) == 12 else 32
-        self.tunnel = tunnel
-        self.key = key
         self.slot = slot
-        self.index = index
         self.forward = forward
         half = size // 2
         self.back = key[half:size] + key[:half] + key[size + 2 :] + key[size : size + 2]
@@ -98,20 +189,12 @@ class Flow:
         self.delta_all_back = -everything % 0xFFFF
         self.port = int.from_bytes(key[size : size + 2], "little") | (size == 32) * IPV6
         """The initiator's port in native order, and `IPV6`: what a segment from the slot's kernel is known by."""
-        self.state = State.HELD
         self.held: bytes | None = None
         """The first packet behind its virtio-net header, while the upstream is dialled."""
         self.vnet_ok = b""
         """The last virtio-net header from the tunnel that was found to be true."""
         self.vnet_put = b""
         """Its normal form, which goes on."""
-        self.tick = 0
-        """The second of the last packet."""
-        self.bytes_up = 0
-        self.bytes_down = 0
-        self.packets_up = 0
-        self.packets_down = 0
-        self.bucket = 0
         self.fin_up: int | None = None
         """The sequence number that acknowledges the initiator's FIN, once it has passed."""
         self.fin_down: int | None = None
@@ -123,38 +206,6 @@ class Flow:
         """A RST has passed towards the initiator."""
         self.over = False
         """The upgrader has nothing more of this slot."""
-        self.reason = ""
-        self.flow_id = b""
-        self.sequence = 0
-        self.start = 0
-        self.start_wall = 0
-        self.span_id = b""
-        self.decision: Decision | None = None
-
-    @property
-    def family(self) -> int:
-        """4 or 6."""
-        return 4 if len(self.key) == 12 else 6
-
-    @property
-    def source(self) -> bytes:
-        """The initiator's address."""
-        return self.key[:4] if len(self.key) == 12 else self.key[:16]
-
-    @property
-    def destination(self) -> bytes:
-        """The destination's address."""
-        return self.key[4:8] if len(self.key) == 12 else self.key[16:32]
-
-    @property
-    def source_port(self) -> int:
-        """The initiator's port."""
-        return int.from_bytes(self.key[-4:-2], "big")
-
-    @property
-    def destination_port(self) -> int:
-        """The destination's port."""
-        return int.from_bytes(self.key[-2:], "big")
 
 
 class DeviceCounts:
@@ -181,6 +232,7 @@ class Tunnel:
         "icmp_left",
         "icmp_tick",
         "id",
+        "lifts",
         "memo",
         "mtu",
         "queue",
@@ -206,6 +258,9 @@ class Tunnel:
         self.row = row
         """The tenant's row in the shared counts."""
         self.flows: dict[bytes, Flow] = {}
+        """Flows that it initiated, of every protocol, by their keys."""
+        self.lifts = cast("dict[bytes, TcpLift]", self.flows)
+        """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else."""
         self.memo: dict[tuple[bytes, int, int], Decision] = {}
         self.queue: deque[bytes] = deque()
         self.queued = 0

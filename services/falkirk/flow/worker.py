@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import resource
 import select
 import socket
@@ -31,43 +30,32 @@ from falkirk.flow.drain import Drain
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.ingress import Ingress
-from falkirk.flow.lane import BUDGET, ZERO_HEADER, Lane
+from falkirk.flow.lane import Lane
+from falkirk.flow.lifecycle import Lifecycle
 from falkirk.flow.limits import TenantCounts
 from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
+from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
-from falkirk.flow.table import DeviceCounts, Flow, Tunnel, Wheel
+from falkirk.flow.table import Flow, TcpLift, Wheel
 from falkirk.flow.tracker import Tracker
+from falkirk.flow.tunnels import Tunnels
 from falkirk.linux import scheduling, seqpacket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import (
-    Abort,
-    AbortAll,
-    Adopt,
-    Devices,
-    Held,
     Hello,
     Message,
-    Traced,
-    TunnelClosed,
     encode,
 )
 from falkirk.wire.slots import FIRST_INDEX, SlotPlan
 
 SECOND: Final = 1_000_000_000
-ADOPTION: Final = SECOND
-"""How long a restarted worker waits for its predecessor's tunnels before it resets their streams."""
 TELL: Final = SECOND // 10
 """How often the parent is told that the spool has grown, at most: each telling costs it a read and a message to policy."""
-MIN_MTU: Final = 576
-MAX_MTU: Final = 65535
-TENANT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-MAX_TRACED: Final = 1024
-"""Datagrams waiting for an on-ramp, beyond which it isn't told of sampled flows."""
 SPOOLED: Final = encode([control.Spooled()])
 
 
@@ -88,11 +76,12 @@ class Worker:
         self._spooled_at = 0
         self._untold = False
         self.flow_count = 0
-        self.ready = False
         self.draining = False
         """New flows are refused: the worker is about to end (`drain`)."""
         self.drain = Drain(self)
-        self.tunnels: dict[int, Tunnel] = {}
+        self.tunnels = Tunnels(self)
+        self.deliver = self.tunnels.deliver
+        self.pair = UpgraderPair(self)
         self.dirty: list[Flow] = []
         self.released: list[int] = []
         self.to_upgrader: list[Message] = []
@@ -105,14 +94,11 @@ class Worker:
         self.wheel = Wheel(self.second)
         self.tenants = TenantCounts(tenants_fd, start.workers, start.worker)
         self._epoll = select.epoll()
-        self._handlers: dict[int, Callable[[int], None]] = {}
+        self.handlers: dict[int, Callable[[int], None]] = {}
+        """By descriptor; see `watch`."""
         self._parent = parent
         self._to_parent: deque[bytes] = deque()
-        self._devices: dict[str, DeviceCounts] = {}
         self._plan = SlotPlan(start.workers)
-        self._upgrader: peers.UpgraderLink | None = None
-        self._next_dial = 0
-        self._lost_at: int | None = None
         self.listener_port = b""
         self._generation = time.time_ns()
         self._alive = True
@@ -129,13 +115,13 @@ class Worker:
         self._untold = self.spool.sequence > 0
         live = data / "live" / f"worker-{start.worker}"
         self.live = LiveTable(live, self.settings.max_flows, epoch, self.orphans.cursors)
-        self._lanes = {framing: self._lane(framing) for framing in Framing}
-        self.tracker = Tracker(self, Randomness())
+        self.lanes = {framing: self._lane(framing) for framing in Framing}
+        self.lifecycle = Lifecycle(self, Randomness())
+        self.tracker = Tracker(self)
         self.answers = Answers(self)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
-        self._adoption_deadline = self.now + ADOPTION
         self._listen()
 
     # set-up
@@ -180,7 +166,7 @@ class Worker:
     def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with epoll's mask from now on."""
         self._epoll.register(fd, events)
-        self._handlers[fd] = handler
+        self.handlers[fd] = handler
 
     def rewatch(self, fd: int, events: int) -> None:
         """Change what is waited for."""
@@ -188,7 +174,7 @@ class Worker:
 
     def unwatch(self, fd: int) -> None:
         """Stop calling."""
-        if self._handlers.pop(fd, None) is not None:
+        if self.handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
     def run(self) -> None:
@@ -198,7 +184,7 @@ class Worker:
                 self.turn(0)
             elif self._untold:
                 self.turn(TELL / SECOND)
-            elif self.ready and self._upgrader is not None:
+            elif self.pair.whole:
                 self.turn(1.0)
             else:
                 self.turn(peers.RETRY / SECOND)
@@ -213,19 +199,19 @@ class Worker:
         if now >= self._next_second:
             self._each_second()
         for fd, mask in events:
-            handler = self._handlers.get(fd)
+            handler = self.handlers.get(fd)
             if handler is not None:
                 handler(mask)
         self._end_of_turn()
 
     def die(self) -> None:
         """Close every descriptor, and tidy nothing: what a kill does."""
-        for fd in list(self._handlers):
+        for fd in list(self.handlers):
             self.unwatch(fd)
         self._epoll.close()
-        for link in (*self.onramps, *([self._link] if self._link else [])):
+        for link in (*self.onramps, *([self.pair.dialled] if self.pair.dialled else [])):
             link.sock.close()
-        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self._lanes.values())):
+        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self.lanes.values())):
             if fd >= 0:
                 os.close(fd)
         self._listener.close()
@@ -236,8 +222,8 @@ class Worker:
     def _end_of_turn(self) -> None:
         if self.tracker.finished:
             self.tracker.end_of_turn()
-        if self._upgrader is None or self._lost_at is not None or not self.ready:
-            self._mend()
+        if not self.pair.whole:
+            self.pair.mend()
         if self.snapshots.loading:
             self.snapshots.step()
         if self.spool.pending or self.spool.stuck:
@@ -245,14 +231,14 @@ class Worker:
                 # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
                 return
             self._untold = True
-            self.live.cursors(*(self._lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
+            self.live.cursors(*(self.lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
         if self._untold and self.now - self._spooled_at >= TELL:
             self._spooled_at = self.now
             self._untold = False
             self._to_parent.append(SPOOLED)
         if self.to_upgrader:
-            if self._upgrader is not None:
-                self._upgrader.send(self.to_upgrader)
+            if self.pair.link is not None:
+                self.pair.link.send(self.to_upgrader)
             self.to_upgrader = []
         if self.released:
             for index in self.released:
@@ -276,21 +262,22 @@ class Worker:
         self.second = self.now // SECOND
         self._next_second = (self.second + 1) * SECOND
         self._wall_offset = time.time_ns() - time.monotonic_ns()
-        self.tracker.expire()
-        self.tracker.checkpoint()
+        self.lifecycle.expire()
+        self.lifecycle.checkpoint()
         self.orphans.each_second(self)
-        self._gauges()
+        self.gauges()
         if self.spool.stuck:
             self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")
 
-    def _gauges(self) -> None:
-        vnet, raw = self._lanes[Framing.VNET].pool, self._lanes[Framing.RAW].pool
+    def gauges(self) -> None:
+        """Publish what there is now."""
+        vnet, raw = self.lanes[Framing.VNET].pool, self.lanes[Framing.RAW].pool
         self.counts[counters.FLOWS] = self.flow_count
         self.counts[counters.SLOTS_ACTIVE] = vnet.active + raw.active
         self.counts[counters.SLOTS_RESTING] = vnet.resting + raw.resting
         self.counts[counters.SLOTS_TOTAL] = vnet.size + raw.size
         self.counts[counters.TUNNELS] = len(self.tunnels)
-        self.counts[counters.PAIRED] = self._upgrader is not None
+        self.counts[counters.PAIRED] = self.pair.link is not None
 
     def write_record(self, event: str, flow_id: bytes, parts: str) -> int:
         """Queue an audit record (see `falkirk.flow.records`); returns its sequence number."""
@@ -314,11 +301,11 @@ class Worker:
 
     def lane(self, framing: Framing) -> Lane:
         """The lane of a framing."""
-        return self._lanes[framing]
+        return self.lanes[framing]
 
-    def flow_of(self, slot: int) -> Flow | None:
+    def flow_of(self, slot: int) -> TcpLift | None:
         """The live flow of a slot number."""
-        for lane in self._lanes.values():
+        for lane in self.lanes.values():
             index = slot - lane.first_slot
             if 0 <= index < len(lane.flows):
                 return lane.flows[index]
@@ -333,208 +320,14 @@ class Worker:
         """What follows the slot's address in the rewritten signature: listener's address, client's port, listener's port."""
         return self.slot_address(self._plan.slot(lane.framing, 1), len(key)) + key[-4:-2] + self.listener_port
 
-    def inject(self, flow: Flow, packet: bytes) -> None:
+    def inject(self, flow: TcpLift, packet: bytes) -> None:
         """Send a held packet (behind its virtio-net header) on its way."""
-        lane = self._lanes[flow.tunnel.framing]
+        lane = self.lanes[flow.tunnel.framing]
         lane.view[: len(packet)] = packet
         lane.up(flow.tunnel, len(packet))
 
-    def say(self, tunnel: Tunnel, packet: bytes, *, counted: bool = True) -> bool:
-        """Send a packet of our own to a tunnel."""
-        return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet, counted=counted)
-
-    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True) -> bool:
-        """Send to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped.
-
-        `counted` where it stands for a packet that was received: one that nobody sent us isn't a drop.
-        """
-        if tunnel.fd < 0:
-            if counted:
-                self.drop("tunnel_closed")
-            return False
-        if not tunnel.queue:
-            try:
-                os.write(tunnel.fd, data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                if counted:
-                    self.drop("tunnel_closed")
-                return False
-            else:
-                return True
-        if tunnel.queued + len(data) > self.settings.tunnel_queue_bytes:
-            if counted:
-                self.drop("tunnel_full")
-            return False
-        if not tunnel.queue:
-            self.rewatch(tunnel.fd, peers.READ | select.EPOLLOUT)
-        tunnel.queue.append(bytes(data))
-        tunnel.queued += len(data)
-        return True
-
-    def _drain(self, tunnel: Tunnel) -> None:
-        while tunnel.queue:
-            try:
-                os.write(tunnel.fd, tunnel.queue[0])
-            except BlockingIOError:
-                return
-            except OSError:
-                tunnel.queue.clear()
-                break
-            tunnel.queued -= len(tunnel.queue.popleft())
-        tunnel.queued = 0
-        self.rewatch(tunnel.fd, peers.READ)
-
-    # tunnels
-
-    def adopt(self, link: peers.OnrampLink, message: Adopt, fd: int) -> tuple[str, str] | None:
-        """Read a tunnel from now on; or why not (code, message)."""
-        context = message.context
-        if not (
-            0 < message.tunnel < 1 << 32
-            and MIN_MTU <= message.mtu <= MAX_MTU
-            and TENANT_ID.fullmatch(context.tenant_id)
-        ):
-            return "INVALID", "the tunnel's number, its MTU or its tenant's id can't be one"
-        if not peers.grow(fd):
-            return "INVALID", "the descriptor isn't a SEQPACKET socket"
-        row = self.tenants.row(bytes.fromhex(context.tenant_id.replace("-", "")))
-        if row is None:
-            return "LIMIT", "this node carries as many tenants as it can"
-        device = self._devices.setdefault(context.device_id, DeviceCounts())
-        device.tunnels += 1
-        os.set_blocking(fd, False)
-        tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
-        self.tunnels[message.tunnel] = tunnel
-        lane = self._lanes[message.framing]
-
-        def ready(mask: int) -> None:
-            if mask & select.EPOLLOUT:
-                self._drain(tunnel)
-            if mask & ~select.EPOLLOUT:
-                gone = mask & (select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR) != 0
-                if not lane.from_tunnel(tunnel, gone):
-                    self.close_tunnel(tunnel.id, "closed by the producer")
-
-        self.watch(fd, peers.READ, ready)
-        self.orphans.remember(message.tunnel, context)
-        if message.greeting:
-            self.deliver(tunnel, message.greeting, counted=False)
-        self.tell(control.TunnelOpened(message.tunnel, context, message.framing, message.mtu))
-        return None
-
-    def close_tunnel(self, number: int, reason: str) -> None:
-        """End a tunnel and its flows."""
-        tunnel = self.tunnels.pop(number, None)
-        if tunnel is None:
-            return
-        for flow in list(tunnel.flows.values()):
-            self.to_upgrader.append(Abort(flow.slot))
-            self.tracker.finish(flow, "tunnel_closed")
-        self.unwatch(tunnel.fd)
-        os.close(tunnel.fd)
-        tunnel.fd = -1
-        tunnel.device.tunnels -= 1
-        if not tunnel.device.tunnels:
-            self._devices.pop(tunnel.context.device_id, None)
-        for link in self.onramps:
-            link.send([TunnelClosed(number, reason)])
-        self.tell(control.TunnelEnded(number))
-        self.log.info("tunnel_closed", tunnel=number, reason=reason)
-
-    def onramp_arrived(self, link: peers.OnrampLink) -> None:
-        """A (new) on-ramp said hello: give it copies of what is read here."""
-        link.send([self._hello()])
-        for tunnel in self.tunnels.values():
-            link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu), tunnel.fd)
-
-    def trace(self, flow: Flow) -> None:
-        """A sampled flow began: let the on-ramp add its span."""
-        for link in self.onramps:
-            if link.backlog < MAX_TRACED:
-                link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, flow.start_wall)])
-
-    # the upgrader
-
-    def paired(self, link: peers.UpgraderLink, message: Devices, fds: list[int]) -> None:
-        """The upgrader worker gave its devices."""
-        if message.workers != self.start.workers:
-            for fd in fds:
-                os.close(fd)
-            self.log.error("workers_differ", flow=self.start.workers, upgrader=message.workers)
-            return
-        self._bereave()
-        self.listener_port = message.listener_port.to_bytes(2, "big")
-        for framing, fd in zip((Framing.VNET, Framing.RAW), fds, strict=True):
-            lane = self._lanes[framing]
-            if lane.tun >= 0:
-                self.unwatch(lane.tun)
-                os.close(lane.tun)
-            os.set_blocking(fd, False)
-            lane.tun = fd
-        # Even from an upgrader that has given some before: its streams went with the devices.
-        self.ready = False
-        self._upgrader = link
-        self._lost_at = None
-        self.counts[counters.PAIRED] = 1
-        self._mend()
-
-    def unpaired(self, link: peers.UpgraderLink) -> None:
-        """The upgrader worker is gone. What its sockets say at their end (RST) still comes out of the devices."""
-        if self._upgrader is link:
-            self._lost_at = self.now
-            self._upgrader = None
-            self.ready = False
-            self._next_dial = self.now
-            self.counts[counters.PAIRED] = 0
-            self.tell(control.Status(paired=False, ready=False))
-
-    def _bereave(self) -> None:
-        """End the flows of an upgrader that is gone; first what its kernel still had to say, which are resets mostly."""
-        self._drain_devices()
-        for tunnel in self.tunnels.values():
-            for flow in list(tunnel.flows.values()):
-                self.orphans.reset(self, flow)
-                self.tracker.finish(flow, "upgrader_lost")
-        self.orphans.probe(self)
-
-    def _drain_devices(self) -> None:
-        for lane in self._lanes.values():
-            while lane.tun >= 0 and lane.from_tun() == BUDGET:
-                pass
-
-    def _mend(self) -> None:
-        """Towards being ready: reach the upgrader, clear what is lost, take new flows."""
-        if self._lost_at is not None and self.now - self._lost_at > SECOND // 2:
-            self._bereave()
-            self._lost_at = None
-        if self._upgrader is None:
-            if self.now >= self._next_dial and not self._dialling():
-                self._next_dial = self.now + peers.RETRY
-                path = Path(self.start.run_dir, "mesh", f"upgrader.worker.{self.start.worker}.sock")
-                self._link = peers.dial_upgrader(self, path, self._hello())
-            return
-        if self.ready or not self.snapshots.complete:
-            return
-        if self.orphans.tunnels - self.tunnels.keys() and self.now < self._adoption_deadline:
-            return
-        # What a predecessor's streams have sent meanwhile fills the devices' queues, and a RST that finds no room is lost.
-        self._drain_devices()
-        self._upgrader.send([AbortAll()])
-        for lane in self._lanes.values():
-            if lane.tun not in self._handlers:
-                self.watch(lane.tun, select.EPOLLIN, lane.readable)
-        self.ready = True
-        self._gauges()
-        self.tell(control.Status(paired=True, ready=True))
-
-    _link: peers.UpgraderLink | None = None
-
-    def _dialling(self) -> bool:
-        return self._link is not None and self._link.sock.fileno() >= 0
-
-    def _hello(self) -> Hello:
+    def hello(self) -> Hello:
+        """What is said first to neighbours."""
         return Hello("flow", self.start.worker, self._generation)
 
     # the parent
@@ -559,9 +352,10 @@ class Worker:
                         self._terminate(message)
 
     def _terminate(self, message: control.Terminate) -> None:
-        flow = self.flow_of(message.slot)
+        tunnel = self.tunnels.get(message.tunnel)
+        flow = tunnel.flows.get(message.key) if tunnel is not None else None
         if flow is not None and flow.flow_id == message.flow_id:
-            self.tracker.abort(flow, f"terminated: {message.reason}" if message.reason else "terminated")
+            flow.owner.end(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
 
 def main(argv: list[str]) -> int:

@@ -14,10 +14,12 @@ import grpc
 from falkirk.api.net.v1 import net_pb2
 from falkirk.api.policy.v1 import policy_service_pb2 as pb
 from falkirk.api.policy.v1 import policy_service_pb2_grpc as pb_grpc
+from falkirk.decide.destination import DestinationDevice
 from falkirk.decide.rules import RuleSource, RuleTable, Verdict, check
 from falkirk.policy.rulebook import TREATMENTS, Rulebook
 from falkirk.policy.store import AuditStore
 from falkirk.runtime import supervised
+from falkirk.runtime.contexts import destination_of_proto
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wire.context import TunnelContext
 
@@ -100,7 +102,7 @@ class PolicyService(pb_grpc.PolicyServiceServicer):
             )
         return table
 
-    def _question(self, question: pb.Question) -> tuple[TunnelContext, bytes, int, int]:
+    def _question(self, question: pb.Question) -> tuple[TunnelContext, bytes, int, int, DestinationDevice]:
         """Raises FalkirkError, INVALID_ARGUMENT or NOT_FOUND. The tenant may be given by its name alone."""
         given = question.context
         tenant_id = given.tenant_id or self._rulebook.tenant_id(given.tenant)
@@ -130,7 +132,8 @@ class PolicyService(pb_grpc.PolicyServiceServicer):
             posture=dict(given.posture),
             attributes=dict(given.attributes),
         )
-        return context, destination, question.destination_port, protocol
+        device = destination_of_proto(question.destination_device)
+        return context, destination, question.destination_port, protocol, device
 
 
 def _address(text: str, field: str) -> bytes:

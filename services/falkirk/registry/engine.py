@@ -257,7 +257,7 @@ class Engine:
         """Ids by field; the fields show names afterwards."""
         found: dict[str, str] = {}
         for reference in kind.references:
-            given = getattr(value, reference.field)
+            given = reference.given(value)
             if not given:
                 continue
             target = BY_NAME[reference.kind]
@@ -272,7 +272,7 @@ class Engine:
                     )
                 pair = self._targets[cached] = (stored.metadata.id, stored.metadata.name)
             found[reference.field] = pair[0]
-            setattr(value, reference.field, pair[1])
+            reference.show(value, pair[1])
         return found
 
     def _stamp(self, value: Value, stored: Value | None) -> None:
@@ -358,7 +358,7 @@ class Engine:
         ).fetchall()
         for number, body, field_name in rows:
             source = kinds.parse(BY_NUMBER[number], body)
-            setattr(source, field_name, name)
+            next(r for r in BY_NUMBER[number].references if r.field == field_name).show(source, name)
             self.resave(BY_NUMBER[number], source)
 
     def _check_unused(self, kind: Kind, stored: Value) -> None:

@@ -31,7 +31,7 @@ RULES = 10_000
 EXPRESSION = 8192
 """Most characters of a rule's expression."""
 
-_BUILT_TARGETS = frozenset({"internet", "blackhole"})
+_BUILT_TARGETS = frozenset({"internet", "device", "blackhole"})
 _BUILT_TREATMENTS = frozenset({net_pb2.TREATMENT_UNSPECIFIED, net_pb2.TREATMENT_L3, net_pb2.TREATMENT_L4})
 _DIAL_LIMIT_MS = 600_000
 
@@ -49,10 +49,27 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A field that names another resource of the same tenant."""
+    """A field that names another resource of the same tenant; inside a message it is a path with dots, as a field in errors is."""
 
     field: str
     kind: str
+
+    def given(self, value: Value) -> str:
+        """What the field says; empty where it, or a message around it, isn't set."""
+        return str(self._at(value)[1])
+
+    def show(self, value: Value, name: str) -> None:
+        """Set a field that is set."""
+        message, _ = self._at(value)
+        setattr(message, self.field.rpartition(".")[2], name)
+
+    def _at(self, value: Value) -> tuple[object, object]:
+        """The message around the field, and the field. Reading makes no message that isn't there."""
+        message: object = value
+        *path, last = self.field.split(".")
+        for part in path:
+            message = getattr(message, part)
+        return message, getattr(message, last)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +181,12 @@ def _judge_route(value: Value) -> None:
     if target not in _BUILT_TARGETS:
         raise Refused(
             Reason.TARGET_NOT_BUILT,
-            f"target.{target}: this version leads packets to {' or '.join(sorted(_BUILT_TARGETS))} only",
+            f"target.{target}: this version leads packets to {', '.join(sorted(_BUILT_TARGETS))} only",
             field=f"target.{target}",
         )
+    if target == "device" and not value.target.device.device:
+        where = "target.device.device"
+        raise Refused(Reason.INVALID_FIELD, f"{where}: names the device that packets go to", field=where)
     if target == "internet":
         internet = value.target.internet
         if internet.egress_address4:
@@ -261,7 +281,7 @@ KINDS: tuple[Kind, ...] = (
         f"{_PACKAGE}RouteService",
         Route,
         _judge_route,
-        (Reference("virtual_network", "virtual_network"),),
+        (Reference("virtual_network", "virtual_network"), Reference("target.device.device", "device")),
         _route_claims,
     ),
     Kind(registry_pb2.KIND_POLICY, "policy", "policies", f"{_PACKAGE}PolicyService", Policy, _judge_policy),

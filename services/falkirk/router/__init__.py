@@ -1,7 +1,7 @@
 """Router: where packets and streams leave.
 
-Routes belong to virtual networks; the registry owns them. The router mirrors tenants, virtual networks and routes, compiles all routes into
-one blob (`falkirk.decide.routes`) and pushes it to where packets are; the same module answers `Resolve` and `Explain` here, so what
+Routes belong to virtual networks; the registry owns them. The router mirrors tenants, virtual networks, users, devices and routes, compiles all
+routes, and every device's own addresses, into one blob (`falkirk.decide.routes`) and pushes it to where packets are; the same module answers `Resolve` and `Explain` here, so what
 you ask is what ran. Every blob carries the registry's revision, unchanged.
 
     registry ─Watch─► replica ─► book ─► compile (a thread) ─► table   Resolve, Explain

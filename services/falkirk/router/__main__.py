@@ -22,7 +22,13 @@ from falkirk.runtime.roads import AlreadyRunning
 from falkirk.runtime.server import Server
 from falkirk.runtime.settings import SettingsError, Shell, arguments
 
-KINDS = (registry.KIND_TENANT, registry.KIND_VIRTUAL_NETWORK, registry.KIND_ROUTE)
+KINDS = (
+    registry.KIND_TENANT,
+    registry.KIND_VIRTUAL_NETWORK,
+    registry.KIND_USER,
+    registry.KIND_DEVICE,
+    registry.KIND_ROUTE,
+)
 
 
 async def serve(shell: Shell, settings: Settings) -> None:

@@ -1,7 +1,8 @@
 """The route book: routes as the registry says them, ready to compile.
 
-Routes name their tenant by id and their virtual network by name; a virtual network that is renamed comes with its routes, renamed too, in
-the same transaction. Each route is converted once, when it changes.
+Routes name their tenant by id, their virtual network and the device that they lead to by name; what is renamed comes with its routes,
+renamed too, in the same transaction. Each route is converted once, when it or its device changes. Devices' own addresses are compiled
+like routes (`falkirk.router.devices`); a route that somebody wrote for exactly such an address takes its place.
 
 Limit: a route that can't be converted (a target that isn't built, a prefix that isn't one) is left out and told by `left_out`.
 """
@@ -16,7 +17,9 @@ from typing import Any, Final
 import structlog
 
 from falkirk.api.registry.v1 import registry_service_pb2, route_service_pb2
+from falkirk.decide.destination import DestinationDevice
 from falkirk.decide.routes import RouteEntry, RouteSource, Target
+from falkirk.router.devices import DeviceBook
 
 log = structlog.get_logger()
 
@@ -38,6 +41,9 @@ class RouteBook:
         self._sources: dict[str, RouteSource] = {}
         self._route_tenants: dict[str, str] = {}
         self._waiting: dict[str, route_service_pb2.Route] = {}
+        self._devices = DeviceBook()
+        self._to_devices: dict[str, route_service_pb2.Route] = {}
+        """Routes that lead to a device; its name and groups stand in their entries."""
 
     def apply(
         self,
@@ -45,7 +51,9 @@ class RouteBook:
         removed: Iterable[registry_service_pb2.Tombstone],
     ) -> None:
         """One transaction."""
-        routes: list[route_service_pb2.Route] = []
+        changed, removed = list(changed), list(removed)
+        routes: dict[str, route_service_pb2.Route] = {}
+        defaults = dict(self._defaults)
         for tombstone in removed:
             self._forget(tombstone.kind, tombstone.id)
         for resource in changed:
@@ -61,14 +69,26 @@ class RouteBook:
                 case "virtual_network":
                     self._add_network(resource.virtual_network)
                 case "route":
-                    routes.append(resource.route)
-        # A route may wait for its virtual network only within a transaction; keep it all the same.
-        for route in (*self._waiting.values(), *routes):
+                    routes[resource.route.metadata.id] = resource.route
+        touched = self._devices.apply(changed, removed)
+        for tenant_id in {*defaults, *self._defaults}:
+            if defaults.get(tenant_id) != self._defaults.get(tenant_id):
+                touched |= self._devices.of_tenant(tenant_id)
+        touched |= self._devices.waiting
+        self._devices.refresh(touched, self._network)
+        # A route may wait for its virtual network or device only within a transaction; keep it all the same.
+        again = self._waiting | {
+            key: route
+            for key, route in self._to_devices.items()
+            if touched and self._devices.find(route.metadata.tenant_id, route.target.device.device) in touched
+        }
+        for route in (again | routes).values():
             self._add_route(route)
 
     def sources(self) -> list[RouteSource]:
         """Everything to compile."""
-        return list(self._sources.values())
+        written = {(source.virtual_network_id, source.entry.prefix) for source in self._sources.values()}
+        return [*self._sources.values(), *self._devices.sources(lambda network, prefix: (network, prefix) in written)]
 
     def left_out(self) -> int:
         """Routes that couldn't be converted."""
@@ -97,6 +117,10 @@ class RouteBook:
             self._sources.pop(identity, None)
             self._route_tenants.pop(identity, None)
             self._waiting.pop(identity, None)
+            self._to_devices.pop(identity, None)
+
+    def _network(self, tenant_id: str, name: str) -> str | None:
+        return self._network_ids.get((tenant_id, name)) if name else self._defaults.get(tenant_id)
 
     def _add_network(self, network: Any) -> None:
         metadata = network.metadata
@@ -108,15 +132,16 @@ class RouteBook:
     def _add_route(self, route: route_service_pb2.Route) -> None:
         metadata = route.metadata
         self._forget(_ROUTE, metadata.id)
-        network = (
-            self._network_ids.get((metadata.tenant_id, route.virtual_network))
-            if route.virtual_network
-            else self._defaults.get(metadata.tenant_id)
-        )
+        network = self._network(metadata.tenant_id, route.virtual_network)
+        device = None
+        if route.target.WhichOneof("target") == "device":
+            self._to_devices[metadata.id] = route
+            identity = self._devices.find(metadata.tenant_id, route.target.device.device)
+            device = self._devices.destination(identity) if identity is not None else None
         try:
             if network is None:
                 raise ValueError(f"virtual network {route.virtual_network} isn't known")
-            source = RouteSource(network, _entry(route, self._connect_timeout_ms))
+            source = RouteSource(network, _entry(route, self._connect_timeout_ms, device))
         except ValueError as error:
             self._waiting[metadata.id] = route
             log.warning("route_left_out", route=metadata.name, tenant=metadata.tenant, why=str(error))
@@ -125,12 +150,17 @@ class RouteBook:
         self._route_tenants[metadata.id] = metadata.tenant_id
 
 
-def _entry(route: route_service_pb2.Route, connect_timeout_ms: int) -> RouteEntry:
-    """ValueError where the target isn't built or an address isn't one."""
+_TARGETS: Final[dict[str, Target]] = {"internet": "internet", "blackhole": "blackhole", "device": "device"}
+
+
+def _entry(route: route_service_pb2.Route, connect_timeout_ms: int, device: DestinationDevice | None) -> RouteEntry:
+    """ValueError where the target isn't built, its device isn't known or an address isn't one."""
     kind = route.target.WhichOneof("target")
-    if kind not in ("internet", "blackhole"):
+    target = _TARGETS.get(kind or "")
+    if target is None:
         raise ValueError(f"target {kind} isn't built")
-    target: Target = "internet" if kind == "internet" else "blackhole"
+    if target == "device" and device is None:
+        raise ValueError(f"device {route.target.device.device} isn't known")
     internet = route.target.internet
     return RouteEntry(
         route_id=route.metadata.id,
@@ -140,6 +170,7 @@ def _entry(route: route_service_pb2.Route, connect_timeout_ms: int) -> RouteEntr
         egress4=_packed(internet.egress_address4),
         egress6=_packed(internet.egress_address6),
         connect_timeout_ms=internet.connect_timeout_ms or connect_timeout_ms,
+        device=device,
     )
 
 

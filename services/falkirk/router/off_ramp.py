@@ -20,7 +20,10 @@ def described(route: RouteEntry | None, destination: bytes) -> str:
         return "blackhole: refused as unreachable"
     why = martian(destination)
     if why is not None:
-        return f"internet: refused, the destination is {why}, which no route may send there"
+        return f"{route.target}: refused, the destination is {why}, which no route may send there"
+    if route.device is not None:
+        name = route.device.device
+        return f"device {name}: forwarded as packets into its newest tunnel; host unreachable while it has none"
     egress = route.egress4 if len(destination) == 4 else route.egress6
     dialled = f"internet: dialled within {route.connect_timeout_ms} ms from "
     if not egress:

@@ -15,6 +15,7 @@ from falkirk.api.router.v1 import router_service_pb2_grpc
 from falkirk.decide.routes import RouteEntry
 from falkirk.router import off_ramp
 from falkirk.router.press import Press
+from falkirk.runtime.contexts import destination_proto
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.replica import ResourceReplica
 
@@ -106,7 +107,11 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
 
 
 def _resolved(entry: RouteEntry) -> pb.ResolvedRoute:
-    if entry.target == "blackhole":
+    device = None
+    if entry.device is not None:
+        target = route_service_pb2.RouteTarget(device=route_service_pb2.DeviceTarget(device=entry.device.device))
+        device = destination_proto(entry.device)
+    elif entry.target == "blackhole":
         target = route_service_pb2.RouteTarget(blackhole=route_service_pb2.BlackholeTarget())
     else:
         target = route_service_pb2.RouteTarget(
@@ -116,7 +121,9 @@ def _resolved(entry: RouteEntry) -> pb.ResolvedRoute:
                 connect_timeout_ms=entry.connect_timeout_ms,
             )
         )
-    return pb.ResolvedRoute(route_id=entry.route_id, route=entry.name, prefix=entry.prefix, target=target)
+    return pb.ResolvedRoute(
+        route_id=entry.route_id, route=entry.name, prefix=entry.prefix, target=target, device=device
+    )
 
 
 def _text(packed: bytes) -> str:

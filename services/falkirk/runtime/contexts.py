@@ -1,10 +1,11 @@
-"""A tunnel's context as a proto and back: the services that speak of tunnels translate it alike."""
+"""A tunnel's context, and a destination's device, as protos and back: the services that speak of tunnels translate it alike."""
 
 from __future__ import annotations
 
 import ipaddress
 
 from falkirk.api.net.v1 import net_pb2
+from falkirk.decide.destination import DestinationDevice
 from falkirk.wire.context import TunnelContext
 
 
@@ -24,6 +25,18 @@ def context_proto(context: TunnelContext) -> net_pb2.TunnelContext:
         attributes=context.attributes,
         addresses=[str(ipaddress.ip_address(address)) for address in context.addresses],
     )
+
+
+def destination_proto(device: DestinationDevice) -> net_pb2.DestinationDevice:
+    """The device that a destination leads to."""
+    return net_pb2.DestinationDevice(
+        device_id=device.device_id, device=device.device, user=device.user, groups=device.groups
+    )
+
+
+def destination_of_proto(device: net_pb2.DestinationDevice) -> DestinationDevice:
+    """The other way."""
+    return DestinationDevice(device.device_id, device.device, device.user, tuple(device.groups))
 
 
 def context_of_proto(context: net_pb2.TunnelContext) -> TunnelContext:

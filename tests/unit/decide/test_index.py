@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from falkirk.decide.guards import DESTINATION, GROUPS, SCALARS, Value
+from falkirk.decide.guards import DESTINATION, DESTINATION_GROUPS, GROUPS, SCALARS, Value
 from falkirk.decide.index import Question, RuleIndex
 
 VALUES: dict[str, list[Value]] = {
@@ -15,6 +15,7 @@ VALUES: dict[str, list[Value]] = {
     "net.protocol": ["tcp", "udp"],
     "device.name": [f"d{i}" for i in range(400)],
     GROUPS: ["eng", "sre", "ops"],
+    DESTINATION_GROUPS: ["eng", "printers"],
     DESTINATION: ["10.0.0.0/8", "10.1.0.0/16", "10.1.2.0/24", "0.0.0.0/0", "2001:db8::/32", "::/0"],
 }
 
@@ -45,14 +46,18 @@ def test_candidates_are_the_rules_whose_guards_are_met(count: int) -> None:
     for _ in range(50):
         destination = rng.choice(["10.1.2.3", "10.1.9.9", "10.200.0.1", "192.0.2.1", "2001:db8::5", "fd00::1"])
         groups = rng.sample(["eng", "sre", "ops", "other"], rng.randrange(4))
+        their_groups = rng.sample(["eng", "printers", "other"], rng.randrange(3))
         values: dict[str, list[Value]] = {
             "net.port": [rng.choice([22, 443, 9])],
             "net.protocol": [rng.choice(["tcp", "icmp"])],
             "device.name": [rng.choice(["d1", "d2", "d399", "none"])],
         }
         scalars = tuple(values.get(variable, [""])[0] for variable in SCALARS)
-        question = Question(ipaddress.ip_address(destination).packed, groups, scalars)
-        expected = [meets(guards, values | {GROUPS: list(groups)}, destination) for guards in rules]
+        question = Question(ipaddress.ip_address(destination).packed, (groups, their_groups), scalars)
+        expected = [
+            meets(guards, values | {GROUPS: list(groups), DESTINATION_GROUPS: list(their_groups)}, destination)
+            for guards in rules
+        ]
         bitmap = index.candidates(question)
         assert [bool(bitmap >> number & 1) for number in range(count)] == expected
         assert bitmap >> count == 0

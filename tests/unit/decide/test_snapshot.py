@@ -37,8 +37,10 @@ def test_one_expression_is_kept_once() -> None:
 
 
 def test_another_version_is_refused_by_its_number() -> None:
-    with pytest.raises(snapshot.UnreadableRules, match="version 2; this program reads version 1"):
-        load(DATA[:14] + b"\x02" + DATA[15:])
+    for other in (snapshot.VERSION - 1, snapshot.VERSION + 1):
+        says = f"version {other}; this program reads version {snapshot.VERSION}"
+        with pytest.raises(snapshot.UnreadableRules, match=says):
+            load(DATA[:14] + bytes([other]) + DATA[15:])
 
 
 @pytest.mark.parametrize("data", [b"", b"FALKIRK-RULES", b"x" * 100, DATA[:-1], DATA[:-6], DATA[:15]])

@@ -7,17 +7,23 @@ import ipaddress
 import pytest
 
 from falkirk.decide import routes, rules
+from falkirk.decide.destination import DestinationDevice
 from falkirk.decide.routes import RouteEntry, RouteSource, RouteTable
 from falkirk.decide.rules import PolicySource, RuleSource, RuleTable
 from falkirk.flow.decision import Outcome, authorise, decide, resolve
 from tests.flow_rig import NETWORK, OTHER_TENANT, TENANT, context
 
 ROUTE_ID = "00000000-0000-4000-8000-0000000000f4"
+NAS = DestinationDevice("nas-id", "nas", "bob", ("storage",))
+SELF = DestinationDevice(context().device_id, "laptop")
 ROUTES = RouteTable.loaded(
     routes.compile(
         [
             RouteSource(NETWORK, RouteEntry(ROUTE_ID, "out", "203.0.113.0/24", "internet")),
             RouteSource(NETWORK, RouteEntry("h", "hole", "203.0.113.64/26", "blackhole")),
+            RouteSource(NETWORK, RouteEntry("", "device/nas", "100.96.0.9/32", "device", device=NAS)),
+            RouteSource(NETWORK, RouteEntry("g", "lab", "10.9.0.0/16", "device", device=NAS)),
+            RouteSource(NETWORK, RouteEntry("", "device/laptop", "100.96.0.2/32", "device", device=SELF)),
         ]
     )
 )
@@ -35,6 +41,11 @@ def _rules() -> RuleTable:
                         RuleSource("web", "net.port == 80", "allow"),
                         RuleSource("ssh", "net.port == 22", "allow", "ssh"),
                         RuleSource("telnet", "net.port == 23", "deny"),
+                        RuleSource("l3", "net.port == 3", "allow", "l3"),
+                        RuleSource("l4", "net.port == 4", "allow", "l4"),
+                        RuleSource("nas", 'net.dst_device == "nas" && net.port == 2049', "allow"),
+                        RuleSource("bob", 'net.dst_user == "bob" && net.port == 445', "allow"),
+                        RuleSource("storage", '"storage" in net.dst_groups && net.port == 873', "allow"),
                     ],
                 )
             ]
@@ -56,6 +67,20 @@ RULES = _rules()
         ("203.0.113.5", 23, Outcome.DENY, "denied", "main/telnet"),
         ("203.0.113.5", 443, Outcome.DENY, "denied", ""),
         ("203.0.113.5", 22, Outcome.DENY, "treatment_not_built", "main/ssh"),
+        ("203.0.113.5", 3, Outcome.DENY, "treatment_not_built", "main/l3"),
+        ("203.0.113.5", 4, Outcome.LIFT, "allowed", "main/l4"),
+        ("203.0.113.5", 2049, Outcome.DENY, "denied", ""),
+        ("100.96.0.9", 80, Outcome.FORWARD, "allowed", "main/web"),
+        ("100.96.0.9", 3, Outcome.FORWARD, "allowed", "main/l3"),
+        ("100.96.0.9", 4, Outcome.DENY, "treatment_not_built", "main/l4"),
+        ("100.96.0.9", 23, Outcome.DENY, "denied", "main/telnet"),
+        ("100.96.0.9", 2049, Outcome.FORWARD, "allowed", "main/nas"),
+        ("100.96.0.9", 445, Outcome.FORWARD, "allowed", "main/bob"),
+        ("100.96.0.9", 873, Outcome.FORWARD, "allowed", "main/storage"),
+        ("100.96.0.9", 443, Outcome.DENY, "denied", ""),
+        ("10.9.1.1", 2049, Outcome.FORWARD, "allowed", "main/nas"),
+        ("100.96.0.2", 80, Outcome.UNREACHABLE, "leads_back", "main/web"),
+        ("100.96.0.2", 443, Outcome.DENY, "denied", ""),
         ("203.0.113.70", 80, Outcome.UNREACHABLE, "blackhole", "main/web"),
         ("203.0.113.70", 23, Outcome.DENY, "denied", "main/telnet"),
         ("198.51.100.1", 80, Outcome.UNREACHABLE, "no_route", ""),

@@ -54,6 +54,25 @@ def test_a_flow_reads_back(path: Path) -> None:
     reader.close()
 
 
+@pytest.mark.parametrize("key", [KEY4, KEY6])
+def test_a_flow_of_any_protocol_reads_back_with_its_key(path: Path, key: bytes) -> None:
+    table = LiveTable(path, 3, epoch=1)
+    fill(table, key)
+    for protocol in (17, 6):
+        index = table.claim()
+        assert index is not None
+        other = key + bytes([protocol])
+        table.begin(index, 3, 0, 7, 0, other, bytes([protocol]) * 16, 2, 1002, b"r" * 16, b"main/all")
+    assert table.full
+    reader = LiveReader(path)
+    assert [(record.protocol, record.slot, record.key) for record in reader] == [
+        (6, 17, key),
+        (17, 0, key + b"\x11"),
+        (6, 0, key + b"\x06"),
+    ]
+    reader.close()
+
+
 def test_counts_states_and_cursors(path: Path) -> None:
     table = LiveTable(path, 4, 1)
     index = fill(table)

@@ -34,7 +34,7 @@ def succeed(rig: FlowRig, client: Client, *, adopt: bool = True) -> None:
         theirs.close()
     else:
         # It waits a second for the tunnels of lost streams.
-        rig.worker._adoption_deadline = 0
+        rig.worker.pair.adoption_deadline = 0
     rig.pair()
     rig.load()
     client.tun = rig.tun[client.framing]

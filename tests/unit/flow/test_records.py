@@ -11,11 +11,27 @@ from falkirk.decide.routes import RouteEntry
 from falkirk.decide.rules import Verdict
 from falkirk.flow import records
 from falkirk.flow.decision import Decision, Outcome
+from falkirk.flow.keys import key_of
 from falkirk.flow.spool import AuditRecord
 from falkirk.wire.context import TunnelContext
 
 CONTEXT = TunnelContext("t-1", "acme", "d-1", 'lap"top\\', "v-1", "default", (bytes(4),), user="älice")
 ROUTE = RouteEntry("00000000-0000-4000-8000-0000000000f4", "all", "0.0.0.0/0", "internet")
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(17, "udp"), (1, "icmp"), (58, "icmpv6"), (132, "sctp"), (6, "tcp"), (99, "99")]
+)
+def test_a_record_names_its_protocol(number: int, name: str) -> None:
+    key = key_of(number, bytes([100, 96, 0, 2]), bytes([203, 0, 113, 5]), 40000, 53)
+    found = msgspec.json.decode("{" + records.of_key(key)[1:] + "}")
+    assert found == {
+        "protocol": name,
+        "source": "100.96.0.2",
+        "source_port": 40000,
+        "destination": "203.0.113.5",
+        "destination_port": 53,
+    }
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
-from falkirk.flow.table import DeviceCounts, Flow, State, Tunnel, Wheel, native_sum
+from falkirk.flow.keys import key_of
+from falkirk.flow.table import DeviceCounts, Flow, Owner, State, TcpLift, Tunnel, Wheel, native_sum
 from falkirk.wire.context import Framing
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, context
 from tests.unit.wire.samples import slow_sum
@@ -14,9 +16,25 @@ from tests.unit.wire.samples import slow_sum
 PORTS = bytes.fromhex("9c4001bb")
 
 
-def flow(key: bytes = DEVICE4 + SERVER4 + PORTS, forward: bytes | None = None) -> Flow:
-    tunnel = Tunnel(1, context(), Framing.RAW, 1500, -1, 0, DeviceCounts())
-    return Flow(tunnel, key, forward or bytes([10, 0, 0, 16, 10, 0, 0, 1]) + PORTS[:2] + b"\x04\x00", 16, 0)
+class Nobody(Owner[Any]):
+    """Owns flows that don't end."""
+
+    def end(self, flow: Flow, reason: str) -> None:
+        raise AssertionError
+
+    cut = bereave = release = end
+
+    def expire(self, flow: Flow) -> None:
+        raise AssertionError
+
+
+def tunnel() -> Tunnel:
+    return Tunnel(1, context(), Framing.RAW, 1500, -1, 0, DeviceCounts())
+
+
+def flow(key: bytes = DEVICE4 + SERVER4 + PORTS, forward: bytes | None = None) -> TcpLift:
+    forward = forward or bytes([10, 0, 0, 16, 10, 0, 0, 1]) + PORTS[:2] + b"\x04\x00"
+    return TcpLift(Nobody(), tunnel(), key, forward, 16)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +57,16 @@ def test_a_flow_knows_its_ends_and_what_rewriting_changes(key: bytes, forward: b
         assert (native_sum(key[:end]) + delta) % 0xFFFF == native_sum(forward[:end])
     assert (one.delta_all + one.delta_all_back) % 0xFFFF == 0
     assert (one.delta_addresses + one.delta_addresses_back) % 0xFFFF == 0
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("protocol", [1, 6, 17, 58, 132])
+def test_a_flow_of_any_protocol_knows_its_ends(size: int, protocol: int) -> None:
+    source, destination = (DEVICE4, SERVER4) if size == 4 else (DEVICE6, SERVER6)
+    one = Flow(Nobody(), tunnel(), key_of(protocol, source, destination, 40000, 53))
+    assert (one.protocol, one.family) == (protocol, 4 if size == 4 else 6)
+    assert (one.source, one.destination, one.source_port, one.destination_port) == (source, destination, 40000, 53)
+    assert one.slot == 0
 
 
 def test_sums_in_native_order_are_rfc_1071_sums() -> None:
@@ -94,7 +122,7 @@ def test_the_wheel_against_a_plain_list() -> None:
     chance = random.Random(11)
     wheel, now = Wheel(0), 0
     deadlines: dict[Flow, int] = {}
-    flows = [flow() for _ in range(20)]
+    flows: list[Flow] = [flow() for _ in range(20)]
     for _ in range(3000):
         one = chance.choice(flows)
         action = chance.randrange(3)

@@ -116,7 +116,7 @@ def test_an_adoption_that_cannot_be_is_refused_and_its_descriptor_closed(
     assert seqpacket.receive(ours, 1) == (b"", [])
     ours.close()
     assert descriptors() == before
-    assert rig.worker._devices == {}
+    assert rig.worker.tunnels.devices == {}
 
 
 @pytest.mark.parametrize("kind", ["file", "pipe", "stream", "udp", "none"])

@@ -333,10 +333,10 @@ def test_a_slow_client_keeps_its_flow_while_it_fetches_the_rest(rig: FlowRig) ->
     for _ in range(3):
         worker.second = flow.bucket
         flow.tick = worker.second - 1
-        worker.tracker.expire()
+        worker.lifecycle.expire()
         assert worker.flow_count == 1
     worker.second = flow.bucket
-    worker.tracker.expire()
+    worker.lifecycle.expire()
     worker.turn(0)
     assert worker.flow_count == 0
     assert slot

@@ -284,3 +284,32 @@ def _kind(name: str) -> Any:
     from falkirk.registry.kinds import BY_NAME
 
     return BY_NAME[name]
+
+
+def test_a_route_to_a_device_names_one_that_is_there_and_keeps_it(acme: Ledger) -> None:
+    def to(name: str) -> RouteTarget:
+        return RouteTarget(device={"device": name})
+
+    for given, reason in (("", Reason.INVALID_FIELD), ("nas", Reason.NOT_FOUND)):
+        refusal = refused(lambda given=given: acme.create("route", "r", "acme", prefix="10.0.0.0/8", target=to(given)))  # type: ignore[misc]
+        assert (refusal.reason, refusal.about["field"]) == (reason, "target.device.device")
+    acme.create("tenant", "other")
+    theirs = acme.create("device", "nas", "other")
+    elsewhere = to(theirs.metadata.id)
+    assert (
+        refused(lambda: acme.create("route", "r", "acme", prefix="10.0.0.0/8", target=elsewhere)).reason
+        is Reason.NOT_FOUND
+    )
+    nas = acme.create("device", "nas", "acme")
+    made = acme.create("route", "r", "acme", prefix="10.0.0.0/8", target=to(nas.metadata.id))
+    assert made.target.device.device == "nas"
+    nas.metadata.name = "storage"
+    acme.update("device", nas)
+    assert acme.get("route", "r", "acme").target.device.device == "storage"
+    refusal = refused(lambda: acme.delete("device", "storage", "acme"))
+    assert (refusal.reason, refusal.about["left"]) == (Reason.IN_USE, "routes=1")
+    assert "route/r" in refusal.message
+    route = acme.get("route", "r", "acme")
+    route.target.CopyFrom(INTERNET)
+    acme.update("route", route)
+    acme.delete("device", "storage", "acme")

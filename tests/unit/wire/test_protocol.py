@@ -15,12 +15,19 @@ def test_numbers() -> None:
         "UDP": "UDP",
         "ROUTING": "ROUTING",
         "FRAGMENT": "FRAGMENT",
+        "GRE": "GRE",
         "ESP": "ESP",
         "AUTHENTICATION": "AH",
         "ICMPV6": "ICMPV6",
         "NO_NEXT_HEADER": "NONE",
+        "SCTP": "SCTP",
         "DESTINATION_OPTIONS": "DSTOPTS",
     }
-    assert {name for name in vars(protocol) if name.isupper()} == set(names)
+    assert {name for name, value in vars(protocol).items() if name.isupper() and isinstance(value, int)} == set(names)
     for name, theirs in names.items():
         assert getattr(protocol, name) == getattr(socket, f"IPPROTO_{theirs}")
+
+
+def test_every_number_has_a_name_that_leads_back() -> None:
+    assert [protocol.number(protocol.name(number)) for number in range(256)] == list(range(256))
+    assert (protocol.name(protocol.UDP), protocol.number("refused")) == ("udp", -1)

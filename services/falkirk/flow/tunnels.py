@@ -1,0 +1,153 @@
+"""The tunnels of a worker: adopted from on-ramps, written to with a bounded queue, closed with their flows.
+
+A tunnel that is full makes its own packets wait, up to `tunnel_queue_bytes`; more are dropped and counted. It never makes anyone else's
+wait: nothing here blocks, and no TUN device is paused for it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+from typing import TYPE_CHECKING, Final
+
+from falkirk.flow import control, peers
+from falkirk.flow.lane import ZERO_HEADER
+from falkirk.flow.table import DeviceCounts, Flow, Tunnel
+from falkirk.wire.context import Framing
+from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
+
+if TYPE_CHECKING:
+    from falkirk.flow.worker import Worker
+
+MIN_MTU: Final = 576
+MAX_MTU: Final = 65535
+TENANT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+MAX_TRACED: Final = 1024
+"""Datagrams waiting for an on-ramp, beyond which it isn't told of sampled flows."""
+
+
+class Tunnels(dict[int, Tunnel]):
+    """By number."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__()
+        self._worker = worker
+        self.devices: dict[str, DeviceCounts] = {}
+        """What each device has, over all its tunnels."""
+
+    def say(self, tunnel: Tunnel, packet: bytes, *, counted: bool = True) -> bool:
+        """Send a packet of our own to a tunnel."""
+        return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet, counted=counted)
+
+    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True) -> bool:
+        """Send to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped.
+
+        `counted` where it stands for a packet that was received: one that nobody sent us isn't a drop.
+        """
+        worker = self._worker
+        if tunnel.fd < 0:
+            if counted:
+                worker.drop("tunnel_closed")
+            return False
+        if not tunnel.queue:
+            try:
+                os.write(tunnel.fd, data)
+            except BlockingIOError:
+                pass
+            except OSError:
+                if counted:
+                    worker.drop("tunnel_closed")
+                return False
+            else:
+                return True
+        if tunnel.queued + len(data) > worker.settings.tunnel_queue_bytes:
+            if counted:
+                worker.drop("tunnel_full")
+            return False
+        if not tunnel.queue:
+            worker.rewatch(tunnel.fd, peers.READ | select.EPOLLOUT)
+        tunnel.queue.append(bytes(data))
+        tunnel.queued += len(data)
+        return True
+
+    def _drain(self, tunnel: Tunnel) -> None:
+        while tunnel.queue:
+            try:
+                os.write(tunnel.fd, tunnel.queue[0])
+            except BlockingIOError:
+                return
+            except OSError:
+                tunnel.queue.clear()
+                break
+            tunnel.queued -= len(tunnel.queue.popleft())
+        tunnel.queued = 0
+        self._worker.rewatch(tunnel.fd, peers.READ)
+
+    def adopt(self, link: peers.OnrampLink, message: Adopt, fd: int) -> tuple[str, str] | None:
+        """Read a tunnel from now on; or why not (code, message)."""
+        worker = self._worker
+        context = message.context
+        if not (
+            0 < message.tunnel < 1 << 32
+            and MIN_MTU <= message.mtu <= MAX_MTU
+            and TENANT_ID.fullmatch(context.tenant_id)
+        ):
+            return "INVALID", "the tunnel's number, its MTU or its tenant's id can't be one"
+        if not peers.grow(fd):
+            return "INVALID", "the descriptor isn't a SEQPACKET socket"
+        row = worker.tenants.row(bytes.fromhex(context.tenant_id.replace("-", "")))
+        if row is None:
+            return "LIMIT", "this node carries as many tenants as it can"
+        device = self.devices.setdefault(context.device_id, DeviceCounts())
+        device.tunnels += 1
+        os.set_blocking(fd, False)
+        tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
+        self[message.tunnel] = tunnel
+        lane = worker.lane(message.framing)
+
+        def ready(mask: int) -> None:
+            if mask & select.EPOLLOUT:
+                self._drain(tunnel)
+            if mask & ~select.EPOLLOUT:
+                gone = mask & (select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR) != 0
+                if not lane.from_tunnel(tunnel, gone):
+                    self.close(tunnel.id, "closed by the producer")
+
+        worker.watch(fd, peers.READ, ready)
+        worker.orphans.remember(message.tunnel, context)
+        if message.greeting:
+            self.deliver(tunnel, message.greeting, counted=False)
+        worker.tell(control.TunnelOpened(message.tunnel, context, message.framing, message.mtu))
+        return None
+
+    def close(self, number: int, reason: str) -> None:
+        """End a tunnel and its flows."""
+        worker = self._worker
+        tunnel = self.pop(number, None)
+        if tunnel is None:
+            return
+        for flow in list(tunnel.flows.values()):
+            flow.owner.cut(flow, "tunnel_closed")
+        worker.unwatch(tunnel.fd)
+        os.close(tunnel.fd)
+        tunnel.fd = -1
+        tunnel.device.tunnels -= 1
+        if not tunnel.device.tunnels:
+            self.devices.pop(tunnel.context.device_id, None)
+        for link in worker.onramps:
+            link.send([TunnelClosed(number, reason)])
+        worker.tell(control.TunnelEnded(number))
+        worker.log.info("tunnel_closed", tunnel=number, reason=reason)
+
+    def onramp_arrived(self, link: peers.OnrampLink) -> None:
+        """A (new) on-ramp said hello: give it copies of what is read here."""
+        link.send([self._worker.hello()])
+        for tunnel in self.values():
+            link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu), tunnel.fd)
+
+    def trace(self, flow: Flow) -> None:
+        """A sampled flow began: let the on-ramp add its span."""
+        for link in self._worker.onramps:
+            if link.backlog < MAX_TRACED:
+                link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, flow.start_wall)])
