@@ -31,8 +31,9 @@ def drops(world: World) -> dict[str, int]:
     """Packets dropped by the mesh's flow workers, by reason."""
     found: dict[str, int] = {}
     for worker in world.stats("flow").workers:
-        for drop in worker.drops:
-            found[drop.name] = found.get(drop.name, 0) + drop.value
+        for counter in (*worker.drops, *worker.counters):
+            if counter in worker.drops or counter.name == "ended":
+                found[counter.name] = found.get(counter.name, 0) + counter.value
     return found
 
 

@@ -60,8 +60,17 @@ OPTIONS4: Final = {
     "long": "07280400",
 }
 """RFC 791 3.1: record route, timestamp, no operation, end of options, router alert (RFC 2113), source routes, and two broken ones."""
-_EXTENSION: Final = {"hop": 0, "hopra": 0, "hopunknown": 0, "hopskip": 0, "dst": 60, "rh0": 43, "rh0done": 43, "rh4": 43}
-_EXTENSION |= {"rh4left": 43, "rh2": 43, "frag": 44, "none": 59, "ah": 51, "mobility": 135, "reserved": 253, "hoplong": 0}
+_EXTENSION: Final = {
+    **dict.fromkeys(("hop", "hopra", "hopunknown", "hopskip", "hoplong"), 0),
+    **dict.fromkeys(("rh0", "rh0done", "rh2", "rh4", "rh4left"), 43),
+    "dst": 60,
+    "frag": 44,
+    "none": 59,
+    "ah": 51,
+    "mobility": 135,
+    "reserved": 253,
+}
+"""Protocol numbers of extension headers, by the names that scripts have for them."""
 _EXTENSION_BODY: Final = {
     "hop": "00010400000000",
     "hopra": "00050200000100",
@@ -97,7 +106,7 @@ def checksum(data: bytes, initial: int = 0) -> int:
     """RFC 1071."""
     if len(data) % 2:
         data += b"\0"
-    total = initial + sum(struct.unpack(f">{len(data) // 2}H", data))
+    total: int = initial + sum(struct.unpack(f">{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -111,7 +120,7 @@ def packed(address: str) -> bytes:
 def pseudo(source: bytes, destination: bytes, protocol: int, length: int) -> int:
     """The sum of the pseudo-header (RFC 9293 3.1, RFC 8200 8.1), not complemented."""
     data = source + destination + struct.pack(">IHH", length, 0, protocol)
-    return ~checksum(data) & 0xFFFF
+    return int(~checksum(data) & 0xFFFF)
 
 
 def pattern(start: int, length: int) -> bytes:
@@ -140,7 +149,14 @@ def tcp_options(step: Step, echo: int, base: int) -> bytes:
 
 
 def tcp(
-    step: Step, ends: Endpoints, flags: str, sequence: int, acknowledgment: int, payload: bytes, echo: int = 0, base: int = 0
+    step: Step,
+    ends: Endpoints,
+    flags: str,
+    sequence: int,
+    acknowledgment: int,
+    payload: bytes,
+    echo: int = 0,
+    base: int = 0,
 ) -> bytes:
     """A segment with its checksum."""
     options = tcp_options(step, echo, base)
@@ -203,7 +219,9 @@ def _summed(whole: bytes, at: int, ends: Endpoints, protocol: int, step: Step) -
 
 def ip(step: Step, ends: Endpoints, family: str, protocol: int, upper: bytes, fragment: int = 0) -> bytes:
     """An IP packet around an upper layer. `fragment` is IPv4's offset word, flags included, or IPv6's, where it isn't zero."""
-    made = _ip4(step, ends, protocol, upper, fragment) if family == "ipv4" else _ip6(step, ends, protocol, upper, fragment)
+    made = (
+        _ip4(step, ends, protocol, upper, fragment) if family == "ipv4" else _ip6(step, ends, protocol, upper, fragment)
+    )
     for key in step.keys:
         if key.name == "poke":
             at, _, value = key.value.partition(":")
@@ -236,7 +254,10 @@ def _ip4(step: Step, ends: Endpoints, protocol: int, upper: bytes, fragment: int
 def _ip6(step: Step, ends: Endpoints, protocol: int, upper: bytes, fragment: int) -> bytes:
     names = [name for name in step.value("ext").split(",") if name]
     numbers = [_EXTENSION[name] for name in names] + ([44] if fragment else []) + [protocol]
-    chain = b"".join(bytes([following]) + bytes.fromhex(_EXTENSION_BODY[name]) for name, following in zip(names, numbers[1:], strict=False))
+    chain = b"".join(
+        bytes([following]) + bytes.fromhex(_EXTENSION_BODY[name])
+        for name, following in zip(names, numbers[1:], strict=False)
+    )
     if fragment:
         chain += struct.pack(">BBHI", protocol, 0, fragment & 0xFFFF, step.number("ipid", 0x1234))
     length = step.number("iplen", len(chain) + len(upper))

@@ -9,7 +9,6 @@ Limit: what comes of the relay or of timers isn't settled; scripts wait for it b
 
 from __future__ import annotations
 
-import contextlib
 import json
 import select
 import socket
@@ -47,7 +46,7 @@ class TunnelRoad:
         assert "admitted" in answer, answer
         admitted = answer["admitted"]
         self.mtu = int(admitted["mtu"])
-        plain_addresses = [address.partition("/")[0] for address in admitted["addresses"]]
+        plain_addresses: list[str] = [address.partition("/")[0] for address in admitted["addresses"]]
         self._addresses = {
             family: next(address for address in plain_addresses if (":" in address) == (family == "ipv6"))
             for family in FAMILIES
@@ -59,9 +58,14 @@ class TunnelRoad:
         """The device's."""
         return self._addresses[family]
 
-    def send(self, packet: bytes, *, whole: bool = False, gso: int = 0) -> None:
+    def send(self, packet: bytes, *, whole: bool = False, gso: int = 0) -> bytes:
         """One datagram."""
-        self._tunnel.send(packet if self.name == "raw" else _behind_header(packet, whole, gso))
+        if self.name == "raw":
+            self._tunnel.send(packet)
+            return packet
+        framed = _behind_header(packet, whole, gso)
+        self._tunnel.send(framed)
+        return framed[VNET.size :]
 
     def receive(self, deadline: float) -> Seen | None:
         """The next packet."""

@@ -9,11 +9,9 @@ wait for. Afterwards the case's connections are reset and what is left in the ro
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from tests.packets import craft
@@ -21,9 +19,12 @@ from tests.packets.craft import Endpoints, pattern
 from tests.packets.read import Seen
 from tests.packets.script import Case, Step
 from tests.packets.server import Server
+from tools.netlab import wait_for
 
 DEADLINE_S: Final = 10.0
 """For what takes no time on an idle machine."""
+_BACKGROUND: Final = ("no_flow", "not_tcp", "ended")
+"""Counted at any time: what the private namespace's kernel still says of earlier cases, and their ends."""
 _BARE: Final = Step(0, "", "", (), (), None)
 _PORTS: Final = itertools.count(20000)
 
@@ -39,8 +40,11 @@ class Road(Protocol):
     def address(self, family: str) -> str:
         """The client's own."""
 
-    def send(self, packet: bytes, *, whole: bool = False, gso: int = 0) -> None:
-        """Put a packet in; `whole`: with its checksum as it is; `gso`: as a super-packet of segments of this size."""
+    def send(self, packet: bytes, *, whole: bool = False, gso: int = 0) -> bytes:
+        """Put a packet in; `whole`: with its checksum as it is; `gso`: as a super-packet of segments of this size.
+
+        The packet as it went, which may be with a partial checksum.
+        """
 
     def receive(self, deadline: float) -> Seen | None:
         """The next packet out; None where none came until `deadline` (monotonic)."""
@@ -98,10 +102,12 @@ class Run:
 
     def run(self) -> None:
         """Raises Mismatch."""
-        self.drops = self.road.dropped()
+        steps = self.case.steps(self.family)
+        if any(step.verb in ("drop", "ended") for step in steps):
+            self.drops = self.road.dropped()
         try:
             self.server.begin(self.family, self.case.server)
-            for step in self.case.steps(self.family):
+            for step in steps:
                 self._step(step)
         finally:
             self._clean_up()
@@ -126,20 +132,19 @@ class Run:
         if step.words and step.words[0] == "part":
             self._inject_part(step)
             return
-        protocol, upper, ends = self._upper(step, step.words)
+        protocol, upper, ends = self._upper(step)
         packet = craft.ip(step, ends, self.family, protocol, upper)
-        self.last_sent = packet
         whole = step.has("sum") or step.has("poke") or step.has("cut") or step.has("pad") or step.has("iplen")
         if step.has("gso") and not self.road.partial:
             size = len(packet) - len(self._payload(step, self._connection(step)))
             for part in craft.cut_up(packet, size, step.number("gso")):
-                self.road.send(part)
+                self.last_sent = self.road.send(part)
             return
-        self.road.send(packet, whole=whole, gso=step.number("gso"))
+        self.last_sent = self.road.send(packet, whole=whole, gso=step.number("gso"))
 
-    def _upper(self, step: Step, words: tuple[str, ...]) -> tuple[int, bytes, Endpoints]:
+    def _upper(self, step: Step) -> tuple[int, bytes, Endpoints]:
         """Protocol number and bytes of the upper layer, and between whom."""
-        kind = words[0]
+        kind = step.words[0]
         connection = self._connection(step)
         host = step.value("dst", "server")
         ends = Endpoints(
@@ -155,9 +160,9 @@ class Run:
             return (1 if self.family == "ipv4" else 58), craft.icmp(step, ends, self.family, kind, body), ends
         if kind == "icmp":
             body = self._quote(step)
-            return (1 if self.family == "ipv4" else 58), craft.icmp(step, ends, self.family, words[1], body), ends
+            return (1 if self.family == "ipv4" else 58), craft.icmp(step, ends, self.family, step.words[1], body), ends
         if kind == "proto":
-            return int(words[1]), self._bytes(step), ends
+            return int(step.words[1]), self._bytes(step), ends
         return 6, self._segment(step, ends, connection), ends
 
     def _segment(self, step: Step, ends: Endpoints, connection: Connection) -> bytes:
@@ -210,8 +215,9 @@ class Run:
 
     def _define(self, step: Step) -> None:
         """`packet NAME udp len=3000`: for `> part NAME` and `quote=NAME`."""
-        protocol, upper, _ = self._upper(step, step.words[1:])
-        self.defined[step.words[0]] = (step, protocol, upper)
+        inner = replace(step, words=step.words[1:])
+        protocol, upper, _ = self._upper(inner)
+        self.defined[step.words[0]] = (inner, protocol, upper)
 
     def _inject_part(self, step: Step) -> None:
         """`> part NAME FROM TO`: these bytes of its upper layer as a fragment; `last` for none that follow it."""
@@ -224,20 +230,21 @@ class Run:
             body = bytes(byte ^ 0x55 for byte in body)
         at = step.number("at", begin)
         word = (at >> 3 | more << 13) if self.family == "ipv4" else (at & 0xFFF8 | more)
-        ends = Endpoints(
-            self._resolve(step.value("src", "client")), self._resolve(whole.value("dst", "server")), 0, 0
-        )
+        ends = Endpoints(self._resolve(step.value("src", "client")), self._resolve(whole.value("dst", "server")), 0, 0)
         self.road.send(craft.ip(step, ends, self.family, protocol, body, word), whole=True)
 
     # packets out
 
     def _demand(self, step: Step) -> None:
-        self._next(step, skip=False)
+        self._next(step)
 
     def _demand_later(self, step: Step) -> None:
-        self._next(step, skip=True)
+        self._next(step, acknowledgments=True)
 
-    def _next(self, step: Step, *, skip: bool) -> Seen:
+    def _demand_at_last(self, step: Step) -> None:
+        self._next(step, anything=True)
+
+    def _next(self, step: Step, *, acknowledgments: bool = False, anything: bool = False) -> Seen:
         deadline = time.monotonic() + DEADLINE_S
         while True:
             packet = self._receive(deadline)
@@ -247,7 +254,7 @@ class Run:
             if not wrong:
                 return packet
             bare = packet.kind == "tcp" and packet.flags == "." and not packet.payload
-            if not (skip and bare):
+            if not (anything or (acknowledgments and bare)):
                 raise self._wrong(step, f"{wrong}; came: {packet}")
 
     def _receive(self, deadline: float, *, told: bool = True) -> Seen | None:
@@ -276,7 +283,9 @@ class Run:
             connection.over |= "R" in packet.flags
             at = connection.relative(packet.sequence)
             said = f"{packet.flags} {at} {said.split(' ', 2)[-1]}"
-            connection.next_in = at + len(packet.payload) + ("S" in packet.flags) + ("F" in packet.flags)
+            end = at + len(packet.payload) + ("S" in packet.flags) + ("F" in packet.flags)
+            if at < 0x80000000:
+                connection.next_in = max(connection.next_in, end)
         if told:
             self.transcript.append(f"    {'':4} came: {said}")
         self.last_seen = packet
@@ -341,9 +350,12 @@ class Run:
         kind = step.words[0]
         if kind in ("echo", "echo-reply") and packet.fields["type"] != kind:
             return f"it is {packet.fields['type']}"
-        if kind == "icmp" and "{}/{}".format(*craft.icmp_kind(self.family, step.words[1])) not in (
-            "{}/{}".format(*craft.icmp_kind(self.family, str(packet.fields["type"]))),
-        ):
+        kinds = (
+            [craft.icmp_kind(self.family, name) for name in (step.words[-1], str(packet.fields.get("type")))]
+            if kind == "icmp"
+            else []
+        )
+        if kinds and kinds[0] != kinds[1]:
             return f"it is {packet.fields['type']}"
         if kind == "udp":
             if packet.destination_port != step.number("dport", self._connection(step).port):
@@ -373,11 +385,26 @@ class Run:
         now = self.road.dropped()
         assert now is not None
         reason, count = step.words[0], int(step.words[1]) if len(step.words) > 1 else 1
-        changed = {name: value - self.drops.get(name, 0) for name, value in now.items() if value != self.drops.get(name, 0)}
-        if changed.pop(reason, 0) != count or changed:
-            was = {name: value - self.drops.get(name, 0) for name, value in now.items() if value != self.drops.get(name, 0)}
-            raise self._wrong(step, f"dropped: {was}")
+        changed = {
+            name: value - self.drops.get(name, 0)
+            for name, value in now.items()
+            if value != self.drops.get(name, 0) and name not in _BACKGROUND
+        }
+        if changed != ({reason: count} if count else {}):
+            raise self._wrong(step, f"dropped: {changed}")
         self.drops = now
+
+    def _ended(self, step: Step) -> None:
+        """`ended [N]`: since the case's begin so many flows have ended (one)."""
+        if self.drops is None:
+            return
+        wanted = self.drops["ended"] + (int(step.words[0]) if step.words else 1)
+
+        def over() -> bool:
+            now = self.road.dropped()
+            return now is not None and now["ended"] >= wanted
+
+        wait_for("the flow's end", over, DEADLINE_S)
 
     # the usual exchanges
 
@@ -413,7 +440,9 @@ class Run:
             room = connection.acked + connection.window - at
             while room > 0:
                 part = min(room, 32000 if self.road.partial else 1400)
-                ends = Endpoints(self.road.address(self.family), self._resolve("server"), connection.port, self.server.port)
+                ends = Endpoints(
+                    self.road.address(self.family), self._resolve("server"), connection.port, self.server.port
+                )
                 sent = pattern(at - connection.first - 1, part)
                 segment = craft.tcp(_BARE, ends, ".", at, (connection.base or 0) + connection.next_in, sent)
                 gso = 1400 if part > 1400 else 0
@@ -438,7 +467,9 @@ class Run:
             if packet.kind != "tcp" or packet.flags.strip("P") != ".":
                 raise self._wrong(step, f"came: {packet}")
             if not packet.payload:
-                connection.next_in = at
+                continue
+            if connection.relative(packet.sequence) + len(packet.payload) <= at:
+                # A segment again whose acknowledgment crossed it.
                 continue
             if connection.relative(packet.sequence) != at or packet.payload != pattern(at - 1, len(packet.payload)):
                 raise self._wrong(step, f"at {at} came: {packet}")
@@ -475,16 +506,29 @@ class Run:
             raise self._wrong(step, f"instead of {flags} came: {packet}")
 
     def _say(
-        self, connection: Connection, step: Step, flags: str, sequence: int, ack: int, payload: bytes, *, options: bool = False
+        self,
+        connection: Connection,
+        step: Step,
+        flags: str,
+        sequence: int,
+        ack: int,
+        payload: bytes,
+        *,
+        options: bool = False,
     ) -> None:
         ends = Endpoints(self.road.address(self.family), self._resolve("server"), connection.port, self.server.port)
         if flags == "S":
             connection.first, connection.base = sequence, None
-        stamped = step if options else Step(step.line, step.text, step.verb, (), tuple(k for k in step.keys if k.name == "ts"), None)
+        stamped = (
+            step
+            if options
+            else Step(
+                step.line, step.text, step.verb, (), tuple(key for key in step.keys if key.name in ("ts", "win")), None
+            )
+        )
         acknowledged = (connection.base or 0) + ack if "." in flags else 0
         segment = craft.tcp(stamped, ends, flags, sequence, acknowledged, payload, connection.echo)
-        self.last_sent = craft.ip(_BARE, ends, self.family, 6, segment)
-        self.road.send(self.last_sent)
+        self.last_sent = self.road.send(craft.ip(_BARE, ends, self.family, 6, segment))
 
     # the server
 
@@ -508,7 +552,9 @@ class Run:
     def _clean_up(self) -> None:
         for connection in self.connections.values():
             if connection.acked is not None and not connection.over:
-                ends = Endpoints(self.road.address(self.family), self._resolve("server"), connection.port, self.server.port)
+                ends = Endpoints(
+                    self.road.address(self.family), self._resolve("server"), connection.port, self.server.port
+                )
                 # Where timestamps are in use a reset needs none (RFC 7323 3.2).
                 segment = craft.tcp(_BARE, ends, "R", connection.acked, 0, b"")
                 self.road.send(craft.ip(_BARE, ends, self.family, 6, segment))
@@ -519,9 +565,11 @@ class Run:
         ">": _inject,
         "<": _demand,
         "<~": _demand_later,
+        "<*": _demand_at_last,
         "packet": _define,
         "silence": _silence,
         "drop": _drop,
+        "ended": _ended,
         "open": _open,
         "push": _push,
         "flood": _flood,

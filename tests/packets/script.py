@@ -15,7 +15,7 @@ A script is a list of cases, each with its reason as a comment before it::
         silence
 
 `>` injects a packet into the client's end of the tunnel, `<` demands that the next packet out of it is this one, `<~` that it
-comes, with nothing but bare acknowledgments before it. A TCP packet is its flags (SFRPUEW, `.` for ACK, `-` for none), its
+comes, with nothing but bare acknowledgments before it, `<*` that it comes in the end. A TCP packet is its flags (SFRPUEW, `.` for ACK, `-` for none), its
 sequence number and what else matters: `ack=1001 win=0 len=100 mss=1460 ws=7 sackok sack=2001-3001 ts`, or `"text"`. The
 client's numbers are its own, the server's are counted from its SYN, which is 0. What `<` doesn't name isn't compared; `!mss`
 says that an option must be absent; `a|b` is `a` for IPv4 and `b` for IPv6; a number may be compared as well (`win>0`). Other

@@ -4,6 +4,8 @@
     server send 5000 | "text"     write so many bytes of its stream's pattern, or a text
     server receive 5000 | "text"  read exactly this
     server end | reset | quiet    read the end; a reset; find nothing to read
+    server await 5000             have so much to read, and leave it
+    server broken                 find the connection reset after its end was read
     server shutdown | close | abort
     server fill | unfill          fill the listener's queue so that SYNs go unanswered; make room
     server rcvbuf 4096            (before the connection) a small receive buffer
@@ -15,6 +17,7 @@ Limits: one listener, one connection and one UDP socket at a time; all waits hav
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 from collections.abc import Callable, Mapping
@@ -124,6 +127,8 @@ class Server:
             "unfill": self._unfill,
             "gone": self._gone,
             "drain": self._drain,
+            "broken": self._broken,
+            "await": lambda: self._await(int(words[1])),
             "send": lambda: self._send(step),
             "receive": lambda: self._receive(step),
             "urgent": lambda: self._send(step, socket.MSG_OOB),
@@ -193,6 +198,15 @@ class Server:
         except ConnectionResetError:
             return
         raise AssertionError(f"instead of a reset the server read {data[:60]!r}")
+
+    def _await(self, size: int) -> None:
+        data = self._conn.recv(size, socket.MSG_PEEK | socket.MSG_WAITALL)
+        assert len(data) == size, f"the end came after {len(data)} bytes"
+
+    def _broken(self) -> None:
+        poll = select.poll()
+        poll.register(self._conn, 0)
+        assert poll.poll(DEADLINE_S * 1000), "the connection still stands"
 
     def _quiet(self) -> None:
         self._conn.setblocking(False)
