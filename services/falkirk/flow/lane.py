@@ -46,6 +46,8 @@ class Lane:
         self.tun = -1
         self.slot_base = 0
         """The low 24 bits of the address of index 0."""
+        self.waiting = 0
+        """Packets of this turn that wait for the rest of their fragments: what is `received` is known later."""
         self.buffer = bytearray(BUFFER)
         self.view = memoryview(self.buffer)
         self.words = self.view.cast("H")
@@ -82,7 +84,8 @@ class Lane:
             else:
                 received += 1
                 self.up(tunnel, size)
-        self.worker.counts[RECEIVED] += received
+        self.worker.counts[RECEIVED] += received - self.waiting
+        self.waiting = 0
         return alive
 
     def _raw_datagram(self, tunnel: Tunnel, size: int) -> int:
@@ -152,6 +155,16 @@ class Lane:
         else:
             worker.counts[FORWARDED] += 1
         return None
+
+    def put(self, packet: bytes) -> None:
+        """Write a packet that is ready, with complete checksums, to the device. Raises OSError."""
+        os.writev(self.tun, [ZERO_HEADER, packet])
+
+    def packet(self) -> bytes:
+        """The packet in the buffer, as long as it says that it is."""
+        buffer = self.buffer
+        length = buffer[12] << 8 | buffer[13] if buffer[10] >> 4 == 4 else 40 + (buffer[14] << 8 | buffer[15])
+        return self.view[HEADER : HEADER + length].tobytes()
 
     def readable(self, _: int) -> None:
         """What epoll says of the device."""

@@ -129,6 +129,7 @@ class Tunnels(dict[int, Tunnel]):
             return
         for flow in list(tunnel.flows.values()):
             flow.owner.cut(flow, "tunnel_closed")
+        worker.fragments.close(tunnel)
         worker.unwatch(tunnel.fd)
         os.close(tunnel.fd)
         tunnel.fd = -1

@@ -29,6 +29,7 @@ from falkirk.flow.answers import Answers
 from falkirk.flow.drain import Drain
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
+from falkirk.flow.fragments import Fragments
 from falkirk.flow.ingress import Ingress
 from falkirk.flow.lane import Lane
 from falkirk.flow.lifecycle import Lifecycle
@@ -40,6 +41,7 @@ from falkirk.flow.randomness import Randomness
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import Flow, TcpLift, Wheel
+from falkirk.flow.tap import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
 from falkirk.linux import scheduling, seqpacket
@@ -122,6 +124,8 @@ class Worker:
         self.ingress = Ingress(self)
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
+        self.fragments = Fragments(self)
+        self.taps = Taps(self)
         self._listen()
 
     # set-up
@@ -217,6 +221,7 @@ class Worker:
         self._listener.close()
         self._parent.close()
         self.spool.close()
+        self.taps.close()
         self.orphans.close()
 
     def _end_of_turn(self) -> None:
@@ -226,12 +231,9 @@ class Worker:
             self.pair.mend()
         if self.snapshots.loading:
             self.snapshots.step()
-        if self.spool.pending or self.spool.stuck:
-            if not self.spool.flush():
-                # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
-                return
-            self._untold = True
-            self.live.cursors(*(self.lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
+        if (self.spool.pending or self.spool.stuck) and not self.record():
+            # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
+            return
         if self._untold and self.now - self._spooled_at >= TELL:
             self._spooled_at = self.now
             self._untold = False
@@ -265,6 +267,7 @@ class Worker:
         self.lifecycle.expire()
         self.lifecycle.checkpoint()
         self.orphans.each_second(self)
+        self.fragments.each_second()
         self.gauges()
         if self.spool.stuck:
             self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")
@@ -278,6 +281,14 @@ class Worker:
         self.counts[counters.SLOTS_TOTAL] = vnet.size + raw.size
         self.counts[counters.TUNNELS] = len(self.tunnels)
         self.counts[counters.PAIRED] = self.pair.link is not None
+
+    def record(self) -> bool:
+        """Write the records that are queued; False where the disk doesn't take them."""
+        if not self.spool.flush():
+            return False
+        self._untold = True
+        self.live.cursors(*(self.lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
+        return True
 
     def write_record(self, event: str, flow_id: bytes, parts: str) -> int:
         """Queue an audit record (see `falkirk.flow.records`); returns its sequence number."""
@@ -339,17 +350,19 @@ class Worker:
     def _from_parent(self, _: int) -> None:
         while (received := seqpacket.receive(self._parent, 65536)) is not None:
             data, fds = received
-            for fd in fds:
-                os.close(fd)
             if not data:
                 self._alive = False
                 return
             for message in control.TO_WORKER.decode(data):
                 match message:
+                    case control.Tap() if fds:
+                        self.taps.begin(message, fds.pop(0))
                     case control.Load():
                         self.snapshots.begin(message)
                     case control.Terminate():
                         self._terminate(message)
+            for fd in fds:
+                os.close(fd)
 
     def _terminate(self, message: control.Terminate) -> None:
         tunnel = self.tunnels.get(message.tunnel)
