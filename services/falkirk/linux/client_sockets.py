@@ -99,6 +99,7 @@ class ClientSockets:
         try:
             sockets.reset_on_close(sock)
             sockets.no_delay(sock)
+            sockets.urgent_in_line(sock)
             sockets.set_congestion(sock, self._congestion, FALLBACK_CONGESTION)
             # Many streams of one port, each to a slot of its own.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
