@@ -11,6 +11,7 @@ from errno import EACCES, ECONNREFUSED, ECONNRESET, ENETUNREACH, EPERM
 from typing import TYPE_CHECKING
 
 from falkirk.flow.counters import ANSWERED
+from falkirk.flow.decision import Outcome
 from falkirk.flow.table import Tunnel
 from falkirk.wire import build
 from falkirk.wire.icmp import Unreachable
@@ -47,6 +48,19 @@ class Answers:
         else:
             self._unreachable(tunnel, data, Unreachable.HOST)
 
+    def decided(self, tunnel: Tunnel, data: bytes, outcome: Outcome) -> None:
+        """What a first packet gets that may not go on."""
+        if outcome is Outcome.DENY:
+            self.reset(tunnel, data)
+        elif outcome is Outcome.PROHIBITED:
+            self._unreachable(tunnel, data, Unreachable.PROHIBITED)
+        else:
+            self.no_route(tunnel, data)
+
+    def host_unreachable(self, tunnel: Tunnel, data: bytes) -> None:
+        """The destination is known, and isn't there (RFC 1812 5.2.7.1)."""
+        self._unreachable(tunnel, data, Unreachable.HOST)
+
     def no_route(self, tunnel: Tunnel, data: bytes) -> None:
         """There is no way to the destination."""
         self._unreachable(tunnel, data, Unreachable.NET)
@@ -66,6 +80,13 @@ class Answers:
             self._worker.drop("icmp_rate_limit")
             return
         self._say(tunnel, build.time_exceeded(data, packet, self._source(packet)))
+
+    def too_big(self, tunnel: Tunnel, data: bytes, packet: Packet, mtu: int) -> None:
+        """A packet (parsed where it is in `data`) that the way on takes only in smaller pieces (RFC 1191 4, RFC 4443 3.2)."""
+        if not self._allowed(tunnel):
+            self._worker.drop("icmp_rate_limit")
+            return
+        self._say(tunnel, build.too_big(data, packet, mtu, self._source(packet)))
 
     def _unreachable(self, tunnel: Tunnel, data: bytes, kind: Unreachable) -> None:
         if not self._allowed(tunnel):

@@ -20,6 +20,7 @@ from falkirk.flow import control, counters, limits
 from falkirk.flow.delivery import Delivery
 from falkirk.flow.events import EventFeed
 from falkirk.flow.live import LiveReader, LiveRecord
+from falkirk.flow.roster import Roster
 from falkirk.flow.settings import FlowSettings
 from falkirk.flow.text import address_text
 from falkirk.runtime import blob, telemetry
@@ -68,6 +69,7 @@ class Fleet:
             self._started,
             self._exited,
         )
+        self.roster = Roster(shell.workers, self.pool.send, self.pool.alive)
 
     # workers
 
@@ -87,10 +89,12 @@ class Fleet:
         self.pool.send(worker, encode([start]), (self.counters[worker].fd, self._tenants))
         for load in self._snapshots.values():
             self.pool.send(worker, encode([load]))
+        self.roster.started(worker)
 
     def _exited(self, worker: int, status: int) -> None:
         log.warning("worker_exited", worker=worker, status=status)
         self._contexts[worker].clear()
+        self.roster.exited(worker)
         self._set_ready(worker, False)
         self._deliveries[worker].grown()
 
@@ -103,8 +107,10 @@ class Fleet:
                     self._deliveries[worker].grown()
                 case control.TunnelOpened():
                     self._contexts[worker][message.tunnel] = message.context
+                    self.roster.opened(worker, message)
                 case control.TunnelEnded():
                     self._contexts[worker].pop(message.tunnel, None)
+                    self.roster.ended(worker, message.tunnel)
                 case control.Status():
                     self._set_ready(worker, message.ready)
                 case control.Loaded():

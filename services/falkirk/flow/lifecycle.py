@@ -42,11 +42,11 @@ class Lifecycle:
 
     # begun
 
-    def refusal(self, tunnel: Tunnel) -> str | None:
-        """Why this tunnel may not have another flow now; None where it may."""
+    def refusal(self, tunnel: Tunnel, *, lifted: bool = True) -> str | None:
+        """Why this tunnel may not have another flow now; None where it may. One that isn't `lifted` needs no upgrader."""
         settings = self._worker.settings
         context = tunnel.context
-        if not self._worker.pair.ready or self._worker.draining:
+        if (lifted and not self._worker.pair.ready) or self._worker.draining:
             return "not_ready"
         if self._worker.spool.stuck:
             return "audit_unwritable"

@@ -194,6 +194,13 @@ class Orphans:
         elif not flow.reset:
             self._silent.append((flow.tunnel.id, flow.back, TRIES))
 
+    def ask(self, worker: Worker, number: int, back: bytes) -> None:
+        """Probe one end of a connection that nobody carries any more. `back` is the signature of packets towards it, 12 or 36 bytes."""
+        tunnel = worker.tunnels.get(number)
+        if tunnel is not None:
+            sent = worker.tunnels.say(tunnel, _probe(back), counted=False)
+            self._silent.append((number, back, TRIES - sent))
+
     def each_second(self, worker: Worker) -> None:
         """Look for clients that haven't been told yet, once the upgrader has been asked to reset everything."""
         if self._by_slot and worker.pair.ready:

@@ -104,6 +104,7 @@ class Tunnels(dict[int, Tunnel]):
         os.set_blocking(fd, False)
         tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
         self[message.tunnel] = tunnel
+        worker.forward.tunnel_opened(tunnel)
         lane = worker.lane(message.framing)
 
         def ready(mask: int) -> None:
@@ -129,6 +130,7 @@ class Tunnels(dict[int, Tunnel]):
             return
         for flow in list(tunnel.flows.values()):
             flow.owner.cut(flow, "tunnel_closed")
+        worker.forward.tunnel_closed(tunnel)
         worker.unwatch(tunnel.fd)
         os.close(tunnel.fd)
         tunnel.fd = -1
