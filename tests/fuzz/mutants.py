@@ -13,6 +13,7 @@ import struct
 from random import Random
 from typing import Final
 
+from falkirk.wire.fragments import cut
 from tests.flow_rig import SERVER4, SERVER6
 
 MAGIC: Final = b"\xf5TAG"
@@ -262,6 +263,24 @@ class Mutator:
         if packet[9 if packet[0] >> 4 == 4 else 6] != 6:
             return ZERO + packet
         return self._header(packet, big) + packet
+
+    def fragments(self, packet: bytearray, *, vnet: bool) -> list[bytes]:
+        """The packet in pieces: in any order, some twice, some told that the path is congested; all of TCP's header in the first."""
+        chance = self.chance
+        parts = [
+            bytearray(part) for part in cut(bytes(packet), chance.choice((96, 160, 600)), chance.randrange(1 << 16))
+        ]
+        for part in parts:
+            if chance.random() < 0.05:
+                part[1] |= 3 if part[0] >> 4 == 4 else 0x30
+                if part[0] >> 4 == 4:
+                    part[10:12] = b"\0\0"
+                    part[10:12] = (-total(part[:20]) % 0xFFFF).to_bytes(2, "big")
+        if chance.random() < 0.3:
+            parts.insert(0, chance.choice(parts))
+        if chance.random() < 0.3:
+            chance.shuffle(parts)
+        return [(ZERO if vnet else b"") + part for part in parts]
 
     def _header(self, packet: bytearray, big: bool) -> bytes:
         four = packet[0] >> 4 == 4

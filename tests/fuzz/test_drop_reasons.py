@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from falkirk.flow import control
 from falkirk.flow.counters import DROP_REASONS
 from falkirk.flow.settings import FlowSettings
+from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Connected, Prepare
+from tests import forward_rig
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context
 from tests.unit.wire import samples
 
@@ -41,6 +44,16 @@ def icmp4(kind: int, payload: bytes = b"ping") -> bytes:
     return samples.ip4(1, samples.icmp4(kind, payload=payload), source=DEVICE4, destination=SERVER4)
 
 
+def piece4(offset: int, data: bytes, *, more: bool = True, ecn: int = 0, number: int = 7) -> bytes:
+    """A fragment of protocol 253, which has no header of its own."""
+    word = offset >> 3 | (0x2000 if more else 0)
+    packet = bytearray(samples.ip4(253, data, source=DEVICE4, fragment=word, identification=number))
+    packet[1] |= ecn
+    packet[10:12] = b"\0\0"
+    packet[10:12] = samples.slow_checksum(bytes(packet[:20])).to_bytes(2, "big")
+    return bytes(packet)
+
+
 def broken(packet: bytes, at: int) -> bytes:
     return packet[:at] + bytes([packet[at] ^ 1]) + packet[at + 1 :]
 
@@ -56,7 +69,9 @@ RAW: dict[str, bytes] = {
     "bad_ip_options": tcp4(options4=b"\x07\xff\0\0"),
     "source_route": tcp4(options4=b"\x83\x03\x04\0"),
     "bad_extension_header": tcp6(b"\x06\xff" + bytes(6), 60),
-    "fragment": tcp4(fragment=0x2000),
+    "fragment_tiny": samples.ip4(6, bytes(8), source=DEVICE4, fragment=1),
+    "fragment_length": piece4(0, bytes(9)),
+    "fragment_too_long": piece4(65512, bytes(8), more=False),
     "truncated_l4": samples.ip4(6, bytes(19), source=DEVICE4),
     "bad_tcp_offset": samples.ip4(6, bytes(20), source=DEVICE4),
     "bad_udp_length": samples.ip4(17, samples.udp(DEVICE4, SERVER4, length=7), source=DEVICE4),
@@ -83,6 +98,17 @@ VNET: dict[str, bytes] = {
     "vnet_gso_size": struct.pack("=BBHHHH", 1, vnet.GSO_TCPV4, 40, 535, 20, 16) + tcp4(partial=True),
     "vnet_checksum": struct.pack("=BBHHHH", 1, vnet.GSO_TCPV4, 40, 1448, 22, 16) + tcp4(partial=True),
 }
+FRAGMENTS: dict[str, tuple[FlowSettings, list[bytes], int]] = {
+    "fragment_ecn": (FlowSettings(), [piece4(0, bytes(8), ecn=3), piece4(8, bytes(8), more=False)], 2),
+    "fragment_overlap": (FlowSettings(), [piece4(0, bytes(16)), piece4(8, bytes(8))], 2),
+    "fragment_past_end": (FlowSettings(), [piece4(8, bytes(8), more=False), piece4(16, bytes(8))], 2),
+    "fragment_duplicate": (FlowSettings(), [piece4(0, bytes(8))] * 2, 1),
+    "fragment_too_many": (FlowSettings(), [piece4(8 * at, bytes(8)) for at in range(129)], 129),
+    "fragment_memory": (FlowSettings(fragment_tunnel_bytes=2000), [piece4(8 * at, bytes(800)) for at in (0, 100)], 2),
+    "fragment_packets": (FlowSettings(fragment_tunnel_packets=1), [piece4(0, bytes(8), number=n) for n in (1, 2)], 1),
+    "fragment": (FlowSettings(fragment_bytes=0), [piece4(0, bytes(8))], 1),
+}
+"""With these settings these packets: so many of them are dropped for this reason, and the others wait."""
 WITH_SETTINGS: dict[str, tuple[FlowSettings, bytes]] = {
     "slots_exhausted": (FlowSettings(slots=1), tcp4(flags=SYN, sport=2)),
     "table_full": (FlowSettings(max_flows=1), tcp4(flags=SYN, sport=2)),
@@ -150,11 +176,41 @@ def _audit_unwritable(rig: FlowRig) -> object:
     return sock
 
 
+def _fragment_timeout(rig: FlowRig) -> object:
+    # The first fragment hasn't come, so nobody is told.
+    sock = rig.tunnel()
+    sock.send(piece4(8, bytes(8)))
+    rig.step()
+    now = rig.worker.now
+    rig.worker.clock = lambda: now + 16_000_000_000
+    return sock
+
+
+def _sibling_full(rig: FlowRig) -> object:
+    rig.policies, rig.routes = forward_rig.POLICIES, forward_rig.ROUTES
+    rig.load()
+    rig.until(lambda: rig.worker.routes.routes > 3)
+    whose = forward_rig.who("nas", list(forward_rig.NAS.values()))
+    other, theirs = seqpacket.pair()
+    rig.say_parent(control.Sibling(1), fds=[theirs.fileno()])
+    theirs.close()
+    rig.say_parent(
+        control.Attached(99, 1, whose.tenant_id, whose.device_id, whose.virtual_network_id, Framing.RAW, 1500)
+    )
+    sock = rig.tunnel()
+    while not rig.drops():
+        sock.send(forward_rig.datagram(DEVICE4, forward_rig.NAS[4], 40000, 53, bytes(1400)))
+        rig.step()
+    return sock, other
+
+
 DIRECTED: dict[str, Callable[[FlowRig], object]] = {
     "not_ready": _not_ready,
     "audit_unwritable": _audit_unwritable,
+    "fragment_timeout": _fragment_timeout,
     "no_flow": _stray(samples.tcp4()),
     "not_tcp": _stray(samples.ip4(2, bytes(8))),
+    "sibling_full": _sibling_full,
     "tunnel_full": _tunnel_full,
     "tunnel_closed": _tunnel_closed,
     "tun_write_error": _tun_write_error,
@@ -162,7 +218,7 @@ DIRECTED: dict[str, Callable[[FlowRig], object]] = {
 
 
 def test_these_are_all_there_are() -> None:
-    cases = [*RAW, *VNET, *WITH_SETTINGS, *DIRECTED]
+    cases = [*RAW, *VNET, *FRAGMENTS, *WITH_SETTINGS, *DIRECTED]
     assert sorted(cases) == sorted(DROP_REASONS)
 
 
@@ -176,6 +232,24 @@ def test_a_packet_that_is_dropped_for(reason: str, tmp_path: Path) -> None:
     assert rig.count("received") == 1
     assert rig.asked() == []
     sock.close()
+    rig.close()
+
+
+@pytest.mark.parametrize("reason", list(FRAGMENTS))
+def test_fragments_that_do_not_become_a_packet(reason: str, tmp_path: Path) -> None:
+    settings, packets, count = FRAGMENTS[reason]
+    rig = FlowRig(tmp_path, settings)
+    sock = rig.tunnel()
+    for packet in packets:
+        sock.send(packet)
+    rig.step()
+    assert rig.drops() == {reason: count}
+    # What waits hasn't been received yet.
+    assert rig.count("received") == count
+    sock.close()
+    rig.until(lambda: not rig.worker.tunnels)
+    assert rig.count("received") == len(packets)
+    assert rig.balanced()
     rig.close()
 
 

@@ -140,7 +140,10 @@ class World:
             self.mutator.mutant(packet, vnet=producer.vnet, big=big, others=producer.recent) for _ in range(mutants)
         ]
         self.mutants += mutants
-        datagrams.insert(chance.randrange(mutants + 1), self.mutator.framed(packet, vnet=producer.vnet, big=big))
+        if not big and chance.random() < 0.1:
+            datagrams += self.mutator.fragments(packet, vnet=producer.vnet)
+        else:
+            datagrams.insert(chance.randrange(mutants + 1), self.mutator.framed(packet, vnet=producer.vnet, big=big))
         for data in datagrams:
             producer.send(data)
 

@@ -15,5 +15,7 @@ A parent process serves FlowService (`service.py`) and delivers the audit spool 
 the packets (`worker.py`). They share memory instead of asking each other: the live table (`live.py`), counters, and the
 tenants' flow counts (`limits.py`).
 
-Limits: TCP only; UDP, ICMP and fragments are answered or dropped with a reason that says that they aren't built.
+Fragments wait for the rest of their packet (`reassembly.py`, PURE, and `fragments.py`); only whole packets go this way.
+
+Limits: TCP only; UDP and ICMP are answered or dropped with a reason that says that they aren't built.
 """

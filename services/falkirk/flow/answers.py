@@ -81,6 +81,23 @@ class Answers:
             return
         self._say(tunnel, build.time_exceeded(data, packet, self._source(packet)))
 
+    def reassembly_time_exceeded(self, tunnel: Tunnel, first: bytes) -> None:
+        """The rest of a packet whose first fragment this is didn't come (RFC 792, RFC 4443 3.3)."""
+        if not self._allowed(tunnel):
+            self._worker.drop("fragment_timeout")
+            return
+        packet = parse(first, 0, len(first), fragments=True)
+        answer = build.time_exceeded(first, packet, self._source(packet), build.REASSEMBLY)
+        self._say(tunnel, answer, "fragment_timeout")
+
+    def parameter_problem(self, tunnel: Tunnel, lane: Lane, packet: Packet, pointer: int, reason: str) -> None:
+        """What an IPv6 header says at `pointer` can't be."""
+        data = bytes(lane.view[: HEADER + packet.total_length])
+        if not self._allowed(tunnel):
+            self._worker.drop(reason)
+            return
+        self._say(tunnel, build.parameter_problem6(data, packet, pointer, self._source(packet)), reason)
+
     def too_big(self, tunnel: Tunnel, data: bytes, packet: Packet, mtu: int) -> None:
         """A packet (parsed where it is in `data`) that the way on takes only in smaller pieces (RFC 1191 4, RFC 4443 3.2)."""
         if not self._allowed(tunnel):

@@ -1,4 +1,5 @@
 """What a flow worker counts. Every packet received is forwarded, answered, held or dropped with a reason; at rest nothing is held.
+A fragment that waits isn't received yet (`falkirk.flow.fragments`).
 
 `received` counts packets from tunnels and from the TUN devices alike, so the sum holds over both directions.
 """
@@ -7,10 +8,12 @@ from __future__ import annotations
 
 from typing import Final
 
+from falkirk.flow import reassembly
 from falkirk.wire.malformed import REASONS
 
 DROP_REASONS: Final = (
     *REASONS,
+    *reassembly.REASONS,
     "empty_datagram",
     "second_context",
     "spoofed_source",

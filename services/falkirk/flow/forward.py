@@ -30,6 +30,7 @@ import struct
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Any, Final
 
+from falkirk.flow.carriage import Carriage
 from falkirk.flow.counters import FORWARDED
 from falkirk.flow.decision import Outcome
 from falkirk.flow.directory import Attachment, Directory
@@ -41,16 +42,12 @@ from falkirk.flow.passages import (
     Remote,
     key_of_packet,
     key_of_quoted,
-    may_be_cut,
     reply_key,
-    size_on_the_wire,
 )
-from falkirk.flow.siblings import ERROR, PACKET, REPLY, Carrier, Foreign, Forget, Gone, SiblingLink
+from falkirk.flow.siblings import ERROR, REPLY, Carrier, Foreign, Forget, Gone, SiblingLink
 from falkirk.flow.table import Owner, State, Tunnel
-from falkirk.wire import vnet
-from falkirk.wire.context import Framing
 from falkirk.wire.malformed import MalformedPacket
-from falkirk.wire.packet import Packet, parse, verify
+from falkirk.wire.packet import Packet, verify
 from falkirk.wire.protocol import (
     DESTINATION_OPTIONS,
     FRAGMENT,
@@ -61,7 +58,6 @@ from falkirk.wire.protocol import (
     TCP,
     UDP,
 )
-from falkirk.wire.segment import segments
 from falkirk.wire.translate import quoted
 
 if TYPE_CHECKING:
@@ -88,6 +84,7 @@ class Forward(Owner[ForwardFlow]):
         self._worker = worker
         self.directory = Directory()
         self.carrier = Carrier()
+        self._carriage = Carriage(worker)
         self.links: dict[int, SiblingLink] = {}
         """By the other worker's number."""
         self.held: list[ForwardFlow] = []
@@ -148,8 +145,8 @@ class Forward(Owner[ForwardFlow]):
         flow = passage.flow
         if flow is not None:
             self._pass_on(flow, passage.up, tunnel, lane, l4, end)
-        elif self._fits(tunnel, lane, end, passage.mtu) and passage.link.packet(
-            REPLY, l4, passage.handle, lane.view[:end]
+        elif self._carriage.fits(tunnel, lane, end, passage.mtu) and passage.link.packet(
+            REPLY, l4 | self._worker.fragments.largest << 16, passage.handle, lane.view[:end]
         ):
             self._worker.counts[FORWARDED] += 1
 
@@ -166,7 +163,7 @@ class Forward(Owner[ForwardFlow]):
         if to is None:
             self._worker.drop("no_flow")
             return
-        if tunnel is not None and not self._fits(tunnel, lane, end, to.mtu):
+        if tunnel is not None and not self._carriage.fits(tunnel, lane, end, to.mtu):
             return
         size = end - HEADER
         if up:
@@ -179,45 +176,7 @@ class Forward(Owner[ForwardFlow]):
         if flow.tick != worker.second:
             flow.tick = worker.second
             worker.dirty.append(flow)
-        self._hop(to, lane, end)
-
-    def _hop(self, to: Tunnel | Remote, lane: Lane | Carrier, end: int) -> None:
-        """Take a hop and send."""
-        buffer = lane.buffer
-        if buffer[10] >> 4 == 4:
-            buffer[18] -= 1
-            # RFC 1624: the checksum is the complement of a sum that has one less in its TTL, the low byte of a native word.
-            lane.words[10] = (lane.words[10] + 1) % 0xFFFF
-        else:
-            buffer[17] -= 1
-        if self._send(to, lane.view, end):
-            self._worker.counts[FORWARDED] += 1
-
-    def _send(self, to: Tunnel | Remote, view: memoryview, end: int) -> bool:
-        """Send the packet at [10, end) as its tunnel takes it; where not all of it went, False, and counted once."""
-        if isinstance(to, Remote):
-            return bool(to.link.packet(PACKET, to.number, 0, view[:end]))
-        worker = self._worker
-        deliver = worker.tunnels.deliver
-        plain = not view[0] and not view[1]
-        if plain and end - HEADER > to.mtu:
-            return worker.fragments.say(to, view[HEADER:end].tobytes())
-        if to.framing is Framing.VNET and size_on_the_wire(view, end) <= to.mtu:
-            return deliver(to, view[:end])
-        if plain:
-            return deliver(to, view[HEADER:end])
-        parts = segments(vnet.unpack(view, 0, end), view, HEADER, end - HEADER)
-        if to.framing is Framing.RAW and len(parts[0]) <= to.mtu:
-            return all(deliver(to, part) for part in parts)
-        return all(worker.fragments.say(to, part) for part in parts)
-
-    def _fits(self, tunnel: Tunnel, lane: Lane | Carrier, end: int, mtu: int) -> bool:
-        """Whether the packet may go on to a tunnel of this MTU; its sender is told where not."""
-        if end - HEADER <= mtu or size_on_the_wire(lane.view, end) <= mtu or may_be_cut(lane.view):
-            return True
-        data = bytes(lane.view[:end])
-        self._worker.answers.too_big(tunnel, data, parse(data, HEADER, end - HEADER), mtu)
-        return False
+        self._carriage.hop(to, lane, end)
 
     def _follow(
         self, flow: ForwardFlow, up: bool, tunnel: Tunnel | None, lane: Lane | Carrier, l4: int, end: int
@@ -226,7 +185,7 @@ class Forward(Owner[ForwardFlow]):
         worker = self._worker
         if flow.state is State.HELD:
             if len(flow.held) < HELD:
-                flow.held.append((l4, lane.view[:end].tobytes()))
+                flow.held.append((l4, worker.fragments.largest, lane.view[:end].tobytes()))
             else:
                 worker.drop("held")
             return False
@@ -329,7 +288,7 @@ class Forward(Owner[ForwardFlow]):
         tunnel.passages[key] = Passage(flow, True)
         self._flows[flow.handle] = flow
         worker.lifecycle.begin(flow, decision, timing, self._idle(flow))
-        flow.held.append((HEADER + packet.header_length, data))
+        flow.held.append((HEADER + packet.header_length, worker.fragments.largest, data))
         self.held.append(flow)
         return True
 
@@ -343,9 +302,11 @@ class Forward(Owner[ForwardFlow]):
             self._worker.lifecycle.state(flow, State.OPENING if flow.tcp is not None else State.ESTABLISHED)
             packets, flow.held = flow.held, []
             lane = self._worker.lane(flow.tunnel.framing)
-            for l4, data in packets:
+            fragments = self._worker.fragments
+            for l4, fragments.largest, data in packets:
                 lane.view[: len(data)] = data
                 self._pass_on(flow, True, flow.tunnel, lane, l4, len(data))
+            fragments.largest = 0
 
     def _quoted(self, tunnel: Tunnel, lane: Lane, packet: Packet) -> Passage | None:
         """The passage of what answers the packet that an ICMP error quotes."""
@@ -368,7 +329,7 @@ class Forward(Owner[ForwardFlow]):
             return True
         to = flow.to if passage.up else flow.tunnel
         assert to is not None  # A flow with passages leads somewhere.
-        self._hop(to, lane, end)
+        self._carriage.hop(to, lane, end)
         return True
 
     # where a flow leads
@@ -514,22 +475,27 @@ class Forward(Owner[ForwardFlow]):
         else:
             self.end(flow, OFFLINE)
 
-    def from_owner(self, number: int, end: int) -> None:
-        """A packet of another worker's flow, in the carrier, for a tunnel of ours."""
+    def from_owner(self, number: int, largest: int, end: int) -> None:
+        """A packet of another worker's flow, in the carrier, for a tunnel of ours; `largest` as in `falkirk.flow.fragments`."""
         worker = self._worker
+        worker.fragments.largest = largest
         tunnel = worker.tunnels.get(number)
         if tunnel is None:
             worker.drop("tunnel_closed")
-        elif self._send(tunnel, self.carrier.view, end):
+        elif self._carriage.send(tunnel, self.carrier.view, end):
             worker.counts[FORWARDED] += 1
+        worker.fragments.largest = 0
 
-    def reply(self, handle: int, l4: int, end: int) -> None:
+    def reply(self, handle: int, places: int, end: int) -> None:
         """A packet that answers a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
         if flow is None:
             self._worker.drop("no_flow")
-        else:
-            self._pass_on(flow, False, None, self.carrier, l4, end)
+            return
+        fragments = self._worker.fragments
+        fragments.largest = places >> 16
+        self._pass_on(flow, False, None, self.carrier, places & 0xFFFF, end)
+        fragments.largest = 0
 
     def error_reply(self, handle: int, end: int) -> None:
         """An ICMP error about a packet of a flow of ours, in the carrier."""
@@ -537,7 +503,7 @@ class Forward(Owner[ForwardFlow]):
         if flow is None:
             self._worker.drop("no_flow")
         else:
-            self._hop(flow.tunnel, self.carrier, end)
+            self._carriage.hop(flow.tunnel, self.carrier, end)
 
     # ended
 

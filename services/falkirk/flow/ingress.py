@@ -1,8 +1,9 @@
 """The slow path in: packets that don't belong to an established flow, or that need a closer look.
 
-Order of a packet's tests: is it well formed; does it come from an address of its device; is its TTL left; is it TCP; is
-its virtio-net header true; does a flow know it; and, for a SYN, route, rule, limits. What fails is answered as a router
-or a host would, or dropped, and counted either way.
+Order of a packet's tests: is it well formed; does it come from an address of its device; is its TTL left; is it whole; is it
+TCP; is its virtio-net header true; does a flow know it; and, for a SYN, route, rule, limits. What fails is answered as a router
+or a host would, or dropped, and counted either way. A fragment waits for its packet (`falkirk.flow.fragments`), which comes this
+way anew.
 
 IP options and IPv6 extension headers are checked by the parser and then taken off: a lifted packet ends here as an IP
 packet, and nothing of them may reach the private namespace's kernel.
@@ -57,7 +58,7 @@ class Ingress:
             worker.drop("vnet_too_short")
             return
         try:
-            packet = parse(lane.buffer, HEADER, end - HEADER)
+            packet = parse(lane.buffer, HEADER, end - HEADER, fragments=True)
             if packet.total_length != end - HEADER:
                 raise MalformedPacket("bad_total_length")
         except MalformedPacket as error:
@@ -69,6 +70,9 @@ class Ingress:
             worker.drop("spoofed_source")
         elif packet.ttl < 2:
             worker.answers.time_exceeded(tunnel, lane, packet)
+        elif packet.is_fragment:
+            if self._other_vnet(lane, tunnel, packet):
+                worker.fragments.take(lane, tunnel, packet)
         elif worker.forward.packet(lane, tunnel, packet, end):
             return
         elif packet.protocol == TCP:
@@ -106,7 +110,7 @@ class Ingress:
         return True
 
     def _other_vnet(self, lane: Lane, tunnel: Tunnel, packet: Packet) -> bool:
-        """The same for what isn't TCP."""
+        """The same for what isn't TCP, or a fragment of anything."""
         if lane.raw:
             return True
         try:

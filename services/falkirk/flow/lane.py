@@ -46,6 +46,8 @@ class Lane:
         self.tun = -1
         self.slot_base = 0
         """The low 24 bits of the address of index 0."""
+        self.waiting = 0
+        """Packets of this turn that wait for the rest of their fragments: what is `received` is known later."""
         self.buffer = bytearray(BUFFER)
         self.view = memoryview(self.buffer)
         self.words = self.view.cast("H")
@@ -82,7 +84,8 @@ class Lane:
             else:
                 received += 1
                 self.up(tunnel, size)
-        self.worker.counts[RECEIVED] += received
+        self.worker.counts[RECEIVED] += received - self.waiting
+        self.waiting = 0
         return alive
 
     def _raw_datagram(self, tunnel: Tunnel, size: int) -> int:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Final
 
 from falkirk.flow import records
 from falkirk.flow.counters import DENIED, ENDED, STARTED
-from falkirk.flow.decision import Decision
+from falkirk.flow.decision import Decision, Outcome
 from falkirk.flow.keys import signature
+from falkirk.flow.live import kind_of
 from falkirk.flow.table import Flow, State, Tunnel
 from falkirk.wire.context import Framing
 
@@ -98,7 +99,7 @@ class Lifecycle:
         worker.live.begin(
             index,
             state,
-            tunnel.framing is Framing.RAW,
+            kind_of(tunnel.framing is Framing.RAW, decision.outcome is Outcome.FORWARD),
             tunnel.id,
             flow.slot,
             flow.key,

@@ -115,7 +115,7 @@ class Orphans:
 
     def _orphan(self, record: LiveRecord) -> Orphan:
         plan = self._plan
-        framing = Framing.RAW if record.kind else Framing.VNET
+        framing = Framing.RAW if record.raw else Framing.VNET
         one = plan.slot(framing, 1)
         address = plan.address4 if record.family == 4 else plan.address6
         key = record.key

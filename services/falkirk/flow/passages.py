@@ -59,8 +59,9 @@ class ForwardFlow(Flow):
         self.route = route
         """The one that was decided on; it leads to a device."""
         self.reply = reply_key(key)
-        self.held: list[tuple[int, bytes]] = []
-        """Packets (behind their virtio-net headers) that wait until the flow's start is on record, each with where its upper layer starts."""
+        self.held: list[tuple[int, int, bytes]] = []
+        """Packets (behind their virtio-net headers) that wait until the flow's start is on record, each with where its upper layer starts and
+        how large its fragments were (`falkirk.flow.fragments`)."""
         self.tcp = Follower() if key[-1] == TCP else None
 
 

@@ -35,6 +35,14 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The same for flows of any other protocol, which only their addresses tell apart (SCTP, GRE, ESP)."""
     tunnel_queue_bytes: int = 1_048_576
     """Bytes that wait for a tunnel whose reader is slow; more is dropped (tunnel_full). The same for another worker (sibling_full)."""
+    fragment_bytes: int = 16_777_216
+    """Bytes of memory a worker in which fragments wait for the rest of their packets; 0 drops every fragment."""
+    fragment_tunnel_bytes: int = 1_048_576
+    """The same for one tunnel, which also holds at most a quarter of what the worker has left."""
+    fragment_tunnel_packets: int = 256
+    """Packets of one tunnel that wait for fragments."""
+    fragment_timeout_s: int = 15
+    """Seconds that fragments wait, 1 to 60. RFC 791 3.2: 15; RFC 8200 4.5: at most 60."""
     icmp_source4: str = "192.0.0.8"
     """Address that ICMP errors come from. RFC 7600: the IPv4 dummy address."""
     icmp_source6: str = "fd66:616c:6b69:726b::1"
@@ -47,9 +55,11 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("slots must lie between 1 and 8388608")
         for field in msgspec.structs.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "icmp_per_second" else 1
+            least = 0 if field.name in ("icmp_per_second", "fragment_bytes") else 1
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{field.name} must be at least {least}")
+        if self.fragment_timeout_s > 60:
+            raise ValueError("fragment_timeout_s must be at most 60")
         for name, kind in (("icmp_source4", ipaddress.IPv4Address), ("icmp_source6", ipaddress.IPv6Address)):
             try:
                 kind(getattr(self, name))

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 _HEAD: Final = struct.Struct("=BxxxIQ")
 WORDS: Final = 0
 PACKET: Final = 1
-"""A packet for tunnel `number`."""
+"""A packet for tunnel `number`; where `handle` isn't 0 it came in fragments, and that was the size of the largest."""
 REPLY: Final = 2
-"""A packet that answers flow `handle`; its upper layer starts at `number`."""
+"""A packet that answers flow `handle`; `number` is where its upper layer starts, and from bit 16 on the size of its largest fragment, or 0."""
 ERROR: Final = 3
 """An ICMP error about a packet of flow `handle`."""
 
@@ -135,11 +135,16 @@ class SiblingLink:
             return
         self._worker.counts[RECEIVED] += 1
         if kind == PACKET:
-            forward.from_owner(number, end)
+            forward.from_owner(number, handle, end)
         elif kind == REPLY:
             forward.reply(handle, number, end)
         else:
             forward.error_reply(handle, end)
+
+    @property
+    def backlog(self) -> int:
+        """Datagrams that wait."""
+        return len(self._waiting)
 
     def tell(self, message: Message) -> None:
         """Say something; it waits its turn behind packets, and is never lost while the other worker lives."""

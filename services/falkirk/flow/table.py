@@ -233,6 +233,7 @@ class Tunnel:
         "icmp_left",
         "icmp_tick",
         "id",
+        "identification",
         "lifts",
         "memo",
         "mtu",
@@ -276,6 +277,8 @@ class Tunnel:
         """Refusals since the last record of any, beyond what is recorded a second."""
         self.icmp_tick = 0
         self.icmp_left = 0
+        self.identification = -1
+        """The last one that was given to fragments; -1 before the first."""
 
 
 class Wheel:

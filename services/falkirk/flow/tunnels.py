@@ -131,6 +131,7 @@ class Tunnels(dict[int, Tunnel]):
         for flow in list(tunnel.flows.values()):
             flow.owner.cut(flow, "tunnel_closed")
         worker.forward.tunnel_closed(tunnel)
+        worker.fragments.close(tunnel)
         worker.unwatch(tunnel.fd)
         os.close(tunnel.fd)
         tunnel.fd = -1

@@ -33,6 +33,7 @@ from falkirk.flow.drain import Drain
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.forward import Forward
+from falkirk.flow.fragments import Fragments
 from falkirk.flow.ingress import Ingress
 from falkirk.flow.lane import Lane
 from falkirk.flow.lifecycle import Lifecycle
@@ -129,6 +130,7 @@ class Worker:
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
         self.forward = Forward(self)
+        self.fragments = Fragments(self)
         self._listen()
 
     # set-up
@@ -281,6 +283,7 @@ class Worker:
         self.lifecycle.expire()
         self.lifecycle.checkpoint()
         self.orphans.each_second(self)
+        self.fragments.each_second()
         self.gauges()
         if self.spool.stuck:
             self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")

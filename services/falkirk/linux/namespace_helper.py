@@ -2,12 +2,13 @@
 
 It is exec'ed before gRPC starts, because only a process of one thread may make a user namespace. It makes a user and a
 network namespace with what `slot_devices` describes, hands all descriptors to its parent over the control pair, and
-stays to answer requests (`namespace_messages`).
+stays to answer requests (`namespace_messages`): the parent's, and where the namespace is one for lowering also those of the workers, who ask for
+client sockets (`client_sockets`).
 
 Nothing depends on its life: the parent's descriptors keep namespaces, devices and listeners. When it is killed, a
 replacement started with `--join` takes its place and no stream is lost. It exits when its parent's end closes.
 
-Limits: no grpc, no asyncio, and nothing imported that takes long; one parent; requests are answered in order. It leads
+Limits: no grpc, no asyncio, and nothing imported that takes long; one parent; requests of one asker are answered in order. It leads
 no decision: what couldn't be set is reported, and the parent decides.
 """
 
@@ -27,6 +28,7 @@ import msgspec
 
 from falkirk.linux import namespace_messages as messages
 from falkirk.linux import netns, seqpacket, slot_devices, tun
+from falkirk.linux.client_sockets import ClientSockets
 from falkirk.linux.netlink import Netlink
 
 _SEND_TIMEOUT_MS: Final = 5000
@@ -45,12 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=options.control_fd)
     control.setblocking(False)
     try:
+        settings = msgspec.json.decode(options.settings, type=messages.HelperSettings)
         if options.join:
             _join(control, *options.join)
         else:
-            _make(control, msgspec.json.decode(options.settings, type=messages.HelperSettings))
+            _make(control, settings)
         _say(control, messages.Ready())
-        _answer(control)
+        _answer(control, settings)
     except netns.NamespaceUnavailable as error:
         return _fail(control, "namespace_unavailable", error.message, error.remedy)
     except tun.TunUnavailable as error:
@@ -79,6 +82,7 @@ def _make(control: socket.socket, settings: messages.HelperSettings) -> None:
         links.set_link(socket.if_nametoindex("lo"))
         for worker in range(settings.workers):
             _say(control, *slot_devices.make_worker(links, settings, worker))
+    slot_devices.await_addresses(settings)
 
 
 def _join(control: socket.socket, user_namespace: int, network_namespace: int) -> None:
@@ -88,19 +92,32 @@ def _join(control: socket.socket, user_namespace: int, network_namespace: int) -
     _say(control, messages.Joined(network_namespace=netns.inode("net")))
 
 
-def _answer(control: socket.socket) -> None:
-    poll = select.poll()
-    poll.register(control, select.POLLIN)
+def _answer(control: socket.socket, settings: messages.HelperSettings) -> None:
+    askers: dict[int, ClientSockets] = {}
+    """By the number of their worker."""
     while True:
-        poll.poll()
-        received = seqpacket.receive(control, messages.MAX_DATAGRAM)
-        if received is None:
-            continue
-        data, _ = received
-        if not data:
-            return
-        request = messages.TO_HELPER.decode(data)
-        _say(control, messages.Inspected(request=request.request, devices=device_counters()))
+        poll = select.poll()
+        poll.register(control, select.POLLIN)
+        for asker in askers.values():
+            poll.register(asker.pair, asker.events)
+        ready = {fd for fd, _ in poll.poll()}
+        for worker, asker in list(askers.items()):
+            if asker.pair.fileno() in ready and not asker.serve():
+                askers.pop(worker).close()
+        if control.fileno() in ready:
+            received = seqpacket.receive(control, messages.MAX_DATAGRAM)
+            if received is None:
+                continue
+            data, fds = received
+            if not data:
+                return
+            match messages.TO_HELPER.decode(data):
+                case messages.Inspect(request=request):
+                    _say(control, messages.Inspected(request=request, devices=device_counters()))
+                case messages.Serve(worker=worker):
+                    if worker in askers:
+                        askers.pop(worker).close()
+                    askers[worker] = ClientSockets(socket.socket(fileno=fds[0]), settings, worker)
 
 
 def device_counters() -> dict[str, messages.DeviceCounters]:

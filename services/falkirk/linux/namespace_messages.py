@@ -4,12 +4,20 @@ One datagram is one message (MessagePack, a tagged array); descriptors ride besi
 names. A new namespace is announced as `Made`, one `WorkerDevices` a worker, `Ready`; a joined one as `Joined`, `Ready`;
 anything that stands in the way as `Failed`, after which the helper exits. Then the parent may ask (`Inspect`) at any
 time. The pair's end means the other is gone: the helper exits when its parent does.
+
+A lowering namespace has no listeners. Instead the parent gives the helper a pair for each worker (`Serve`), and over that the worker asks for client
+sockets, one for each stream that is to leave as packets::
+
+    worker -> helper    Connect         to this slot's address
+    helper -> worker    Connecting      with the socket: its SYN is on the worker's device, or will be in a moment
+                        NotConnecting   there is none, and why
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Final
 
 import msgspec
@@ -17,11 +25,21 @@ import msgspec
 MODULE: Final = "falkirk.linux.namespace_helper"
 
 
+class Purpose(StrEnum):
+    """What a namespace is for."""
+
+    LIFT = "lift"
+    """Packets become streams: listeners take them in."""
+    LOWER = "lower"
+    """Streams become packets: client sockets are made on demand."""
+
+
 class HelperSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the namespace is to be."""
 
+    purpose: Purpose = Purpose.LIFT
     workers: int = 1
-    """Upgrader workers, each with two devices and two listeners; 1 to 64."""
+    """Upgrader workers, each with two devices, and two listeners where the purpose is to lift; 1 to 64."""
     congestion: str = "cubic"
     """TCP congestion control; "reno" where the kernel hasn't it."""
     vnet_mtu: int = 1500
@@ -62,7 +80,8 @@ class Made(Message, frozen=True, tag=True):
 class WorkerDevices(Message, frozen=True, tag=True):
     """One worker's devices and listeners: vnet TUN, raw TUN, IPv4 listener and, with IPv6, IPv6 listener.
 
-    Listeners are bound to the wildcard address; streams come to host number 1 of each slot prefix.
+    Listeners are bound to the wildcard address; streams come to host number 1 of each slot prefix. For lowering there are none: two descriptors, and
+    port 0.
     """
 
     worker: int
@@ -117,11 +136,48 @@ class Inspected(Message, frozen=True, tag=True):
     devices: dict[str, DeviceCounters]
 
 
+class Serve(Message, frozen=True, tag=True):
+    """Make client sockets for this worker, which asks over the pair whose end this is. A pair that it had before is
+    closed. One descriptor."""
+
+    worker: int
+    descriptors: int = 1
+
+
+class Connect(Message, frozen=True, tag=True):
+    """Worker to helper: a TCP socket that connects from the device's own address to this slot's, to `port`; from
+    `source_port` if that can be. Answered by `Connecting` or `NotConnecting`, in any order."""
+
+    slot: int
+    """As `falkirk.wire.slots` counts: kind and index."""
+    version: int
+    """4 or 6."""
+    source_port: int
+    port: int
+
+
+class Connecting(Message, frozen=True, tag=True):
+    """Helper to worker: the socket; it resets on close, and its first event tells how the handshake went. One descriptor."""
+
+    slot: int
+    descriptors: int = 1
+
+
+class NotConnecting(Message, frozen=True, tag=True):
+    """Helper to worker: there is no such socket, and why."""
+
+    slot: int
+    errno: int
+
+
 FromHelper = Made | WorkerDevices | Joined | Ready | Failed | Inspected
-ToHelper = Inspect
+ToHelper = Inspect | Serve
+ToWorker = Connecting | NotConnecting
 
 FROM_HELPER: Final = msgspec.msgpack.Decoder(FromHelper)
 TO_HELPER: Final = msgspec.msgpack.Decoder(ToHelper)
+FROM_WORKER: Final = msgspec.msgpack.Decoder(Connect)
+TO_WORKER: Final = msgspec.msgpack.Decoder(ToWorker)
 MAX_DATAGRAM: Final = 64 * 1024
 
 _encoder: Final = msgspec.msgpack.Encoder()

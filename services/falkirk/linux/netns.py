@@ -20,6 +20,7 @@ from typing import Final, NamedTuple
 
 CLONE_NEWUSER: Final = 0x10000000
 CLONE_NEWNET: Final = 0x40000000
+_RTF_LOCAL: Final = 0x80000000
 _CAP_SETGID: Final = 6
 _CAP_SETUID: Final = 7
 _PROC_SYS: Final = Path("/proc/sys")
@@ -116,6 +117,12 @@ def inode(kind: str) -> int:
 def has_ipv6() -> bool:
     """Does the kernel speak IPv6 in the caller's namespace?"""
     return Path("/proc/thread-self/net/if_inet6").exists()
+
+
+def local6() -> set[str]:
+    """IPv6 addresses (32 hex digits) at which the caller's namespace takes packets."""
+    routes = (line.split() for line in Path("/proc/thread-self/net/ipv6_route").read_text().splitlines())
+    return {route[0] for route in routes if route[1] == "80" and int(route[8], 16) & _RTF_LOCAL}
 
 
 def write_settings(wanted: Mapping[str, str]) -> Settings:

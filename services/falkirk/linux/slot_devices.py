@@ -4,17 +4,22 @@
 tunnels of plain packets (what is written may still be a super-packet). Each has host number 1 of its slot prefix
 (`falkirk.wire.slots`), whose route the address brings along; the listeners wait on the wildcard address for both.
 
+In a namespace for lowering the devices are `lower{w}v` and `lower{w}r`, and instead of listeners there are client sockets, made on demand
+(`falkirk.linux.client_sockets`): what is a stream's source address when it is lifted, its slot, is its destination there.
+
 Limit: where /proc/sys can't be written, what the kernel remembers of an address stays longer than a slot rests (the
 report says so).
 """
 
 from __future__ import annotations
 
+import errno
 import socket
+import time
 from typing import Final
 
 from falkirk.linux import netns, sockets, tun
-from falkirk.linux.namespace_messages import HelperSettings, WorkerDevices
+from falkirk.linux.namespace_messages import HelperSettings, Purpose, WorkerDevices
 from falkirk.linux.netlink import Netlink
 from falkirk.wire.context import Framing
 from falkirk.wire.slots import SlotPlan
@@ -25,6 +30,7 @@ HOST: Final = 1
 """A device's own host number in its slot prefix."""
 FALLBACK_CONGESTION: Final = "reno"
 """The one that every kernel has."""
+_SETTLE_S: Final = 10.0
 
 
 def kernel_settings(settings: HelperSettings) -> dict[str, str]:
@@ -51,15 +57,17 @@ def kernel_settings(settings: HelperSettings) -> dict[str, str]:
 def make_worker(links: Netlink, settings: HelperSettings, worker: int) -> tuple[WorkerDevices, list[int]]:
     """One worker's devices and listeners in the current namespace, described, with their descriptors."""
     plan = SlotPlan(settings.workers)
-    port = PORT_BASE + worker
-    vnet_device, raw_device = f"lift{worker}v", f"lift{worker}r"
+    lifts = settings.purpose is Purpose.LIFT
+    port = PORT_BASE + worker if lifts else 0
+    vnet_device, raw_device = f"{settings.purpose}{worker}v", f"{settings.purpose}{worker}r"
     descriptors = [
         _device(links, settings, plan, worker, vnet_device, Framing.VNET),
         _device(links, settings, plan, worker, raw_device, Framing.RAW),
-        _listener(settings, socket.AF_INET, "0.0.0.0", port),
     ]
-    if netns.has_ipv6():
-        descriptors.append(_listener(settings, socket.AF_INET6, "::", port))
+    if lifts:
+        descriptors.append(_listener(settings, socket.AF_INET, "0.0.0.0", port))
+        if netns.has_ipv6():
+            descriptors.append(_listener(settings, socket.AF_INET6, "::", port))
     described = WorkerDevices(
         worker=worker,
         vnet_device=vnet_device,
@@ -70,6 +78,24 @@ def make_worker(links: Netlink, settings: HelperSettings, worker: int) -> tuple[
         descriptors=len(descriptors),
     )
     return described, descriptors
+
+
+def await_addresses(settings: HelperSettings) -> None:
+    """Wait until every device takes packets to its own IPv6 address: the kernel adds the address's route in a work queue, a moment after
+    the address. Raises OSError (ETIMEDOUT)."""
+    if not netns.has_ipv6():
+        return
+    plan = SlotPlan(settings.workers)
+    wanted = {
+        plan.address6(worker, plan.slot(framing, HOST)).hex()
+        for worker in range(settings.workers)
+        for framing in Framing
+    }
+    deadline = time.monotonic() + _SETTLE_S
+    while wanted - netns.local6():
+        if time.monotonic() > deadline:
+            raise OSError(errno.ETIMEDOUT, "the kernel doesn't take packets to the devices' IPv6 addresses")
+        time.sleep(0.001)  # a poll with a deadline: there is nothing to wait on
 
 
 def _device(links: Netlink, settings: HelperSettings, plan: SlotPlan, worker: int, name: str, framing: Framing) -> int:

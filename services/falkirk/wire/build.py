@@ -21,6 +21,9 @@ from falkirk.wire.protocol import FRAGMENT, ICMP, ICMPV6, TCP
 
 MAX_ERROR4: Final = 576
 MAX_ERROR6: Final = 1280
+IN_TRANSIT: Final = 0
+"""Code of a time that was exceeded: by hops, or (REASSEMBLY) by fragments that didn't come."""
+REASSEMBLY: Final = 1
 _NOWHERE6: Final = (bytes(16), bytes(15) + b"\x01")
 
 
@@ -79,10 +82,15 @@ def unreachable(data: Buffer, packet: Packet, why: Unreachable, source: bytes) -
     return _error(data, packet, type6, code6, pointer, source)
 
 
-def time_exceeded(data: Buffer, packet: Packet, source: bytes) -> bytes | None:
-    """TTL or hop limit exceeded in transit, code 0."""
+def time_exceeded(data: Buffer, packet: Packet, source: bytes, code: int = IN_TRANSIT) -> bytes | None:
+    """TTL or hop limit exceeded in transit; or, with REASSEMBLY, the first fragment's rest didn't come."""
     kind = icmp.TIME_EXCEEDED4 if packet.version == 4 else icmp.TIME_EXCEEDED6
-    return _error(data, packet, kind, 0, 0, source)
+    return _error(data, packet, kind, code, 0, source)
+
+
+def parameter_problem6(data: Buffer, packet: Packet, pointer: int, source: bytes) -> bytes | None:
+    """An IPv6 header field, `pointer` bytes into the packet, is wrong: RFC 4443 3.4, code 0."""
+    return _error(data, packet, icmp.PARAMETER_PROBLEM6, 0, pointer, source)
 
 
 def too_big(data: Buffer, packet: Packet, mtu: int, source: bytes) -> bytes | None:
@@ -128,7 +136,8 @@ def _may_answer6(packet: Packet, kind: int) -> bool:
     """RFC 4443 2.4 e: likewise; too big and parameter problem code 2 alone may be about a multicast destination."""
     return not (
         packet.is_icmp_error
-        or packet.fragment_offset
+        # A router says of the first fragment what there is to say; of a wrong later one only that it is wrong.
+        or (packet.fragment_offset and kind != icmp.PARAMETER_PROBLEM6)
         or (packet.destination[0] == 0xFF and kind != icmp.PACKET_TOO_BIG6)
         or packet.source[0] == 0xFF
         or packet.source in _NOWHERE6

@@ -5,13 +5,15 @@ one with options or extension headers, or a bad one. `parse` looks at the IP hea
 IPv6 extension headers and looks at the TCP, UDP or ICMP header. The upper layer's checksum is apart (`verify`), since it
 costs as much as all the rest and is only *partial* behind a vnet header.
 
-Limit: fragments are refused unless asked for, as nothing here puts them together. An IPv6 fragment header on a packet that
-isn't a fragment (RFC 6946) is walked like any other.
+Fragments are refused unless asked for (`falkirk.wire.fragments` puts them together). The first one must hold the whole chain of
+headers up to and with the upper layer's (RFC 7112 5; for IPv4 RFC 1858 asks the same of TCP), else it is `fragment_tiny`. An IPv6
+fragment header on a packet that isn't a fragment (RFC 6946) is walked like any other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import msgspec
 
@@ -21,6 +23,11 @@ from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
 
 UDP_HEADER = 8
+
+_Fields = tuple[int, int, int, int, int, bytes, bytes, int, int, bool, int, bool, int]
+"""What a Packet begins with: all that is in the IP header."""
+_CUT: Final = ("truncated_l4", "bad_tcp_offset")
+"""What is wrong with an upper layer's header that is longer than the first fragment."""
 
 
 class Packet(msgspec.Struct, frozen=True, gc=False):
@@ -70,6 +77,11 @@ class Packet(msgspec.Struct, frozen=True, gc=False):
     def segment_length(self) -> int:
         """SEG.LEN of RFC 9293 3.4: payload, and one each for SYN and FIN."""
         return self.total_length - self.payload_offset + (self.flags >> 1 & 1) + (self.flags & 1)
+
+    @property
+    def is_fragment(self) -> bool:
+        """Whether the rest of it comes in other packets."""
+        return self.more_fragments or self.fragment_offset != 0
 
     @property
     def is_icmp_error(self) -> bool:
@@ -148,14 +160,25 @@ def parse(data: Buffer, at: int, length: int, *, fragments: bool = False) -> Pac
         )
     else:
         raise MalformedPacket("bad_version")
-    header_length, protocol, offset, more = fields[3], fields[4], fields[10], fields[11]
+    header_length, offset, more = fields[3], fields[10], fields[11]
     if offset or more:
         if not fragments:
             raise MalformedPacket("fragment")
         if offset:
             return Packet(*fields, payload_offset=header_length)
+        try:
+            return _upper(data, fields)
+        except MalformedPacket as error:
+            raise MalformedPacket("fragment_tiny" if error.reason in _CUT else error.reason) from error
+    return _upper(data, fields)
+
+
+def _upper(data: Buffer, fields: _Fields) -> Packet:
+    """The packet with what is above IP."""
+    version, at, total, header_length, protocol = fields[:5]
+    more = fields[11]
     upper = at + header_length
-    available = fields[2] - header_length
+    available = total - header_length
     if protocol == TCP:
         segment = tcp.parse(data, upper, available)
         return Packet(
@@ -184,13 +207,7 @@ def parse(data: Buffer, at: int, length: int, *, fragments: bool = False) -> Pac
     return Packet(*fields, payload_offset=header_length)
 
 
-def _udp(
-    data: Buffer,
-    upper: int,
-    available: int,
-    more: bool,
-    fields: tuple[int, int, int, int, int, bytes, bytes, int, int, bool, int, bool, int],
-) -> Packet:
+def _udp(data: Buffer, upper: int, available: int, more: bool, fields: _Fields) -> Packet:
     if available < UDP_HEADER:
         raise MalformedPacket("truncated_l4")
     size = data[upper + 4] << 8 | data[upper + 5]

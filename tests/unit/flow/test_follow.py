@@ -49,7 +49,11 @@ def test_states_are_those_of_the_table() -> None:
         ([*OPEN, ("> R 101", CLOSING), ("< A 501 101", CLOSING)], True, "client_reset"),
         ([*OPEN, ("> R 101", CLOSING), ("> PA 101 501 10", CLOSING)], False, ""),
         # Simultaneous open, and a SYN that is sent again.
-        ([("> S 100", OPENING), ("< S 500", OPENING), ("> SA 100 501", OPENING), ("> A 101 501", ESTABLISHED)], False, ""),
+        (
+            [("> S 100", OPENING), ("< S 500", OPENING), ("> SA 100 501", OPENING), ("> A 101 501", ESTABLISHED)],
+            False,
+            "",
+        ),
         ([("> S 100", OPENING), ("> S 100", OPENING), ("> A 101 1", OPENING)], False, ""),
     ],
 )

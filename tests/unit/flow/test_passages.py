@@ -36,9 +36,7 @@ def key(packet: bytes) -> bytes | None:
         (echo(128, A6, B6), echo(129, B6, A6), 58, (7, 0)),
     ],
 )  # fmt: skip
-def test_a_reply_has_the_key_of_the_other_way(
-    there: bytes, back: bytes, protocol: int, ports: tuple[int, int]
-) -> None:
+def test_a_reply_has_the_key_of_the_other_way(there: bytes, back: bytes, protocol: int, ports: tuple[int, int]) -> None:
     source, destination = (A4, B4) if there[0] >> 4 == 4 else (A6, B6)
     up = key(there)
     assert up == key_of(protocol, source, destination, *ports)
