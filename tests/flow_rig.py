@@ -175,6 +175,11 @@ class FlowRig:
             seqpacket.send(self._parent, handover.encode([control.Load(name, str(path), "epoch", 1)]))
         self.until(lambda: self.worker.pair.ready)
 
+    def say_parent(self, message: handover.Message, fds: Sequence[int] = ()) -> None:
+        """Speak as the parent."""
+        seqpacket.send(self._parent, handover.encode([message]), fds)
+        self.step()
+
     def say_onramp(self, message: handover.Message, fds: Sequence[int] = ()) -> None:
         """Speak as the on-ramp."""
         seqpacket.send(self.onramp, handover.encode([message]), fds)

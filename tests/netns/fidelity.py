@@ -269,9 +269,13 @@ class World:
 
     # clients
 
+    def device(self, worker: int) -> str:
+        """Some device of acme whose tunnels that worker carries."""
+        return self._on_worker[worker % self.workers]
+
     def client(self, framing: str = "vnet", *, worker: int = 0, device: str = "", tenant: str = "acme") -> Client:
         """A device's client; without a name, that of some device of acme on a worker."""
-        key = (tenant, device or self._on_worker[worker % self.workers], framing)
+        key = (tenant, device or self.device(worker), framing)
         if key not in self._clients:
             self._clients[key] = Client(self.mesh, key[1], framing, tenant)
         return self._clients[key]

@@ -29,7 +29,10 @@ app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
 
 Tenant = Annotated[str, typer.Option(help="Only this tenant (its name).")]
 Device = Annotated[str, typer.Option(help="Only this device (its name).")]
-Event = Annotated[Literal["started", "denied", "ended"] | None, typer.Option(help="Only records of this event.")]
+Event = Annotated[
+    Literal["started", "denied", "ended", "capture_started", "capture_ended"] | None,
+    typer.Option(help="Only records of this event."),
+]
 Flow = Annotated[str, typer.Option("--flow", help="Only this flow (its id).")]
 Destination = Annotated[str, typer.Option("--dst", help="Only flows to this address.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
@@ -133,6 +136,9 @@ def _detail(record: Mapping[str, Any]) -> str:
     if record.get("event") == "ended":
         seconds = record.get("duration_ns", 0) / 1e9
         return f"{record.get('reason', '')} {record.get('bytes_up', 0)} up {record.get('bytes_down', 0)} down {seconds:.1f} s"
+    if "capture_id" in record:
+        chosen = f" where {record['filter']}" if "filter" in record else ""
+        return f"{record.get('by', '')}{chosen}, {record.get('count', 0)} packets, {record.get('lost', 0)} lost"
     return str(record.get("why") or record.get("reason") or record.get("problem") or "")
 
 

@@ -69,6 +69,25 @@ class Detached(Message, frozen=True, tag=True):
     tunnel: int
 
 
+class Tap(Message, frozen=True, tag=True):
+    """Capture packets from now on, and push them into the descriptor; its end ends the capture. One descriptor. Fields that are
+    empty choose nothing. See `falkirk.flow.captured`."""
+
+    capture_id: bytes
+    """16 bytes."""
+    flow_id: bytes
+    tenant: str
+    device: str
+    expression: bytes
+    """Serialised CEL."""
+    text: str
+    """The expression as it was written, for audit."""
+    dropped_only: bool
+    snaplen: int
+    by: str
+    descriptors: int = 1
+
+
 class Loaded(Message, frozen=True, tag=True):
     """The snapshot decides from now on; `error` where it couldn't be loaded (the old one stays)."""
 
@@ -104,7 +123,7 @@ class Status(Message, frozen=True, tag=True):
     ready: bool
 
 
-ToWorker = Start | Load | Terminate | Sibling | Attached | Detached
+ToWorker = Start | Load | Terminate | Tap | Sibling | Attached | Detached
 ToParent = Loaded | TunnelOpened | TunnelEnded | Spooled | Status
 
 TO_WORKER: Final = msgspec.msgpack.Decoder(list[ToWorker])

@@ -8,11 +8,9 @@ Limit: echo isn't built in this version.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from falkirk.flow.counters import FORWARDED
-from falkirk.flow.lane import ZERO_HEADER
 from falkirk.flow.table import State, TcpLift, Tunnel
 from falkirk.wire.icmp import PACKET_TOO_BIG6
 from falkirk.wire.malformed import MalformedPacket
@@ -50,7 +48,7 @@ class IcmpErrors:
         error_packet = translate(lane.buffer, packet, quote, _forward(flow))
         assert error_packet is not None  # Its TTL was looked at before.
         try:
-            os.writev(lane.tun, [ZERO_HEADER, error_packet])
+            lane.put(error_packet)
         except OSError:
             worker.drop("tun_write_error")
         else:

@@ -80,6 +80,8 @@ class EventFeed:
             if not sampled and not self._subscriptions:
                 continue
             record = _decode(line)
+            if record.event not in _EVENTS:
+                continue  # A capture is nothing that happened to a flow.
             for subscription in self._subscriptions:
                 subscription.put(record)
             if sampled:

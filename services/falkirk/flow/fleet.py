@@ -17,6 +17,7 @@ from falkirk.api.policy.v1 import policy_service_pb2_grpc
 from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
 from falkirk.flow import control, counters, limits
+from falkirk.flow.capture import Captures
 from falkirk.flow.delivery import Delivery
 from falkirk.flow.events import EventFeed
 from falkirk.flow.live import LiveReader, LiveRecord
@@ -61,6 +62,7 @@ class Fleet:
         self._deliveries = [
             Delivery(self._directory / "spool" / f"worker-{worker}", feed.lines) for worker in range(shell.workers)
         ]
+        self.captures = Captures(shell.workers, self._tap)
         self.pool = WorkerPool(
             "flow.worker",
             shell.workers,
@@ -90,6 +92,10 @@ class Fleet:
         for load in self._snapshots.values():
             self.pool.send(worker, encode([load]))
         self.roster.started(worker)
+        self.captures.started(worker)
+
+    def _tap(self, worker: int, wanted: control.Tap, fd: int) -> bool:
+        return self.pool.send(worker, encode([wanted]), (fd,))
 
     def _exited(self, worker: int, status: int) -> None:
         log.warning("worker_exited", worker=worker, status=status)

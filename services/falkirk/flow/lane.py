@@ -51,14 +51,11 @@ class Lane:
         self.buffer = bytearray(BUFFER)
         self.view = memoryview(self.buffer)
         self.words = self.view.cast("H")
-        self._packets = self.view[HEADER:]
-        # Of a `raw` lane the header is never written to: what the device says there must not be a tunnel's next word.
-        self._from_tunnel = [self._packets if self.raw else self.view]
-        self._from_tun = [memoryview(bytearray(HEADER)), self._packets] if self.raw else [self.view]
+        self._whole = [self.view]
 
     def from_tunnel(self, tunnel: Tunnel, hung_up: bool) -> bool:
         """Read a tunnel until it is empty or the budget is spent. False where it is over."""
-        buffers = self._from_tunnel
+        buffers = self._whole
         fd = tunnel.fd
         readv = os.readv
         received = 0
@@ -77,25 +74,12 @@ class Lane:
                     break
                 received += 1
                 self.worker.drop("empty_datagram")
-            elif self.raw:
-                received += self._raw_datagram(tunnel, size)
-                if received >= BUDGET:
-                    break
             else:
                 received += 1
                 self.up(tunnel, size)
         self.worker.counts[RECEIVED] += received - self.waiting
         self.waiting = 0
         return alive
-
-    def _raw_datagram(self, tunnel: Tunnel, size: int) -> int:
-        """One or several packets; returns how many."""
-        buffer = self.buffer
-        total = buffer[12] << 8 | buffer[13] if buffer[10] >> 4 == 4 else 40 + (buffer[14] << 8 | buffer[15])
-        if total >= size:
-            self.up(tunnel, HEADER + size)
-            return 1
-        return self.worker.ingress.packed(self, tunnel, bytes(self.view[HEADER : HEADER + size]))
 
     def up(self, tunnel: Tunnel, end: int) -> None:
         """A packet at [10, end) of the buffer, from a tunnel."""
@@ -156,13 +140,23 @@ class Lane:
             worker.counts[FORWARDED] += 1
         return None
 
+    def put(self, packet: bytes) -> None:
+        """Write a packet that is ready, with complete checksums, to the device. Raises OSError."""
+        os.writev(self.tun, [ZERO_HEADER, packet])
+
+    def packet(self) -> bytes:
+        """The packet in the buffer, as long as it says that it is."""
+        buffer = self.buffer
+        length = buffer[12] << 8 | buffer[13] if buffer[10] >> 4 == 4 else 40 + (buffer[14] << 8 | buffer[15])
+        return self.view[HEADER : HEADER + length].tobytes()
+
     def readable(self, _: int) -> None:
         """What epoll says of the device."""
         self.from_tun()
 
     def from_tun(self) -> int:
         """Read the device until it is empty or the budget is spent; returns how many packets there were."""
-        buffers = self._from_tun
+        buffers = self._whole
         tun = self.tun
         readv = os.readv
         received = 0
@@ -207,10 +201,10 @@ class Lane:
         if flow.tick != worker.second:
             flow.tick = worker.second
             worker.dirty.append(flow)
+        if buffer[l4 + 13] & 7 or flow.state is not State.ESTABLISHED:
+            worker.tracker.segment_down(flow, buffer, l4, end)
         if worker.deliver(flow.tunnel, view[10:end] if self.raw else view[:end]):
             worker.counts[FORWARDED] += 1
-        if buffer[l4 + 13] & 5 or flow.state is not State.ESTABLISHED:
-            worker.tracker.segment_down(flow, buffer, l4, end)
         return None
 
     def rewrite_back(self, flow: TcpLift | Orphan, l4: int) -> None:

@@ -17,6 +17,7 @@ from falkirk.wire.context import TunnelContext
 from falkirk.wire.protocol import name as protocol_name
 
 if TYPE_CHECKING:
+    from falkirk.flow.control import Tap
     from falkirk.flow.decision import Decision
 
 
@@ -78,6 +79,23 @@ def of_key(key: bytes) -> str:
     return (
         f',"protocol":"{protocol_name(protocol)}","source":"{address_text(source)}","source_port":{source_port}'
         f',"destination":"{address_text(destination)}","destination_port":{destination_port}'
+    )
+
+
+def of_capture(wanted: Tap, count: int = 0, lost: int = 0) -> str:
+    """Who captured what; `count` packets were handed over and `lost` weren't."""
+    return _part(
+        {
+            "capture_id": wanted.capture_id.hex(),
+            "by": wanted.by,
+            "tenant": wanted.tenant,
+            "device": wanted.device,
+            "filter": wanted.text,
+            "dropped_only": wanted.dropped_only,
+            "snaplen": wanted.snaplen,
+            "count": count,
+            "lost": lost,
+        }
     )
 
 

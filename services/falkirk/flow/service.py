@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,9 @@ import grpc
 from falkirk.api.flow.v1 import flow_service_pb2 as pb
 from falkirk.api.flow.v1 import flow_service_pb2_grpc
 from falkirk.api.net.v1 import net_pb2
-from falkirk.flow import counters
+from falkirk.decide import cel
+from falkirk.flow import control, counters
+from falkirk.flow.capture import CaptureRefused, response
 from falkirk.flow.events import EventFeed, flow_of_record
 from falkirk.flow.explain import explain
 from falkirk.flow.fleet import Fleet
@@ -22,6 +25,8 @@ from falkirk.runtime.contexts import context_of_proto
 from falkirk.runtime.errors import FalkirkError
 
 MAX_PAGE = 1000
+MAX_WORDS = 200
+"""Characters of what somebody says for the audit log."""
 
 
 class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
@@ -74,13 +79,25 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
 
     async def Terminate(self, request: pb.TerminateRequest, context: Any) -> pb.TerminateResponse:
         """Ask the flow's worker to end it."""
-        if len(request.reason) > 200:
+        if len(request.reason) > MAX_WORDS:
             raise FalkirkError(grpc.StatusCode.INVALID_ARGUMENT, "REASON_TOO_LONG", "reason: at most 200 characters")
         number, record = self._find(request.id)
         if not self._fleet.terminate(number, record, request.reason):
             message = f"flow worker {number} is being restarted; its flows end by themselves"
             raise FalkirkError(grpc.StatusCode.UNAVAILABLE, "WORKER_AWAY", message)
         return pb.TerminateResponse()
+
+    async def Capture(self, request: pb.CaptureRequest, context: Any) -> AsyncIterator[pb.CaptureResponse]:
+        """Packets from now on; the initial metadata says when that is."""
+        wanted = self._wanted(request)
+        try:
+            with self._fleet.captures.open(wanted) as capture:
+                await capture.begun()
+                await context.send_initial_metadata(())
+                async for worker, packet in capture:
+                    yield response(worker, packet)
+        except CaptureRefused as error:
+            raise FalkirkError(grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPTURE_REFUSED", str(error)) from error
 
     async def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
         """Decide a flow that isn't sent."""
@@ -133,6 +150,31 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
             for place in (counters.STARTED, counters.DENIED, counters.ENDED):
                 stats.counters.append(net_pb2.Counter(name=counters.NAMES[place], value=values[place]))
         return response
+
+    def _wanted(self, request: pb.CaptureRequest) -> control.Tap:
+        """What the workers are asked for."""
+        if len(request.by) > MAX_WORDS:
+            raise FalkirkError(grpc.StatusCode.INVALID_ARGUMENT, "REASON_TOO_LONG", "by: at most 200 characters")
+        flow_id = self._find(request.flow_id)[1].flow_id if request.flow_id else b""
+        expression = b""
+        if request.filter:
+            try:
+                expression = cel.compile_expression(request.filter).serialized
+            except cel.InvalidExpression as error:
+                raise FalkirkError(
+                    grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FILTER", f"filter: line {error}"
+                ) from error
+        return control.Tap(
+            capture_id=os.urandom(16),
+            flow_id=flow_id,
+            tenant=request.tenant,
+            device=request.device,
+            expression=expression,
+            text=request.filter,
+            dropped_only=request.dropped_only,
+            snaplen=request.snaplen,
+            by=request.by,
+        )
 
     def _records(self, worker: int, start: int) -> Iterator[LiveRecord]:
         table = self._fleet.live(worker)

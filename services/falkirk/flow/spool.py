@@ -25,9 +25,9 @@ class AuditRecord(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One audit record; keys are absent where they don't apply. Times are wall clock; durations are monotonic."""
 
     event: str
-    """started, denied or ended."""
+    """started, denied or ended; capture_started or capture_ended: somebody looked at packets (each worker records that it is asked)."""
     flow_id: str
-    """32 hexadecimal digits; also the trace id."""
+    """32 hexadecimal digits; also the trace id. Of a capture: the flow that was asked for, else empty."""
     time: str
     """RFC 3339 in UTC with nanoseconds."""
     node: str
@@ -63,7 +63,7 @@ class AuditRecord(msgspec.Struct, omit_defaults=True, kw_only=True):
     packets_down: int = 0
     duration_ns: int = 0
     count: int = 0
-    """How often the same denied flow was tried again since the last record of it."""
+    """How often the same denied flow was tried again since the last record of it. Of a capture: packets that were handed over."""
     sampled: bool = False
     span_id: str = ""
     """The flow's root span, 16 hexadecimal digits, where it is sampled."""
@@ -71,6 +71,17 @@ class AuditRecord(msgspec.Struct, omit_defaults=True, kw_only=True):
     """How long the route took to find, where it is sampled."""
     decide_ns: int = 0
     """How long the verdict took, where it is sampled."""
+    capture_id: str = ""
+    """32 hexadecimal digits: one capture, at all workers."""
+    by: str = ""
+    """Who captured, and why, as they said."""
+    filter: str = ""
+    """Of which flows: an expression."""
+    dropped_only: bool = False
+    snaplen: int = 0
+    """Bytes of each packet that were kept at most; absent: all."""
+    lost: int = 0
+    """Captured packets that the watcher lost."""
 
 
 class SpoolWriter:

@@ -167,6 +167,7 @@ class TcpLift(Flow):
         "forward",
         "held",
         "long_rest",
+        "opens",
         "over",
         "port",
         "reset",
@@ -196,6 +197,8 @@ class TcpLift(Flow):
         """The last virtio-net header from the tunnel that was found to be true."""
         self.vnet_put = b""
         """Its normal form, which goes on."""
+        self.opens = 0
+        """While it opens: the initiator's next sequence number, the only one at which a RST ends a handshake."""
         self.fin_up: int | None = None
         """The sequence number that acknowledges the initiator's FIN, once it has passed."""
         self.fin_down: int | None = None

@@ -40,15 +40,15 @@ class Tunnels(dict[int, Tunnel]):
         """Send a packet of our own to a tunnel."""
         return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet, counted=counted)
 
-    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True) -> bool:
-        """Send to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped.
+    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True, packets: int = 1) -> bool:
+        """Send a datagram to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped.
 
-        `counted` where it stands for a packet that was received: one that nobody sent us isn't a drop.
+        `counted` where it stands for packets that were received: one that nobody sent us isn't a drop.
         """
         worker = self._worker
         if tunnel.fd < 0:
             if counted:
-                worker.drop("tunnel_closed")
+                worker.drop("tunnel_closed", packets)
             return False
         if not tunnel.queue:
             try:
@@ -57,13 +57,13 @@ class Tunnels(dict[int, Tunnel]):
                 pass
             except OSError:
                 if counted:
-                    worker.drop("tunnel_closed")
+                    worker.drop("tunnel_closed", packets)
                 return False
             else:
                 return True
         if tunnel.queued + len(data) > worker.settings.tunnel_queue_bytes:
             if counted:
-                worker.drop("tunnel_full")
+                worker.drop("tunnel_full", packets)
             return False
         if not tunnel.queue:
             worker.rewatch(tunnel.fd, peers.READ | select.EPOLLOUT)

@@ -42,10 +42,12 @@ from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
 from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
+from falkirk.flow.raw import RawLane
 from falkirk.flow.siblings import SiblingLink
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import Flow, TcpLift, Wheel
+from falkirk.flow.tap import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
 from falkirk.linux import scheduling, seqpacket
@@ -131,6 +133,7 @@ class Worker:
         self.errors = IcmpErrors(self)
         self.forward = Forward(self)
         self.fragments = Fragments(self)
+        self.taps = Taps(self)
         self._listen()
 
     # set-up
@@ -139,7 +142,8 @@ class Worker:
         slots = min(self.settings.slots, self._plan.last_index - FIRST_INDEX)
         cursor = self.orphans.cursors[framing is Framing.RAW]
         first = self._plan.slot(framing, FIRST_INDEX)
-        lane = Lane(self, framing, SlotPool(0, slots, start=cursor), first, slots)
+        kind = RawLane if framing is Framing.RAW else Lane
+        lane = kind(self, framing, SlotPool(0, slots, start=cursor), first, slots)
         lane.slot_base = self._plan.base(self.start.worker) + first
         return lane
 
@@ -233,6 +237,7 @@ class Worker:
         self._listener.close()
         self._parent.close()
         self.spool.close()
+        self.taps.close()
         self.orphans.close()
 
     def _end_of_turn(self) -> None:
@@ -242,12 +247,9 @@ class Worker:
             self.pair.mend()
         if self.snapshots.loading:
             self.snapshots.step()
-        if self.spool.pending or self.spool.stuck:
-            if not self.spool.flush():
-                # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
-                return
-            self._untold = True
-            self.live.cursors(*(self.lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
+        if (self.spool.pending or self.spool.stuck) and not self.record():
+            # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
+            return
         if self._untold and self.now - self._spooled_at >= TELL:
             self._spooled_at = self.now
             self._untold = False
@@ -298,6 +300,14 @@ class Worker:
         self.counts[counters.TUNNELS] = len(self.tunnels)
         self.counts[counters.PAIRED] = self.pair.link is not None
 
+    def record(self) -> bool:
+        """Write the records that are queued; False where the disk doesn't take them."""
+        if not self.spool.flush():
+            return False
+        self._untold = True
+        self.live.cursors(*(self.lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
+        return True
+
     def write_record(self, event: str, flow_id: bytes, parts: str) -> int:
         """Queue an audit record (see `falkirk.flow.records`); returns its sequence number."""
         sequence = self.spool.next()
@@ -314,9 +324,9 @@ class Worker:
 
     # packets
 
-    def drop(self, reason: str) -> None:
-        """Count a dropped packet."""
-        self.counts[counters.DROPS[reason]] += 1
+    def drop(self, reason: str, packets: int = 1) -> None:
+        """Count dropped packets."""
+        self.counts[counters.DROPS[reason]] += packets
 
     def lane(self, framing: Framing) -> Lane:
         """The lane of a framing."""
@@ -363,6 +373,8 @@ class Worker:
                 return
             for message in control.TO_WORKER.decode(data):
                 match message:
+                    case control.Tap() if fds:
+                        self.taps.begin(message, fds.pop(0))
                     case control.Load():
                         self.snapshots.begin(message)
                     case control.Terminate():

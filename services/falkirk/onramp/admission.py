@@ -70,7 +70,8 @@ def admit(tables: Tables, request: ContextRequest) -> Admission:
     if network is None:
         name = request.virtual_network or device.virtual_network or "default"
         raise Refusal(Code.UNKNOWN_VIRTUAL_NETWORK, f"tenant {tenant.name} has no virtual network {shown(name)}")
-    return Admission(_context(tables, tenant, device, network, request.attributes), bool(request.virtual_network))
+    context = _context(tables, tenant, device, network, request.attributes, packed=request.packed)
+    return Admission(context, bool(request.virtual_network))
 
 
 def review(tables: Tables, admission: Admission) -> str:
@@ -103,7 +104,13 @@ def resumed(tables: Tables, context: TunnelContext) -> Admission:
 
 
 def _context(
-    tables: Tables, tenant: TenantRow, device: DeviceRow, network: NetworkRow, attributes: Mapping[str, str]
+    tables: Tables,
+    tenant: TenantRow,
+    device: DeviceRow,
+    network: NetworkRow,
+    attributes: Mapping[str, str],
+    *,
+    packed: bool = False,
 ) -> TunnelContext:
     if device.disabled:
         raise Refusal(Code.DEVICE_DISABLED, f"device {device.name} is disabled")
@@ -127,6 +134,7 @@ def _context(
         attributes=dict(attributes),
         device_max_flows=device.max_flows,
         tenant_max_flows=tenant.max_flows,
+        packed=packed,
     )
 
 

@@ -76,6 +76,8 @@ class ContextRequest(msgspec.Struct, frozen=True):
     """Empty takes the device's selected one, else the tenant's default."""
     framing: Framing = Framing.RAW
     attributes: Mapping[str, str] = {}
+    packed: bool = False
+    """Several packets in one datagram are welcome; with raw framing only."""
 
 
 def shown(name: object) -> str:
@@ -91,6 +93,8 @@ def checked(request: ContextRequest) -> ContextRequest:
             raise Refusal(Code.INVALID_CONTEXT, f"{name} is missing")
     if not isinstance(request.framing, Framing):
         raise Refusal(Code.INVALID_CONTEXT, "framing must be raw or vnet")
+    if request.packed and request.framing is not Framing.RAW:
+        raise Refusal(Code.INVALID_CONTEXT, "packed is for raw framing")
     try:
         for text in (request.tenant, request.device, request.virtual_network):
             text.encode()

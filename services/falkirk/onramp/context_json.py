@@ -1,8 +1,10 @@
 """The default context format: one JSON object. PURE.
 
-    {"v":1,"tenant":"acme","device":"laptop","virtual_network":"default","framing":"raw"|"vnet","attributes":{"k":"v"}}
+    {"v":1,"tenant":"acme","device":"laptop","virtual_network":"default","framing":"raw"|"vnet","packed":false,
+     "attributes":{"k":"v"}}
 
-`v`, `tenant` and `device` are required. A version that isn't 1 is told before anything else is looked at, since a later
+`v`, `tenant` and `device` are required. `packed` with raw framing says that the producer takes several packets in one datagram, one behind
+another; it may send so in any case. A version that isn't 1 is told before anything else is looked at, since a later
 version may have other keys. Stricter than RFC 8259 asks: no duplicate keys, no NaN or Infinity, UTF-8 without a mark.
 """
 
@@ -15,7 +17,7 @@ from falkirk.onramp.context import VERSION, Code, ContextRequest, Refusal, check
 from falkirk.wire.context import Framing
 
 _STRINGS: Final = ("tenant", "device", "virtual_network", "framing")
-_KEYS: Final = {"v", "attributes", *_STRINGS}
+_KEYS: Final = {"v", "attributes", "packed", *_STRINGS}
 
 
 def parse(data: bytes) -> ContextRequest:
@@ -45,6 +47,7 @@ def parse(data: bytes) -> ContextRequest:
             virtual_network=texts.get("virtual_network", ""),
             framing=Framing(framing),
             attributes=_attributes(value.get("attributes", {})),
+            packed=_packed(value.get("packed", False)),
         )
     )
 
@@ -55,6 +58,12 @@ def _version(value: dict[str, Any]) -> None:
         raise Refusal(Code.INVALID_CONTEXT, "v is missing" if version is None else "v must be an integer")
     if version != VERSION:
         raise Refusal(Code.UNSUPPORTED_VERSION, f"v must be {VERSION}, not {shown(version)}")
+
+
+def _packed(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Refusal(Code.INVALID_CONTEXT, "packed must be true or false")
+    return value
 
 
 def _attributes(value: object) -> dict[str, str]:

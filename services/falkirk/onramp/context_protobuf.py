@@ -42,5 +42,6 @@ def parse(data: bytes) -> ContextRequest:
             virtual_network=message.virtual_network,
             framing=framing,
             attributes=dict(message.attributes),
+            packed=message.packed,
         )
     )

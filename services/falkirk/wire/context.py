@@ -39,3 +39,5 @@ class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
     """Flows that the device may have at once; 0 takes the node's default."""
     tenant_max_flows: int = 0
     """Flows that the tenant may have at once on this node; 0 takes the node's default."""
+    packed: bool = False
+    """A `raw` tunnel whose producer takes several packets in a datagram, as the flow tracker does from everyone."""

@@ -59,6 +59,8 @@ def context(request: LowerRequest) -> bytes:
     }
     if request.virtual_network:
         fields["virtual_network"] = request.virtual_network
+    if request.packed and request.framing is Framing.RAW:
+        fields["packed"] = True
     if request.attributes:
         fields["attributes"] = request.attributes
     return msgspec.json.encode(fields)

@@ -45,6 +45,8 @@ class LowerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     virtual_network: str = ""
     """Name; empty takes the device's own."""
     framing: Framing = Framing.VNET
+    packed: bool = True
+    """With raw framing: several packets in one datagram, each way. Off, each has its own."""
     attributes: dict[str, str] = {}
     mtu: int = 0
     """Bytes; 0 takes what the on-ramp admits, and more than that is never used."""

@@ -48,7 +48,7 @@ def run(request: LowerRequest) -> int:
 def _run(request: LowerRequest) -> int:
     tunnel, admitted = admit(request)
     device = enter(request, admitted)
-    pump = Pump(device, tunnel, request.framing, device_mtu(request, admitted))
+    pump = Pump(device, tunnel, request.framing, device_mtu(request, admitted), packed=request.packed)
     command = _start(request.command)
     # After the start: the command is none of ours.
     scheduling.batch()
