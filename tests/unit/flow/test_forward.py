@@ -14,6 +14,7 @@ from falkirk.wire.checksum import partial_field
 from falkirk.wire.context import Framing
 from falkirk.wire.icmp import Unreachable
 from falkirk.wire.packet import parse, verify
+from falkirk.wire.tcp import maximum_segment_size
 from tests.flow_rig import OTHER_TENANT
 from tests.forward_rig import (
     BEHIND,
@@ -35,6 +36,7 @@ from tests.forward_rig import (
     tcp,
     who,
 )
+from tests.unit.wire import samples
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 R, V = Framing.RAW, Framing.VNET
@@ -404,6 +406,22 @@ def test_what_came_in_fragments_goes_on_in_fragments(narrow: Pair, family: int) 
         size = 20 if family == 4 else 48
         assert b"".join(body[size:] for body in came) == sent[20 if family == 4 else 40 :]
     assert narrow.balanced()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_ends_hear_what_the_narrower_tunnel_takes(narrow: Pair, family: int) -> None:
+    l4 = 20 if family == 4 else 40
+    option = b"\x02\x04\x23\x28"  # 9000
+
+    def syn(here: bytes, there: bytes, ports: tuple[int, int], flags: int) -> bytes:
+        body = samples.tcp(here, there, sport=ports[0], dport=ports[1], flags=flags, options=option)
+        return packet(here, there, TCP, body)
+
+    narrow.laptop.send(syn(LAPTOP[family], NAS[family], (40000, 80), SYN))
+    narrow.nas.send(syn(NAS[family], LAPTOP[family], (80, 40000), SYN | ACK))
+    for end in (narrow.nas, narrow.laptop):
+        (body,) = end.bodies()
+        assert maximum_segment_size(body, l4, 24) == 1280 - l4 - 20
 
 
 # ends
