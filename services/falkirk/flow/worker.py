@@ -231,7 +231,10 @@ class Worker:
             link.sock.close()
         for pair in self.forward.links.values():
             pair.sock.close()
-        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self.lanes.values())):
+        for fd in (
+            *(fd for tunnel in self.tunnels.values() for fd in {tunnel.fd, tunnel.link}),
+            *(lane.tun for lane in self.lanes.values()),
+        ):
             if fd >= 0:
                 os.close(fd)
         self._listener.close()
