@@ -37,6 +37,7 @@ BY_LIMITS = {
     "icmp_error_taken",
     "icmp_rate_limit",
     "not_ready",
+    "sibling_full",
     "slots_exhausted",
     "socket_full",
     "table_full",
