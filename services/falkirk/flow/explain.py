@@ -11,7 +11,7 @@ from falkirk.flow import counters
 from falkirk.flow.decision import Decision, Outcome, authorise, resolve
 from falkirk.flow.text import address_text
 from falkirk.wire.context import TunnelContext
-from falkirk.wire.protocol import ICMP, ICMPV6, TCP
+from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
 
 if TYPE_CHECKING:
     from falkirk.flow.fleet import Fleet
@@ -51,9 +51,18 @@ def explain(
         _tunnel(response, fleet, context, route)
     if decision.outcome is not Outcome.LIFT:
         return response
+    egress = route.egress4 if len(destination) == 4 else route.egress6
+    source = address_text(egress) if egress else "an address that the kernel chooses"
     if number != TCP:
-        _stage(response, "protocol", False, "only TCP is lifted in this version", "protocol_not_built")
-        response.outcome = Outcome.UNREACHABLE
+        if number == UDP:
+            how = f"a UDP session from {source}, by the external port of the client's own"
+        elif number in (ICMP, ICMPV6):
+            how = f"echo from {source}; other ICMP queries aren't carried"
+        else:
+            _stage(response, "protocol", False, "to the internet go TCP, UDP and ICMP echo only", "protocol_not_built")
+            response.outcome = Outcome.UNREACHABLE
+            return response
+        _stage(response, "off_ramp", True, how, route.target)
         return response
     free = sum(
         c.view[counters.SLOTS_TOTAL] - c.view[counters.SLOTS_ACTIVE] - c.view[counters.SLOTS_RESTING]
@@ -63,8 +72,6 @@ def explain(
     if not free:
         response.outcome = "drop"
         return response
-    egress = route.egress4 if len(destination) == 4 else route.egress6
-    source = address_text(egress) if egress else "an address that the kernel chooses"
     timeout = route.connect_timeout_ms or fleet.settings.connect_timeout_ms
     _stage(response, "off_ramp", True, f"dialled from {source}, at most {timeout} ms", route.target)
     return response
