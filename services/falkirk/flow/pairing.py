@@ -107,7 +107,7 @@ class UpgraderPair:
             return
         if self.ready or not worker.snapshots.complete:
             return
-        if worker.orphans.tunnels - worker.tunnels.keys() and worker.now < self.adoption_deadline:
+        if worker.orphans.tunnels - worker.tunnels.carried() and worker.now < self.adoption_deadline:
             return
         # What a predecessor's streams have sent meanwhile fills the devices' queues, and a RST that finds no room is lost.
         self._drain_devices()

@@ -217,7 +217,10 @@ class Worker:
         self._epoll.close()
         for link in (*self.onramps, *([self.pair.dialled] if self.pair.dialled else [])):
             link.sock.close()
-        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self.lanes.values())):
+        for fd in (
+            *(fd for tunnel in self.tunnels.values() for fd in {tunnel.fd, tunnel.link}),
+            *(lane.tun for lane in self.lanes.values()),
+        ):
             if fd >= 0:
                 os.close(fd)
         self._listener.close()

@@ -117,6 +117,7 @@ def _device(links: Netlink, settings: HelperSettings, plan: SlotPlan, worker: in
 def _listener(settings: HelperSettings, family: socket.AddressFamily, address: str, port: int) -> int:
     listener = sockets.tcp_listener(family, address, port, settings.backlog)
     sockets.set_congestion(listener, settings.congestion, FALLBACK_CONGESTION)
+    sockets.urgent_in_line(listener)
     return listener.detach()
 
 
