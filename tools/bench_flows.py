@@ -75,7 +75,7 @@ def _tables(mesh: Mesh) -> tuple[RouteTable, RuleTable, TunnelContext]:
     assert loading.table is not None
     routes = RouteTable.loaded(file("routes"))
     (tenant,) = loading.table.tenants()
-    network = next(iter(mesh.ask_json("virtual_networks", "network", "list", "--tenant", "acme")))["metadata"]["id"]
+    network = next(iter(mesh.ask_json("virtualNetworks", "vnet", "list", "--tenant", "acme")))["metadata"]["id"]
     context = TunnelContext(
         tenant, "acme", "", "laptop", network, "default", (bytes(4),), user="alice", groups=("staff",)
     )

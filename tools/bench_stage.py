@@ -34,6 +34,8 @@ IPERF_PORT = 5201
 ECHO_PORTS = (7001, 7002, 7003, 7004)
 LOAD = Path(__file__).resolve().parent / "load"
 CONGESTION = ("cubic", "reno")
+APPLIED = 20_000
+"""Resources in one transaction."""
 PEERS = ("pasta", "slirp4netns", "sing-box-system", "sing-box-gvisor", "tun2socks")
 """By the names of `contestants`."""
 Samples = dict[str, dict[str, list[float]]]
@@ -175,7 +177,9 @@ class Stage:
         directory = Path(tempfile.mkdtemp(prefix="mesh-", dir=self.directory))
         mesh = Mesh(self.lab, directory, self.node)
         mesh.start(settings or {})
-        mesh.apply(resources(rules, routes))
+        documents = list(resources(rules, routes))
+        for at in range(0, len(documents), APPLIED):
+            mesh.apply(documents[at : at + APPLIED])
         return mesh
 
     def falkirk(self, mesh: Mesh, name: str = "falkirk", **options: Any) -> Contestant:
