@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from falkirk.decide import cel
+from falkirk.decide.destination import NO_DEVICE
 from falkirk.flow import captured, records
 from falkirk.flow.captured import Begun, Captured
 from falkirk.flow.counters import ANSWERED, FORWARDED
@@ -82,7 +83,9 @@ class Tap:
         if answer is None:
             if len(self._memo) >= MEMO:
                 self._memo.clear()
-            variables = cel.activation(tunnel.context, *question[1:])
+            route = flow.decision.route if flow is not None and flow.decision is not None else None
+            device = route.device if route is not None else None
+            variables = cel.activation(tunnel.context, *question[1:], device or NO_DEVICE)
             answer = self._memo[question] = self._expression.evaluate(variables) is True
         return answer
 

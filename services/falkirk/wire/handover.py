@@ -8,7 +8,7 @@ The first message each way is `Hello`. A peer with another `protocol` is refused
 than one already seen in that role is refused (it is a process that was replaced). Generations are wall-clock
 nanoseconds at start.
 
-    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
+    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt Recontext TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
     flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll / Hello Devices Connected DialFailed Closed
     parent         <-> worker       inherited socket pair         see `falkirk.flow.control` and its siblings
 
@@ -59,6 +59,14 @@ class Adopt(Message, frozen=True, tag=True):
     mtu: int
     greeting: bytes = b""
     descriptors: int = 1
+
+
+class Recontext(Message, frozen=True, tag=True):
+    """On-ramp to flow worker: the context of a tunnel is this from now on. Tenant, device, virtual network and addresses are the same as
+    before: where they change, the tunnel is closed."""
+
+    tunnel: int
+    context: TunnelContext
 
 
 class Adopted(Message, frozen=True, tag=True):
@@ -175,7 +183,7 @@ class Closed(Message, frozen=True, tag=True):
     bytes_down: int
 
 
-OnrampToFlow = Hello | Adopt | TunnelClosed
+OnrampToFlow = Hello | Adopt | Recontext | TunnelClosed
 FlowToOnramp = Hello | Adopted | AdoptRefused | Held | TunnelClosed | Traced
 FlowToUpgrader = Hello | Prepare | Abort | AbortAll
 UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed
