@@ -202,11 +202,13 @@ class FlowRig:
         seqpacket.send(self.upgrader, handover.encode(messages))
         self.step()
 
-    def tunnel(self, framing: Framing = Framing.RAW, who: TunnelContext | None = None) -> socket.socket:
+    def tunnel(
+        self, framing: Framing = Framing.RAW, who: TunnelContext | None = None, mtu: int = 1500
+    ) -> socket.socket:
         """A new tunnel; returns the producer's end."""
         ours, theirs = seqpacket.pair()
         number, self.next_tunnel = self.next_tunnel, self.next_tunnel + 1
-        self.say_onramp(handover.Adopt(number, who or context(), framing, 1500), [theirs.fileno()])
+        self.say_onramp(handover.Adopt(number, who or context(), framing, mtu), [theirs.fileno()])
         theirs.close()
         return ours
 

@@ -64,6 +64,23 @@ def test_a_server_that_speaks_first_and_ends_before_the_client_is_there(lock: Ch
     assert lock.closed().reason == "finished"
 
 
+def test_urgent_data_stays_in_the_stream_also_behind_bulk(lock: Chamber) -> None:
+    client, upstream = lock.open()
+    bulk = random.Random(5).randbytes(192 * 1024)
+    for round_ in range(8):
+        sent = 0
+        received = b""
+        while sent < len(bulk):
+            try:
+                sent += upstream.send(bulk[sent:])
+            except BlockingIOError:
+                received += lock.read(client, 32 * 1024)
+        upstream.send(b"abc", socket.MSG_OOB)
+        upstream.send(b"def")
+        received += lock.read(client, len(bulk) + 6 - len(received))
+        assert hashlib.sha256(received).digest() == hashlib.sha256(bulk + b"abcdef").digest(), round_
+
+
 @pytest.mark.parametrize("first", ["client", "upstream"])
 def test_half_close(lock: Chamber, first: str) -> None:
     one, other = _order(lock.open(), first)

@@ -18,7 +18,7 @@ from falkirk.flow.table import TcpLift, Tunnel
 from falkirk.flow.tracker import ACK, FIN, RST, SYN
 from falkirk.wire import ipv4, vnet
 from falkirk.wire.malformed import MalformedPacket
-from falkirk.wire.packet import Packet, parse, split, verify
+from falkirk.wire.packet import Packet, parse, verify
 from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
 
 if TYPE_CHECKING:
@@ -35,19 +35,6 @@ class Ingress:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-
-    def packed(self, lane: Lane, tunnel: Tunnel, data: bytes) -> int:
-        """Several packets in one raw datagram; returns how many (a malformed rest counts as one)."""
-        count = 0
-        try:
-            for at, length in split(data, len(data)):
-                count += 1
-                lane.view[HEADER : HEADER + length] = data[at : at + length]
-                lane.up(tunnel, HEADER + length)
-        except MalformedPacket as error:
-            count += 1
-            self._worker.drop("second_context" if data[:1] == b"{" else error.reason)
-        return count
 
     def packet(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
         """A packet at [10, end) of the lane's buffer."""

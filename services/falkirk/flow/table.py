@@ -12,14 +12,17 @@ fields are read in that order too, so nothing is swapped.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from falkirk.flow.keys import signature
 from falkirk.flow.records import of_tunnel
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.checksum import Buffer
+from falkirk.wire.context import Framing, Transport, TunnelContext
 
 if TYPE_CHECKING:
     from falkirk.flow.decision import Decision
@@ -166,6 +169,7 @@ class TcpLift(Flow):
         "forward",
         "held",
         "long_rest",
+        "opens",
         "over",
         "port",
         "reset",
@@ -195,6 +199,8 @@ class TcpLift(Flow):
         """The last virtio-net header from the tunnel that was found to be true."""
         self.vnet_put = b""
         """Its normal form, which goes on."""
+        self.opens = 0
+        """While it opens: the initiator's next sequence number, the only one at which a RST ends a handshake."""
         self.fin_up: int | None = None
         """The sequence number that acknowledges the initiator's FIN, once it has passed."""
         self.fin_down: int | None = None
@@ -219,6 +225,11 @@ class DeviceCounts:
         self.tunnels = 0
 
 
+def unattached(_: object) -> int:
+    """What a tunnel without a descriptor reads and writes with."""
+    raise OSError(errno.ENOTCONN, "nothing carries this tunnel's packets yet")
+
+
 class Tunnel:
     """One tunnel: whom it speaks for, its flows, and the bounded queue towards a slow reader."""
 
@@ -234,15 +245,18 @@ class Tunnel:
         "id",
         "identification",
         "lifts",
+        "link",
         "memo",
         "mtu",
         "queue",
         "queued",
+        "read",
         "records_left",
         "records_tick",
         "refused",
         "row",
         "unrecorded",
+        "write",
     )
 
     def __init__(
@@ -256,6 +270,13 @@ class Tunnel:
         self.framing = framing
         self.mtu = mtu
         self.fd = fd
+        """Where packets are read and written; negative where there is nothing (any more)."""
+        self.link = fd
+        """The SEQPACKET connection: the tunnel lives as long as it. The same as `fd` unless a device carries the packets."""
+        self.read: Callable[[Sequence[Buffer]], int] = unattached
+        """A packet into these buffers, from wherever packets come; its size. Raises BlockingIOError where there is none."""
+        self.write: Callable[[Buffer], int] = unattached
+        """The other way. Raises BlockingIOError where there is no room."""
         self.row = row
         """The tenant's row in the shared counts."""
         self.flows: dict[bytes, Flow] = {}
@@ -275,6 +296,11 @@ class Tunnel:
         self.icmp_left = 0
         self.identification = -1
         """The last one that was given to fragments; -1 before the first."""
+
+    @property
+    def transport(self) -> Transport:
+        """What carries its packets."""
+        return Transport.SOCKET if self.fd == self.link else Transport.DEVICE
 
 
 class Wheel:

@@ -8,6 +8,9 @@ This tracker only follows far enough to know when a flow is over:
     ESTABLISHED  RFC 5382 REQ-5 idle timer
     CLOSING      a FIN has passed, or the upgrader has let go; ends when both FINs are acknowledged or a RST has passed
 
+No segment may be larger than the tunnel takes, and only its two ends can see to that: the maximum segment size that either
+offers the other in its SYN is lowered to the tunnel's MTU.
+
 A flow ends once the upgrader has said `Closed` *and* the last segments have passed (or the transitory timer ran out): a
 slow client still gets all that was sent to it.
 
@@ -23,12 +26,16 @@ from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.decision import Decision
 from falkirk.flow.table import Owner, State, TcpLift, Tunnel
+from falkirk.wire.context import Framing
 from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
+from falkirk.wire.tcp import clamp_segment_size
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
     from falkirk.flow.worker import Worker
 
+HEADER: Final = 10
+"""Bytes of the virtio-net header in front of a packet that is held."""
 FIN: Final = 1
 SYN: Final = 2
 RST: Final = 4
@@ -103,6 +110,8 @@ class Tracker(Owner[TcpLift]):
         packet, flow.held = flow.held, None
         flow.tunnel.device.held -= 1
         self._worker.lifecycle.state(flow, State.OPENING)
+        at = HEADER + (20 if flow.family == 4 else 40) + 4
+        flow.opens = (int.from_bytes(packet[at : at + 4], "big") + 1) & 0xFFFFFFFF
         self._worker.inject(flow, packet)
 
     def dial_failed(self, message: DialFailed) -> None:
@@ -132,13 +141,23 @@ class Tracker(Owner[TcpLift]):
             self._worker.drop("syn_held" if flags & SYN else "held")
             return False
         if state is State.OPENING and not flags & SYN:
+            if flags & RST:
+                if _SEQUENCES.unpack_from(buffer, l4 + 4)[0] == flow.opens:
+                    # RFC 5961 3.2: the kernel forgets the handshake, of which the upgrader has heard nothing yet.
+                    self._worker.to_upgrader.append(Abort(flow.slot))
+                    self.finished.append((flow, "client_reset"))
+                return True
             self._worker.lifecycle.state(flow, State.ESTABLISHED)
-        if flags & SYN and not flags & ACK and flow.over:
-            # RFC 9293 3.6.1: a new connection may take the place of one whose end was seen.
-            self._worker.lifecycle.finish(flow, flow.reason)
+            flow.opens = 0
+        if flags & SYN and not flags & ACK and (flow.over or flow.reset or (flow.fin_acked_up and flow.fin_acked_down)):
+            # RFC 9293 3.6.1: a new connection may take the place of one whose end was seen, whether or not the upgrader has
+            # said so by now. It gets a slot of its own: the kernel's TIME-WAIT, and what is left of the stream, stay in the old one.
+            self._worker.lifecycle.finish(flow, flow.reason or ("upstream_reset" if flow.reset else FINISHED))
             tunnel = flow.tunnel
             self._worker.ingress.packet(self._worker.lane(tunnel.framing), tunnel, end)
             return False
+        if flags & SYN:
+            _clamp(flow, buffer, l4, end)
         if flags & FIN or flow.state is State.CLOSING:
             sequence, acknowledged = _SEQUENCES.unpack_from(buffer, l4 + 4)
             if flags & FIN:
@@ -150,8 +169,10 @@ class Tracker(Owner[TcpLift]):
         return True
 
     def segment_down(self, flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
-        """A segment to the initiator that closes, or passes while the flow isn't established."""
+        """A segment to the initiator that opens, closes, or passes while the flow isn't established. It has been rewritten."""
         flags = buffer[l4 + 13]
+        if flags & SYN:
+            _clamp(flow, buffer, l4, end)
         if flags & RST:
             flow.reset = True
             self._closing(flow)
@@ -261,3 +282,11 @@ class Tracker(Owner[TcpLift]):
         slot = flow.slot - lane.first_slot
         lane.flows[slot] = None
         lane.pool.release(slot, worker.second, long=flow.long_rest)
+
+
+def _clamp(flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
+    """Offer no larger segments than the tunnel takes."""
+    headers = 40 if flow.family == 4 else 60
+    # A raw packet has no header in front of it, wherever it lies.
+    partial = flow.tunnel.framing is Framing.VNET and bool(buffer[0] & 1)
+    clamp_segment_size(buffer, l4, end, flow.tunnel.mtu - headers, partial=partial)

@@ -38,11 +38,12 @@ from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
 from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
+from falkirk.flow.raw import RawLane
 from falkirk.flow.review import Review
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import Flow, TcpLift, Wheel
-from falkirk.flow.tap import Taps
+from falkirk.flow.taps import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
 from falkirk.linux import scheduling, seqpacket
@@ -136,7 +137,8 @@ class Worker:
         slots = min(self.settings.slots, self._plan.last_index - FIRST_INDEX)
         cursor = self.orphans.cursors[framing is Framing.RAW]
         first = self._plan.slot(framing, FIRST_INDEX)
-        lane = Lane(self, framing, SlotPool(0, slots, start=cursor), first, slots)
+        kind = RawLane if framing is Framing.RAW else Lane
+        lane = kind(self, framing, SlotPool(0, slots, start=cursor), first, slots)
         lane.slot_base = self._plan.base(self.start.worker) + first
         return lane
 
@@ -217,7 +219,10 @@ class Worker:
         self._epoll.close()
         for link in (*self.onramps, *([self.pair.dialled] if self.pair.dialled else [])):
             link.sock.close()
-        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self.lanes.values())):
+        for fd in (
+            *(fd for tunnel in self.tunnels.values() for fd in {tunnel.fd, tunnel.link}),
+            *(lane.tun for lane in self.lanes.values()),
+        ):
             if fd >= 0:
                 os.close(fd)
         self._listener.close()
@@ -310,9 +315,9 @@ class Worker:
 
     # packets
 
-    def drop(self, reason: str) -> None:
-        """Count a dropped packet."""
-        self.counts[counters.DROPS[reason]] += 1
+    def drop(self, reason: str, packets: int = 1) -> None:
+        """Count dropped packets."""
+        self.counts[counters.DROPS[reason]] += packets
 
     def lane(self, framing: Framing) -> Lane:
         """The lane of a framing."""

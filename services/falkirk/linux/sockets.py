@@ -51,6 +51,14 @@ def no_delay(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def urgent_in_line(sock: socket.socket) -> None:
+    """Urgent data is data (RFC 6093 6): without this the kernel takes the byte at the urgent pointer out of the stream.
+
+    A listener's connections inherit it.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+
+
 def bind_address(sock: socket.socket, address: str) -> None:
     """Choose the source address and leave the port to connect(), so that ports are shared between destinations."""
     sock.setsockopt(socket.IPPROTO_IP, IP_BIND_ADDRESS_NO_PORT, 1)

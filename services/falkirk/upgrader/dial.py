@@ -46,6 +46,7 @@ def start(destination: bytes, port: int, egress: bytes, congestion: str) -> sock
     try:
         sockets.reset_on_close(sock)
         sockets.no_delay(sock)
+        sockets.urgent_in_line(sock)
         if congestion:
             sockets.set_congestion(sock, congestion)
         if egress:

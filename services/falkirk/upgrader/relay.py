@@ -108,6 +108,10 @@ class Relay:
             moved = self._splice(stream, end, other) if end.bulk else self._copy(stream, end, other)
             if moved < 0:
                 return False
+            if not moved and end.bulk and budget == BUDGET and not end.ended:
+                # splice(2) stops for good in front of urgent data, which recv(2) passes.
+                end.bulk = False
+                continue
             if not moved or not end.bulk:
                 break
             budget -= moved

@@ -1,7 +1,7 @@
 """Whom a tunnel speaks for, as every packet process holds it.
 
-The on-ramp makes a `TunnelContext` once, at admission; it travels with the tunnel's descriptor and is never
-changed. Names are those at admission; decisions and limits go by ids.
+The on-ramp makes a `TunnelContext` at admission; it travels with the tunnel's descriptor. Where the registry changes what it says of a
+device, the on-ramp makes another one in its place (`falkirk.wire.handover.Recontext`). Decisions and limits go by ids.
 """
 
 from __future__ import annotations
@@ -18,6 +18,15 @@ class Framing(StrEnum):
     """One or several whole IP packets in a datagram."""
     VNET = "vnet"
     """One packet or super-packet behind a 10-byte virtio-net header."""
+
+
+class Transport(StrEnum):
+    """What carries a connected tunnel's packets."""
+
+    SOCKET = "socket"
+    """The SEQPACKET connection itself, a datagram at a time."""
+    DEVICE = "device"
+    """The producer's own TUN device, whose descriptor it hands over once it is admitted: no process of its own has to move packets."""
 
 
 class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -39,3 +48,5 @@ class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
     """Flows that the device may have at once; 0 takes the node's default."""
     tenant_max_flows: int = 0
     """Flows that the tenant may have at once on this node; 0 takes the node's default."""
+    packed: bool = False
+    """A `raw` tunnel whose producer takes several packets in a datagram, as the flow tracker does from everyone."""

@@ -9,7 +9,7 @@ than one already seen in that role is refused (it is a process that was replaced
 nanoseconds at start.
 
     onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt Recontext TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
-    flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll / Hello Devices Connected DialFailed Closed
+    flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll LowerRefused / Hello Devices Connected DialFailed Closed LowerWanted
     parent         <-> worker       inherited socket pair         see `falkirk.flow.control` and its siblings
 
 Limit: 64 messages and 16 descriptors a datagram, and 128 KiB.
@@ -22,9 +22,9 @@ from typing import Final
 
 import msgspec
 
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.context import Framing, Transport, TunnelContext
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 3
 """Version of these messages; raised by any change that an older peer would misread."""
 MAX_MESSAGES: Final = 64
 MAX_DESCRIPTORS: Final = 16
@@ -58,6 +58,8 @@ class Adopt(Message, frozen=True, tag=True):
     framing: Framing
     mtu: int
     greeting: bytes = b""
+    transport: Transport = Transport.SOCKET
+    """With `device` the producer is asked for its device, on this descriptor, after the greeting."""
     descriptors: int = 1
 
 
@@ -91,6 +93,7 @@ class Held(Message, frozen=True, tag=True):
     context: TunnelContext
     framing: Framing
     mtu: int
+    transport: Transport = Transport.SOCKET
     descriptors: int = 1
 
 
@@ -146,6 +149,12 @@ class Prepare(Message, frozen=True, tag=True):
     """"l4"; others are refused with EPROTONOSUPPORT until they are built."""
     span_id: bytes = b""
     """8 bytes where the flow is sampled: parent of the upgrader's spans. Empty: not sampled."""
+    lower: int = 0
+    """Not 0: the upstream is a device, and this is the slot (`LOWERED` included) to which a client socket of the lowering namespace connects, from
+    `source_port` to `port`. `destination` and `egress` only tell the family then."""
+    source_port: int = 0
+    request: int = 0
+    """Not 0: no client comes from a slot, as whoever asked by this number (`LowerWanted`) has the other end. `slot` is `lower` then."""
 
 
 class Connected(Message, frozen=True, tag=True):
@@ -183,10 +192,33 @@ class Closed(Message, frozen=True, tag=True):
     bytes_down: int
 
 
+class LowerWanted(Message, frozen=True, tag=True):
+    """Upgrader worker to flow worker: somebody with a stream in hand asks for a way to a port of a device. Answered by
+    `Prepare` with this number, or by `LowerRefused`."""
+
+    request: int
+    tenant: str
+    device: str
+    """Both by name."""
+    version: int
+    """4 or 6; 0 leaves it to the device's addresses."""
+    port: int
+    actor: str
+    """Who asks, as far as the service knows; for audit."""
+
+
+class LowerRefused(Message, frozen=True, tag=True):
+    """Flow worker to upgrader worker: there is no way. `reason` is "no_tunnel" where no tunnel of this worker is the device's."""
+
+    request: int
+    reason: str
+    why: str
+
+
 OnrampToFlow = Hello | Adopt | Recontext | TunnelClosed
 FlowToOnramp = Hello | Adopted | AdoptRefused | Held | TunnelClosed | Traced
-FlowToUpgrader = Hello | Prepare | Abort | AbortAll
-UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed
+FlowToUpgrader = Hello | Prepare | Abort | AbortAll | LowerRefused
+UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed | LowerWanted
 
 ONRAMP_TO_FLOW: Final = msgspec.msgpack.Decoder(list[OnrampToFlow])
 FLOW_TO_ONRAMP: Final = msgspec.msgpack.Decoder(list[FlowToOnramp])

@@ -340,3 +340,46 @@ def test_a_slow_client_keeps_its_flow_while_it_fetches_the_rest(rig: FlowRig) ->
     worker.turn(0)
     assert worker.flow_count == 0
     assert slot
+
+
+def opening(client: Client) -> tuple[Prepare, bytes]:
+    """A flow whose SYN has gone to the kernel: its preparation and the slot's address."""
+    client.send(SYN)
+    (prepare,) = client.rig.asked()
+    assert isinstance(prepare, Prepare)
+    client.rig.say_upgrader(Connected(prepare.slot, 1))
+    (syn,) = client.inside()
+    return prepare, syn.source
+
+
+def test_only_an_exact_reset_of_the_handshake_lets_the_upstream_go(client: Client) -> None:
+    prepare, _ = opening(client)
+    client.send(RST, 2000)
+    assert client.rig.asked() == []
+    assert client.rig.worker.flow_count == 1
+    client.send(RST, 1001)
+    assert client.rig.asked() == [Abort(prepare.slot)]
+    # Both are the kernel's to judge as well.
+    assert [packet.flags for packet in client.inside()] == [RST, RST]
+    assert client.rig.worker.flow_count == 0
+    assert client.rig.records()[-1].reason == "client_reset"
+
+
+@pytest.mark.parametrize("end", ["fins", "reset"])
+def test_a_new_connection_needs_no_word_of_the_upgrader(client: Client, end: str) -> None:
+    prepare, slot = established(client)
+    if end == "fins":
+        client.kernel(slot, FIN | ACK, 9001, 1001)
+        client.send(FIN | ACK, 1001, 9002)
+        client.kernel(slot, ACK, 9002, 1002)
+    else:
+        client.kernel(slot, RST | ACK, 9001, 1001)
+    client.rig.asked()
+    client.send(SYN, 5000)
+    (again,) = client.rig.asked()
+    assert isinstance(again, Prepare)
+    assert again.slot != prepare.slot
+    client.rig.say_upgrader(Closed(prepare.slot, "finished", 0, 0))
+    assert client.rig.worker.flow_count == 1
+    reasons = [record.reason for record in client.rig.records() if record.event == "ended"]
+    assert reasons == ["finished" if end == "fins" else "upstream_reset"]

@@ -11,7 +11,7 @@ from falkirk.onramp import admission
 from falkirk.onramp.admission import Grants, admit, review
 from falkirk.onramp.context import Code, ContextRequest, Refusal
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Row, Tables, TenantRow, UserRow
-from falkirk.wire.context import TunnelContext
+from falkirk.wire.context import Transport, TunnelContext
 
 LAPTOP = DeviceRow(
     "d",
@@ -118,6 +118,15 @@ def test_grants(uid: int, tenant: str, code: Code | None) -> None:
     assert caught.value.code is code
 
 
+def test_a_device_is_handed_over_by_leave_only() -> None:
+    grants = Grants([(0, ["*"]), (1, ["*"])], devices=[0])
+    grants.check(0, "acme", Transport.DEVICE)
+    grants.check(1, "acme", Transport.SOCKET)
+    with pytest.raises(Refusal) as caught:
+        grants.check(1, "acme", Transport.DEVICE)
+    assert caught.value.code == Code.TRANSPORT_FORBIDDEN
+
+
 @pytest.mark.parametrize(
     ("changed", "removed", "reason"),
     [
@@ -158,6 +167,14 @@ def test_what_changes_under_an_open_tunnel(changed: Row, fields: dict[str, objec
     assert isinstance(found, admission.Admission)
     assert found.context == msgspec.structs.replace(admitted.context, **fields)
     assert not found.pinned
+
+
+def test_what_the_producer_said_stays() -> None:
+    admitted = admit(tables(), ContextRequest("acme", "laptop", attributes={"k": "v"}, packed=True))
+    assert review(tables(), admitted) is admitted
+    found = review(tables(msgspec.structs.replace(LAPTOP, posture={})), admitted)
+    assert isinstance(found, admission.Admission)
+    assert (found.context.packed, found.context.attributes) == (True, {"k": "v"})
 
 
 def test_a_pinned_network_outlives_selections_but_not_itself() -> None:

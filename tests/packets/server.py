@@ -1,0 +1,260 @@
+"""The server of packet cases: plain sockets of a namespace, moved by `server ...` lines.
+
+    server accept                 take the next connection
+    server send 5000 | "text"     write so many bytes of its stream's pattern, or a text
+    server receive 5000 | "text"  read exactly this
+    server end | reset | quiet    read the end; a reset; find nothing to read
+    server await 5000             have so much to read, and leave it
+    server broken                 find the connection reset after its end was read
+    server shutdown | close | abort
+    server fill | unfill          fill the listener's queue so that SYNs go unanswered; make room
+    server rcvbuf 4096            (before the connection) a small receive buffer
+    server udp receive "text"     the same for datagrams; `udp send` answers whoever spoke last
+
+Limits: one listener, one connection and one UDP socket at a time; all waits have a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
+
+from tests.netns.conftest import ServerNamespace
+from tests.packets.craft import pattern
+from tests.packets.script import Step
+
+T = TypeVar("T")
+DEADLINE_S: Final = 10.0
+HOSTS: Final = {"server": 1, "nobody": 5, "slow": 6, "blackhole": 7, "unreachable": 8, "prohibited": 9}
+"""Hosts of the server's prefix by their names in scripts."""
+ELSEWHERE: Final = {
+    "noroute": ("198.51.100.1", "2001:db8::1"),
+    "stranger": ("10.99.99.99", "fd99::99"),
+    "multicast": ("224.0.0.251", "ff02::fb"),
+    "broadcast": ("255.255.255.255", "ff02::1"),
+    "loopback": ("127.0.0.1", "::1"),
+    "unspecified": ("0.0.0.0", "::"),
+    "router": ("192.0.0.8", "fd66:616c:6b69:726b::1"),
+}
+"""Others, for IPv4 and IPv6; `router` is who Falkirk's own ICMP errors come from."""
+
+
+class Server:
+    """Sockets in the server's namespace for one case at a time."""
+
+    def __init__(self, namespace: ServerNamespace) -> None:
+        self._namespace = namespace
+        self._sockets: list[socket.socket] = []
+        self._listener: socket.socket | None = None
+        self._connection: socket.socket | None = None
+        self._udp: socket.socket | None = None
+        self._peer: Any = None
+        self._sent = self._received = 0
+        self._family = socket.AF_INET
+        self.port = self.udp_port = 0
+        self.owed = 0
+        """Bytes that a flood has sent."""
+
+    def host(self, name: str, family: str) -> str:
+        """An address by its name."""
+        if name in ELSEWHERE:
+            return ELSEWHERE[name][family == "ipv6"]
+        if name in HOSTS:
+            number = HOSTS[name]
+            return self._namespace.host4(number) if family == "ipv4" else self._namespace.host6(number)
+        return name
+
+    def begin(self, family: str, how: Mapping[str, str]) -> None:
+        """Sockets for a case: a listener (none where `closed`), and a UDP socket where `udp`."""
+        self._family = socket.AF_INET if family == "ipv4" else socket.AF_INET6
+        self._sent = self._received = 0
+        self._connection = self._peer = None
+        listener = self._make(socket.SOCK_STREAM)
+        if "rcvbuf" in how:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, int(how["rcvbuf"]))
+        listener.bind((self._any, int(how.get("port", "0"))))
+        self.port = int(listener.getsockname()[1])
+        if "closed" in how:
+            listener.close()
+        else:
+            listener.listen(0 if "full" in how else 16)
+        self._listener = listener
+        self._udp = None
+        if "full" in how:
+            self._fill()
+        datagrams = self._make(socket.SOCK_DGRAM)
+        datagrams.bind((self._any, 0))
+        self.udp_port = int(datagrams.getsockname()[1])
+        if "closed" in how:
+            datagrams.close()
+        self._udp = datagrams
+
+    @property
+    def _any(self) -> str:
+        return "0.0.0.0" if self._family == socket.AF_INET else "::"
+
+    def _make(self, kind: int) -> socket.socket:
+        sock = self._namespace.call(socket.socket, self._family, kind)
+        sock.settimeout(DEADLINE_S)
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._sockets.append(sock)
+        return sock
+
+    def _fill(self) -> None:
+        """One connection is all that a backlog of 0 holds; SYNs beyond are dropped."""
+        filler = self._make(socket.SOCK_STREAM)
+        filler.connect((self.host("server", "ipv4" if self._family == socket.AF_INET else "ipv6"), self.port))
+
+    def act(self, step: Step) -> None:
+        """One `server ...` line."""
+        words = step.words
+        if words[0] == "udp":
+            self._udp_act(step)
+            return
+        actions: dict[str, Callable[[], None]] = {
+            "accept": self.accept,
+            "end": self.receive_end,
+            "reset": self._receive_reset,
+            "quiet": self._quiet,
+            "shutdown": lambda: self._conn.shutdown(socket.SHUT_WR),
+            "close": self.close,
+            "abort": self.abort,
+            "unfill": self._unfill,
+            "gone": self._gone,
+            "drain": self._drain,
+            "broken": self._broken,
+            "await": lambda: self._await(int(words[1])),
+            "send": lambda: self._send(step),
+            "receive": lambda: self._receive(step),
+            "urgent": lambda: self._send(step, socket.MSG_OOB),
+        }
+        actions[words[0]]()
+
+    @property
+    def _conn(self) -> socket.socket:
+        assert self._connection is not None, "no connection was accepted"
+        return self._connection
+
+    def accept(self) -> None:
+        """Take the next connection."""
+        assert self._listener is not None
+        connection, _ = self._listener.accept()
+        connection.settimeout(DEADLINE_S)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        self._sockets.append(connection)
+        self._connection = connection
+        self._sent = self._received = 0
+
+    def _unfill(self) -> None:
+        assert self._listener is not None
+        filler, _ = self._listener.accept()
+        self._sockets.append(filler)
+
+    def _gone(self) -> None:
+        """The listener closes."""
+        assert self._listener is not None
+        self._listener.close()
+
+    def _send(self, step: Step, flags: int = 0) -> None:
+        data = step.data
+        if data is None:
+            data = pattern(self._sent, int(step.words[1]))
+        self._conn.settimeout(DEADLINE_S)
+        assert self._conn.send(data, flags) == len(data), "the server's socket is full"
+        self._sent += len(data)
+
+    def _receive(self, step: Step) -> None:
+        size = len(step.data) if step.data is not None else int(step.words[1])
+        data = b""
+        while len(data) < size:
+            more = self._conn.recv(size - len(data))
+            assert more, f"the end came after {data!r}"
+            data += more
+        wanted = step.data if step.data is not None else pattern(self._received, size)
+        assert data == wanted, f"the server read {data[:60]!r} instead of {wanted[:60]!r}"
+        self._received += size
+
+    def _drain(self) -> None:
+        """Read what a flood has left."""
+        while self._received < self.owed:
+            data = self._conn.recv(min(65536, self.owed - self._received))
+            assert data == pattern(self._received, len(data)), f"other bytes at {self._received}"
+            self._received += len(data)
+
+    def receive_end(self) -> None:
+        """Read the end, and nothing before it."""
+        data = self._conn.recv(65536)
+        assert not data, f"instead of the end the server read {data[:60]!r}"
+
+    def _receive_reset(self) -> None:
+        try:
+            data = self._conn.recv(65536)
+        except ConnectionResetError:
+            return
+        raise AssertionError(f"instead of a reset the server read {data[:60]!r}")
+
+    def _await(self, size: int) -> None:
+        data = self._conn.recv(size, socket.MSG_PEEK | socket.MSG_WAITALL)
+        assert len(data) == size, f"the end came after {len(data)} bytes"
+
+    def _broken(self) -> None:
+        poll = select.poll()
+        poll.register(self._conn, 0)
+        assert poll.poll(DEADLINE_S * 1000), "the connection still stands"
+
+    def _quiet(self) -> None:
+        self._conn.setblocking(False)
+        try:
+            data = self._conn.recv(65536)
+        except BlockingIOError:
+            return
+        finally:
+            self._conn.settimeout(DEADLINE_S)
+        raise AssertionError(f"the server read {data[:60]!r}")
+
+    def close(self) -> None:
+        """Close in order."""
+        self._conn.close()
+
+    def abort(self) -> None:
+        """Close with a reset."""
+        self._conn.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+        self._conn.close()
+
+    def _udp_act(self, step: Step) -> None:
+        assert self._udp is not None
+        what = step.words[1]
+        if what == "receive":
+            data, self._peer = self._udp.recvfrom(65536)
+            wanted = step.data if step.data is not None else pattern(0, int(step.words[2]))
+            assert data == wanted, f"the server read {data[:60]!r} ({len(data)} bytes)"
+        elif what == "send":
+            data = step.data if step.data is not None else pattern(0, int(step.words[2]))
+            self._udp.sendto(data, self._peer)
+        elif what == "quiet":
+            self._udp.setblocking(False)
+            try:
+                data = self._udp.recv(65536)
+            except BlockingIOError:
+                return
+            finally:
+                self._udp.settimeout(DEADLINE_S)
+            raise AssertionError(f"the server read {data[:60]!r}")
+        elif what == "close":
+            self._udp.close()
+        else:
+            raise AssertionError(f"server udp {what}?")
+
+    def end(self) -> None:
+        """Close everything of the case, with resets."""
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
+            sock.close()
+        self._sockets.clear()
