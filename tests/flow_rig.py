@@ -82,18 +82,23 @@ class FlowRig:
         settings: FlowSettings | None = None,
         *,
         policies: Sequence[rule_table.PolicySource] = ALLOW_WEB,
+        routes: Sequence[route_table.RouteSource] = (),
+        number: int = 0,
+        workers: int = 1,
         ready: bool = True,
     ) -> None:
+        """`routes` come beside those to the internet; `number` is the worker's among `workers`."""
         self.run_dir, self.data_dir = directory / "run", directory / "data"
         (self.run_dir / "mesh").mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self.policies = policies
-        self.plan = SlotPlan(1)
+        self.policies, self.routes = policies, routes
+        self.number, self.workers = number, workers
+        self.plan = SlotPlan(workers)
         self.counters = Counters.create(counters.NAMES)
         self._tenants = os.memfd_create("tenants")
         os.ftruncate(self._tenants, limits.SIZE)
         self._settings = settings or FlowSettings()
-        self._upgrader_listener = seqpacket.listen(self.run_dir / "mesh" / "upgrader.worker.0.sock")
+        self._upgrader_listener = seqpacket.listen(self.run_dir / "mesh" / f"upgrader.worker.{number}.sock")
         self.next_tunnel = 1
         self._generation = time.time_ns()
         self.start()
@@ -105,8 +110,8 @@ class FlowRig:
         """A worker in place of the last one."""
         self._parent, inherited = seqpacket.pair()
         start = control.Start(
-            worker=0,
-            workers=1,
+            worker=self.number,
+            workers=self.workers,
             generation=1,
             node="test",
             sample_ratio=0.0,
@@ -115,11 +120,12 @@ class FlowRig:
             mesh_uids=(),
             settings=self._settings,
         )
-        (self.run_dir / "mesh" / "flow.worker.0.sock").unlink(missing_ok=True)
+        path = self.run_dir / "mesh" / f"flow.worker.{self.number}.sock"
+        path.unlink(missing_ok=True)
         self.worker = Worker(inherited, start, self.counters, os.dup(self._tenants))
         self.upgrader: socket.socket | None = None
         self._inbox: list[handover.Message] = []
-        self.onramp = seqpacket.connect(self.run_dir / "mesh" / "flow.worker.0.sock")
+        self.onramp = seqpacket.connect(path)
         self._generation += 1
         self.say_onramp(handover.Hello("onramp", 0, self._generation))
 
@@ -127,7 +133,7 @@ class FlowRig:
         """Be the upgrader: accept, say hello, hand devices over."""
         self.until(lambda: self._accept_upgrader())
         self._generation += 1
-        self.hand_over([handover.Hello("upgrader", 0, self._generation)])
+        self.hand_over([handover.Hello("upgrader", self.number, self._generation)])
 
     def hand_over(self, before: Sequence[handover.Message] = ()) -> None:
         """Hand (new) devices over, behind other messages."""
@@ -141,7 +147,7 @@ class FlowRig:
             fds.append(theirs)
         assert self.upgrader is not None
         order = [fds[list(Framing).index(framing)].fileno() for framing in (Framing.VNET, Framing.RAW)]
-        seqpacket.send(self.upgrader, handover.encode([*before, handover.Devices(1, PORT, 1500)]), order)
+        seqpacket.send(self.upgrader, handover.encode([*before, handover.Devices(self.workers, PORT, 1500)]), order)
         for end in fds:
             end.close()
         self.step()
@@ -156,24 +162,28 @@ class FlowRig:
 
     def load(self) -> None:
         """Give it routes (everything to the internet) and rules."""
-        self.routes(
+        self.change_routes(
             route("f4", "default4", "0.0.0.0/0"),
             route("f6", "default6", "::/0"),
             route("bb", "hole", "198.51.100.0/24", "blackhole"),
+            *self.routes,
         )
-        self.rules(self.policies)
+        self.change_rules(self.policies)
         self.until(lambda: self.worker.pair.ready)
 
-    def rules(self, policies: Sequence[rule_table.PolicySource]) -> None:
+    def change_rules(self, policies: Sequence[rule_table.PolicySource]) -> None:
         """Have these rules decide, and flows reviewed by them."""
         self._snapshot("rules", rule_table.compile(policies))
 
-    def routes(self, *entries: route_table.RouteEntry) -> None:
-        """Have these routes decide, and flows reviewed by them."""
-        self._snapshot("routes", route_table.compile(route_table.RouteSource(NETWORK, entry) for entry in entries))
+    def change_routes(self, *routes: route_table.RouteEntry | route_table.RouteSource) -> None:
+        """Have these routes decide, and flows reviewed by them. An entry alone is one of the device's network."""
+        sources = (
+            one if isinstance(one, route_table.RouteSource) else route_table.RouteSource(NETWORK, one) for one in routes
+        )
+        self._snapshot("routes", route_table.compile(sources))
 
     def _snapshot(self, name: str, data: bytes) -> None:
-        path = self.directory / f"{name}.bin"
+        path = self.directory / f"{name}.{self.number}.bin"
         blob.save(path, blob.Blob("epoch", 1, data))
         self.say_parent(control.Load(name, str(path), "epoch", 1))
         self.until(lambda: not self.worker.snapshots.loading and not self.worker.review.pending)
@@ -248,7 +258,7 @@ class FlowRig:
         """The whole spool."""
         self.step()
         decode = msgspec.json.Decoder(AuditRecord).decode
-        directory = self.data_dir / "flow" / "spool" / "worker-0"
+        directory = self.data_dir / "flow" / "spool" / f"worker-{self.number}"
         return [decode(line) for path in segments(directory) for line in path.read_bytes().splitlines()]
 
     def drops(self) -> dict[str, int]:

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
+from falkirk.flow import control
 from falkirk.flow.counters import DROP_REASONS
 from falkirk.flow.settings import FlowSettings
+from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Connected, Prepare
+from tests import forward_rig
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context
 from tests.unit.wire import samples
 
@@ -183,12 +186,31 @@ def _fragment_timeout(rig: FlowRig) -> object:
     return sock
 
 
+def _sibling_full(rig: FlowRig) -> object:
+    rig.policies, rig.routes = forward_rig.POLICIES, forward_rig.ROUTES
+    rig.load()
+    rig.until(lambda: rig.worker.routes.routes > 3)
+    whose = forward_rig.who("nas", list(forward_rig.NAS.values()))
+    other, theirs = seqpacket.pair()
+    rig.say_parent(control.Sibling(1), fds=[theirs.fileno()])
+    theirs.close()
+    rig.say_parent(
+        control.Attached(99, 1, whose.tenant_id, whose.device_id, whose.virtual_network_id, Framing.RAW, 1500)
+    )
+    sock = rig.tunnel()
+    while not rig.drops():
+        sock.send(forward_rig.datagram(DEVICE4, forward_rig.NAS[4], 40000, 53, bytes(1400)))
+        rig.step()
+    return sock, other
+
+
 DIRECTED: dict[str, Callable[[FlowRig], object]] = {
     "not_ready": _not_ready,
     "audit_unwritable": _audit_unwritable,
     "fragment_timeout": _fragment_timeout,
     "no_flow": _stray(samples.tcp4()),
     "not_tcp": _stray(samples.ip4(2, bytes(8))),
+    "sibling_full": _sibling_full,
     "tunnel_full": _tunnel_full,
     "tunnel_closed": _tunnel_closed,
     "tun_write_error": _tun_write_error,

@@ -11,6 +11,7 @@ from errno import EACCES, ECONNREFUSED, ECONNRESET, ENETUNREACH, EPERM
 from typing import TYPE_CHECKING
 
 from falkirk.flow.counters import ANSWERED
+from falkirk.flow.decision import Outcome
 from falkirk.flow.table import Tunnel
 from falkirk.wire import build
 from falkirk.wire.icmp import Unreachable
@@ -46,6 +47,19 @@ class Answers:
             self._unreachable(tunnel, data, Unreachable.PROHIBITED)
         else:
             self._unreachable(tunnel, data, Unreachable.HOST)
+
+    def decided(self, tunnel: Tunnel, data: bytes, outcome: Outcome) -> None:
+        """What a first packet gets that may not go on."""
+        if outcome is Outcome.DENY:
+            self.reset(tunnel, data)
+        elif outcome is Outcome.PROHIBITED:
+            self._unreachable(tunnel, data, Unreachable.PROHIBITED)
+        else:
+            self.no_route(tunnel, data)
+
+    def host_unreachable(self, tunnel: Tunnel, data: bytes) -> None:
+        """The destination is known, and isn't there (RFC 1812 5.2.7.1)."""
+        self._unreachable(tunnel, data, Unreachable.HOST)
 
     def no_route(self, tunnel: Tunnel, data: bytes) -> None:
         """There is no way to the destination."""

@@ -37,6 +37,7 @@ DROP_REASONS: Final = (
     "not_tcp",
     "tunnel_full",
     "tunnel_closed",
+    "sibling_full",
     "tun_write_error",
     "icmp_rate_limit",
     "unanswerable",

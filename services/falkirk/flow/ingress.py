@@ -39,6 +39,8 @@ class Ingress:
     def packet(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
         """A packet at [10, end) of the lane's buffer."""
         worker = self._worker
+        if tunnel.passages and worker.forward.known(lane, tunnel, end):
+            return
         if end <= HEADER:
             worker.drop("vnet_too_short")
             return
@@ -51,13 +53,15 @@ class Ingress:
             second = lane.buffer[HEADER if lane.raw else 0] == ord("{")
             worker.drop("second_context" if second else error.reason)
             return
-        if packet.source not in tunnel.context.addresses:
+        if packet.source not in tunnel.context.addresses and not worker.forward.expects(tunnel, lane, packet):
             worker.drop("spoofed_source")
         elif packet.ttl < 2:
             worker.answers.time_exceeded(tunnel, lane, packet)
         elif packet.is_fragment:
             if self._other_vnet(lane, tunnel, packet):
                 worker.fragments.take(lane, tunnel, packet)
+        elif worker.forward.packet(lane, tunnel, packet, end):
+            return
         elif packet.protocol == TCP:
             self._tcp(lane, tunnel, packet, end)
         elif not self._other_vnet(lane, tunnel, packet):
@@ -101,6 +105,19 @@ class Ingress:
         except MalformedPacket as error:
             self._worker.drop(error.reason)
             return False
+        return True
+
+    def normal(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> bool:
+        """Whether the virtio-net header is true of a packet that goes on as it is; it is in its normal form then. Counted where not."""
+        if lane.raw:
+            return True
+        try:
+            header = vnet.validate(vnet.unpack(lane.buffer, 0, end), packet, tunnel.mtu)
+        except MalformedPacket as error:
+            self._worker.drop(error.reason)
+            return False
+        # As in `vnet`: a header length where nothing is to be cut may be beyond a later packet's end.
+        lane.view[:HEADER] = (header if header.gso_type else header._replace(hdr_len=0)).pack()
         return True
 
     def _tcp(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> None:

@@ -27,8 +27,14 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Idle time after which an established TCP flow ends, in seconds. RFC 5382 REQ-5: at least 2 h 4 min."""
     transitory_idle_s: int = 240
     """The same for one that is opening or closing, in seconds. RFC 5382 REQ-5: at least 4 min."""
+    udp_idle_s: int = 300
+    """Idle time after which a UDP flow ends, in seconds. RFC 4787 REQ-5: at least 2 min, 5 min recommended."""
+    echo_idle_s: int = 60
+    """The same for ICMP echo. RFC 5508 REQ-2: at least 60 s."""
+    other_idle_s: int = 600
+    """The same for flows of any other protocol, which only their addresses tell apart (SCTP, GRE, ESP)."""
     tunnel_queue_bytes: int = 1_048_576
-    """Bytes that wait for a tunnel whose reader is slow; more is dropped (tunnel_full)."""
+    """Bytes that wait for a tunnel whose reader is slow; more is dropped (tunnel_full). The same for another worker (sibling_full)."""
     coalesce: bool = True
     """Join segments of `raw` tunnels to super-packets before the kernel gets them. Off, each is written by itself, at a third of the speed."""
     fragment_bytes: int = 16_777_216

@@ -26,6 +26,7 @@ from falkirk.wire.context import Framing, Transport, TunnelContext
 
 if TYPE_CHECKING:
     from falkirk.flow.decision import Decision
+    from falkirk.flow.passages import Passage
 
 
 IPV6: Final = 0x10000
@@ -248,6 +249,7 @@ class Tunnel:
         "link",
         "memo",
         "mtu",
+        "passages",
         "queue",
         "queued",
         "read",
@@ -283,6 +285,8 @@ class Tunnel:
         """Flows that it initiated, of every protocol, by their keys."""
         self.lifts = cast("dict[bytes, TcpLift]", self.flows)
         """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else."""
+        self.passages: dict[bytes, Passage] = {}
+        """Forwarded flows' packets that come from here, initiated here or elsewhere (`falkirk.flow.passages`)."""
         self.memo: dict[tuple[bytes, int, int], Decision] = {}
         self.queue: deque[bytes] = deque()
         self.queued = 0

@@ -236,6 +236,9 @@ class Taps:
             for key in keys(one):
                 if (flow := tunnel.flows.get(key)) is not None:
                     return flow
+                passage = tunnel.passages.get(key)
+                if passage is not None and passage.flow is not None:
+                    return passage.flow
         return None
 
     def _offer(

@@ -125,6 +125,7 @@ class Tunnels(dict[int, Tunnel]):
         os.set_blocking(fd, False)
         tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
         self[message.tunnel] = tunnel
+        worker.forward.tunnel_opened(tunnel)
         worker.orphans.remember(message.tunnel, context)
         if message.transport is Transport.DEVICE:
             tunnel.fd = -1
@@ -212,6 +213,7 @@ class Tunnels(dict[int, Tunnel]):
             return
         for flow in list(tunnel.flows.values()):
             flow.owner.cut(flow, "tunnel_closed")
+        worker.forward.tunnel_closed(tunnel)
         worker.fragments.close(tunnel)
         for fd in {tunnel.fd, tunnel.link} - {-1}:
             worker.unwatch(fd)

@@ -59,7 +59,7 @@ def test_a_rule_that_denies_ends_its_flows_and_no_others(rig: FlowRig, framing: 
     web, mail = (Client(rig, framing, 4, to=port) for port in (80, 143))
     allowed, _ = established(web)
     forbidden, slot = established(mail)
-    rig.rules(policy(RuleSource("web", "net.port == 80", "allow"), RuleSource("no-mail", "net.port == 143", "deny")))
+    rig.change_rules(policy(RuleSource("web", "net.port == 80", "allow"), RuleSource("no-mail", "net.port == 143", "deny")))
     assert rig.asked() == [Abort(forbidden.slot)]
     mail.kernel(slot, RST, 9001)
     gone(rig, forbidden)
@@ -75,7 +75,7 @@ def test_a_rule_that_denies_ends_its_flows_and_no_others(rig: FlowRig, framing: 
 def test_without_rules_everything_ends(rig: FlowRig) -> None:
     clients = [Client(rig, Framing.RAW, family, to=port) for family, port in ((4, 80), (6, 81))]
     flows = [established(client)[0] for client in clients]
-    rig.rules([])
+    rig.change_rules([])
     assert rig.asked() == [Abort(flow.slot) for flow in flows]
     for client, flow in zip(clients, flows, strict=True):
         client.kernel(rig.plan.address4(0, flow.slot) if client.to == 80 else rig.plan.address6(0, flow.slot), RST)
@@ -88,7 +88,7 @@ def test_a_flow_that_is_held_is_refused(rig: FlowRig) -> None:
     client.send(SYN)
     (prepare,) = rig.asked()
     assert isinstance(prepare, Prepare)
-    rig.rules([])
+    rig.change_rules([])
     assert rig.asked() == [Abort(prepare.slot)]
     (answer,) = client.received()
     assert answer.flags & RST
@@ -119,7 +119,7 @@ ELSEWHERE = bytes([192, 0, 2, 7])
 def test_routes(rig: FlowRig, routes: list[object], reason: str | None) -> None:
     client = Client(rig, Framing.RAW, 4)
     flow, slot = established(client)
-    rig.routes(*routes)  # type: ignore[arg-type]
+    rig.change_routes(*routes)  # type: ignore[arg-type]
     assert rig.asked() == ([Abort(flow.slot)] if reason else [])
     if reason:
         client.kernel(slot, RST, 9001)
@@ -145,7 +145,7 @@ def test_a_device_that_changes(rig: FlowRig, after: TunnelContext, ended: dict[i
     """One tunnel's flows are reviewed; another device's are left alone."""
     web = msgspec.structs.replace(STAFF, when=f"net.port == 80 && {STAFF.when}")
     mail = msgspec.structs.replace(HEALTHY, when=f"net.port == 143 && {HEALTHY.when}")
-    rig.rules(policy(web, mail))
+    rig.change_rules(policy(web, mail))
     sock = rig.tunnel(who=who(("staff",), {"disk": "encrypted"}))
     flows: dict[int, Prepare] = {}
     for port in (80, 143):
@@ -218,7 +218,7 @@ def test_packets_go_on_between_slices_and_late_changes_starve_nobody(
     web = policy(RuleSource("web", "net.port == 80", "allow"))
     # Reviews are begun by hand: the rules are in force already.
     real, review.everything = review.everything, lambda: None  # type: ignore[method-assign]
-    rig.rules(web)
+    rig.change_rules(web)
     review.everything = real  # type: ignore[method-assign]
     review.everything()
     left = []
@@ -242,9 +242,9 @@ def test_a_reader_sees_the_new_rule_whole(rig: FlowRig) -> None:
     client = Client(rig, Framing.RAW, 4)
     established(client)
     long = "r" * 100
-    rig.rules([PolicySource(TENANT, long, 0, [RuleSource(long, "true", "allow")])])
+    rig.change_rules([PolicySource(TENANT, long, 0, [RuleSource(long, "true", "allow")])])
     assert live(rig) == {80: f"{long}/{long}"[:119]}
-    rig.rules(ALLOW_WEB)
+    rig.change_rules(ALLOW_WEB)
     assert live(rig) == {80: "main/all"}
 
 
@@ -253,7 +253,7 @@ def test_answers_stay_readable(rig: FlowRig) -> None:
     client = Client(rig, Framing.RAW, 4)
     client.send(SYN)
     rig.asked()
-    rig.rules([])
+    rig.change_rules([])
     (data,) = read(client.sock)
     packet = parse(data, 0, len(data))
     assert (packet.flags & RST, packet.acknowledgment) == (RST, 1001)
