@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from falkirk.wire.context import Framing, TunnelContext
 from falkirk.wire.handover import Abort, Closed, Connected, Held, Hello, Prepare, Recontext, TunnelClosed
 from falkirk.wire.packet import parse
 from tests.flow_rig import ALLOW_WEB, DEVICE4, SERVER4, TENANT, FlowRig, context, read, route
+from tests.forward_rig import LAPTOP, NAS, Pair, between, connected, datagram, device, own
 from tests.unit.flow.test_worker_lift import ACK, RST, SYN, Client, established
 
 STAFF = RuleSource("staff", '"staff" in identity.groups', "allow")
@@ -59,7 +60,9 @@ def test_a_rule_that_denies_ends_its_flows_and_no_others(rig: FlowRig, framing: 
     web, mail = (Client(rig, framing, 4, to=port) for port in (80, 143))
     allowed, _ = established(web)
     forbidden, slot = established(mail)
-    rig.change_rules(policy(RuleSource("web", "net.port == 80", "allow"), RuleSource("no-mail", "net.port == 143", "deny")))
+    rig.change_rules(
+        policy(RuleSource("web", "net.port == 80", "allow"), RuleSource("no-mail", "net.port == 143", "deny"))
+    )
     assert rig.asked() == [Abort(forbidden.slot)]
     mail.kernel(slot, RST, 9001)
     gone(rig, forbidden)
@@ -257,3 +260,47 @@ def test_answers_stay_readable(rig: FlowRig) -> None:
     (data,) = read(client.sock)
     packet = parse(data, 0, len(data))
     assert (packet.flags & RST, packet.acknowledgment) == (RST, 1001)
+
+
+def denied_by_rule(pair: Pair) -> str:
+    for rig in pair.rigs:
+        rig.change_rules(policy(RuleSource("no-nas", 'net.dst_device == "nas"', "deny")))
+    return "policy_changed: new/no-nas"
+
+
+def owner_changed(pair: Pair) -> str:
+    """The rule asks for the destination's owner, whom the router writes into the route."""
+    nas = msgspec.structs.replace(device("nas"), user="eve")
+    for rig in pair.rigs:
+        rig.change_routes(own(nas, "100.96.0.3/32"))
+    return "policy_changed: default deny"
+
+
+def moved(pair: Pair) -> str:
+    for rig in pair.rigs:
+        rig.change_routes()
+    return "route_changed: no_route"
+
+
+@pytest.mark.parametrize("change", [denied_by_rule, owner_changed, moved])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_flows_between_devices(tmp_path: Path, workers: int, change: Callable[[Pair], str]) -> None:
+    """They end with the reason; a datagram that still comes is answered, and none comes through from either side."""
+    there, back = (LAPTOP[4], NAS[4]), (NAS[4], LAPTOP[4])
+    with between(tmp_path, workers) as pair:
+        connected(pair, 4)
+        pair.laptop.send(datagram(*there, 40000, 53, b"question"))
+        assert len(pair.nas.bodies()) == 1
+        reason = change(pair)
+        pair.step()
+        assert {record.reason for record in pair.records() if record.event == "ended"} == {reason}
+        assert (pair.flows(), pair.passages()) == (0, 0)
+        pair.laptop.bodies()
+        pair.nas.bodies()
+        pair.laptop.send(datagram(*there, 40000, 53, b"again"))
+        (answer,) = (packet for packet, _ in pair.laptop.received())
+        assert answer.icmp_type == 3
+        assert (answer.icmp_code == 13) is (change is not moved)
+        pair.nas.send(datagram(*back, 53, 40000, b"late"))
+        assert pair.laptop.bodies() == []
+        assert pair.balanced()
