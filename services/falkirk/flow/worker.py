@@ -30,6 +30,7 @@ from falkirk.flow import control, counters, peers, records, spool
 from falkirk.flow.answers import Answers
 from falkirk.flow.directory import Attachment
 from falkirk.flow.drain import Drain
+from falkirk.flow.echo import Echoes
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.forward import Forward
@@ -44,6 +45,7 @@ from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.raw import RawLane
 from falkirk.flow.review import Review
+from falkirk.flow.session import Opening
 from falkirk.flow.siblings import SiblingLink
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
@@ -51,6 +53,7 @@ from falkirk.flow.table import Flow, TcpLift, Wheel
 from falkirk.flow.taps import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
+from falkirk.flow.udp import UdpSessions
 from falkirk.linux import scheduling, seqpacket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
@@ -130,6 +133,9 @@ class Worker:
         self.lifecycle = Lifecycle(self, Randomness())
         self.tracker = Tracker(self)
         self.answers = Answers(self)
+        self.opening = Opening(self)
+        self.udp = UdpSessions(self, self.opening)
+        self.echo = Echoes(self, self.opening)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
