@@ -7,10 +7,13 @@ was sent.
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import select
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 import pytest
@@ -26,6 +29,8 @@ from tools.netlab import wait_for
 pytestmark = [pytest.mark.netns, pytest.mark.slow]
 FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 PATIENCE_S: Final = 20.0
+RESEND_S: Final = 2.0
+"""After which a datagram is sent again; UDP may lose it."""
 LOST: Final = {"ECONNRESET", "EPIPE"}
 """What a RST is told as; EPIPE where a FIN had come before (tcp_reset in Linux)."""
 HABITS: Final = [habit for habit in LASTING if habit is not Habit.FINISHED]
@@ -65,11 +70,8 @@ class Flip:
 
     def open(self, count: int) -> list[Stream]:
         """So many streams, all habits, all ways, half of each kind; once all are steady."""
+        self.allowed()
         ways = self.world.ways()
-        for way in ways:
-            for name in (KEPT, FORBIDDEN):
-                host, port = self.addresses[name, way.family]
-                wait_for(f"{host} is allowed", lambda: not way.attempt(host, port).error, PATIENCE_S)  # noqa: B023
         streams = []
         for number in range(count):
             name = (KEPT, FORBIDDEN)[number % 2]
@@ -80,6 +82,13 @@ class Flip:
         wait_for("every stream is steady", lambda: all(stream.steady for stream in streams), PATIENCE_S)
         self.sources = {stream.number: stream.client.sock.getsockname()[:2] for stream in streams}
         return streams
+
+    def allowed(self) -> None:
+        """Wait until everything is."""
+        for way in self.world.ways():
+            for name in (KEPT, FORBIDDEN):
+                host, port = self.addresses[name, way.family]
+                wait_for(f"{host} is allowed", lambda: not way.attempt(host, port).error, PATIENCE_S)  # noqa: B023
 
     def ends(self, streams: Sequence[Stream], start: int, reason: str) -> list[int]:
         """Nanoseconds from `start` to the end of each of these streams' flows that ended for this reason, by the audit log."""
@@ -147,6 +156,136 @@ def test_a_rule_that_denies_half_of_them(
     print(f"{len(doomed)} of {count} flows ended, the last one {taken:.3f} s after the write began")
     record_property("last_end_s", round(taken, 3))
     flip.clear(streams)
+
+
+class Datagrams:
+    """UDP sessions to an echo server, each with one datagram under way at a time; what comes back is compared with what was sent."""
+
+    def __init__(self, flip: Flip, stack: ExitStack) -> None:
+        self.flip = flip
+        self.rounds: dict[socket.socket, int] = {}
+        self.failed: dict[socket.socket, str] = {}
+        self._sent: dict[socket.socket, tuple[bytes, float]] = {}
+        self._poll = select.epoll()
+        self._sockets: dict[int, socket.socket] = {}
+        self._echoes: dict[int, socket.socket] = {}
+        stack.callback(self.close)
+        for name in (KEPT, FORBIDDEN):
+            for family in FAMILIES:
+                # On the ports of the streams' listeners, so that the same rules are about both.
+                echo = flip.world.server.call(socket.socket, family, socket.SOCK_DGRAM)
+                echo.bind(flip.addresses[name, family])
+                echo.setblocking(False)
+                self._echoes[echo.fileno()] = echo
+                self._poll.register(echo, select.EPOLLIN)
+
+    def open(self, name: str, count: int) -> list[socket.socket]:
+        """So many sessions, on all ways."""
+        opened = []
+        for number in range(count):
+            ways = self.flip.world.ways()
+            way = ways[number % len(ways)]
+            sock = way.client.socket(way.family, socket.SOCK_DGRAM)
+            sock.setblocking(False)
+            sock.connect(self.flip.addresses[name, way.family])
+            self._sockets[sock.fileno()] = sock
+            self._poll.register(sock, select.EPOLLIN)
+            self.rounds[sock] = 0
+            self._send(sock)
+            opened.append(sock)
+        return opened
+
+    def run(self, what: str, done: Callable[[], bool]) -> None:
+        """Echo until something holds."""
+
+        def turn() -> bool:
+            for fd, _ in self._poll.poll(0.05):
+                if fd in self._echoes:
+                    self._echo(self._echoes[fd])
+                else:
+                    self._receive(self._sockets[fd])
+            for sock, (_, when) in list(self._sent.items()):
+                if time.monotonic() - when > RESEND_S:
+                    self._send(sock)
+            return done()
+
+        wait_for(what, turn, PATIENCE_S)
+
+    def _send(self, sock: socket.socket) -> None:
+        data = hashlib.sha256(f"{sock.fileno()} {self.rounds[sock]}".encode()).digest() * 30
+        self._sent[sock] = (data, time.monotonic())
+        try:
+            sock.send(data)
+        except OSError as error:
+            self._fail(sock, error)
+
+    def _receive(self, sock: socket.socket) -> None:
+        try:
+            data = sock.recv(2048)
+        except OSError as error:
+            self._fail(sock, error)
+            return
+        # One that was sent again may be answered twice.
+        if data == self._sent[sock][0]:
+            self.rounds[sock] += 1
+            self._send(sock)
+
+    def _fail(self, sock: socket.socket, error: OSError) -> None:
+        self.failed[sock] = errno.errorcode[error.errno or 0]
+        self._sent.pop(sock, None)
+        self._poll.unregister(sock)
+
+    @staticmethod
+    def _echo(sock: socket.socket) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                data, sender = sock.recvfrom(2048)
+                sock.sendto(data, sender)
+
+    def close(self) -> None:
+        """Let all go."""
+        for sock in (*self._sockets.values(), *self._echoes.values()):
+            sock.close()
+        self._poll.close()
+
+
+def test_datagrams_of_what_is_forbidden_are_refused_and_no_others(
+    restored: Flip, record_property: Callable[[str, object], None]
+) -> None:
+    flip = restored
+    flip.allowed()
+    with ExitStack() as stack:
+        datagrams = Datagrams(flip, stack)
+        kept, doomed = datagrams.open(KEPT, 100), datagrams.open(FORBIDDEN, 100)
+        datagrams.run("every session is answered", lambda: all(datagrams.rounds.values()))
+        start = time.time_ns()
+        flip.policy(
+            rule("no", f"net.port in {flip.ports(FORBIDDEN)}", "deny"),
+            rule("staff", '"staff" in identity.groups', "allow"),
+        )
+        datagrams.run("what is forbidden is refused", lambda: all(sock in datagrams.failed for sock in doomed))
+        # ICMP "administratively prohibited", as Linux tells it: RFC 1812 5.2.7.1, RFC 4443 3.1.
+        told = {(sock.family, datagrams.failed[sock]) for sock in doomed}
+        assert told == {(socket.AF_INET, "EHOSTUNREACH"), (socket.AF_INET6, "EACCES")}
+        so_far = {sock: datagrams.rounds[sock] for sock in kept}
+        datagrams.run("what stays goes on", lambda: all(datagrams.rounds[sock] > so_far[sock] + 3 for sock in kept))
+        assert not [sock for sock in kept if sock in datagrams.failed]
+        sources = {sock.getsockname()[:2] for sock in doomed}
+        reason = "policy_changed: access/no"
+
+        def ends() -> list[int]:
+            return [
+                nanoseconds(record["time"]) - start
+                for record in flip.world.audit("ended", "")
+                if record["reason"] == reason and (record["source"], record["source_port"]) in sources
+            ]
+
+        wait_for("their records", lambda: len(ends()) >= len(doomed), PATIENCE_S)
+        taken = max(ends()) / 1e9
+        print(
+            f"{len(doomed)} UDP sessions of {len(doomed) + len(kept)} ended, the last one {taken:.3f} s after the write began"
+        )
+        record_property("last_end_s", round(taken, 3))
 
 
 def everything_denied(flip: Flip) -> str:
