@@ -89,6 +89,7 @@ RAW: dict[str, bytes] = {
     "icmp_not_carried": icmp4(13),
     "protocol_not_built": samples.ip4(47, bytes(20), source=DEVICE4, destination=MULTICAST4),
     "icmp_error_unmatched": icmp4(3, QUOTE),
+    "icmp_mtu": samples.ip4(1, samples.icmp4(3, 4, 67, QUOTE), source=DEVICE4, destination=SERVER4),
     "reset_of_nothing": tcp4(flags=RST),
     "unanswerable": tcp4(destination=MULTICAST4, flags=SYN),
 }
