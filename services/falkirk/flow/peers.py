@@ -33,6 +33,7 @@ from falkirk.wire.handover import (
     Held,
     Hello,
     Message,
+    Recontext,
     SocketFailed,
     SocketOpened,
     TunnelClosed,
@@ -175,6 +176,8 @@ class OnrampLink(Link):
                     self._worker.tunnels.onramp_arrived(self)
                 case Adopt():
                     self._adopt(message, fds)
+                case Recontext():
+                    self._worker.tunnels.recontext(message.tunnel, message.context)
                 case TunnelClosed():
                     self._worker.tunnels.close(message.tunnel, message.reason)
 
@@ -183,6 +186,7 @@ class OnrampLink(Link):
         if fds and message.tunnel in self._worker.tunnels:
             # Said again by an on-ramp that didn't hear our answer.
             os.close(fds.pop(0))
+            self._worker.tunnels.recontext(message.tunnel, message.context)
             refusal = None
         elif fds:
             refusal = self._worker.tunnels.adopt(self, message, fds[0])
