@@ -54,7 +54,6 @@ class Orphan(msgspec.Struct, frozen=True, gc=False):
     tunnel: int
     back: bytes
     delta_addresses: int
-    delta_addresses_back: int
     delta_all: int
 
 
@@ -125,7 +124,7 @@ class Orphans:
         addresses = (native_sum(record.source + record.destination) - native_sum(inside)) % 0xFFFF
         # Of the listener's port, which only the upgrader knows, nothing is in here: see `take`.
         everything = (native_sum(key) - native_sum(inside + ports[:2])) % 0xFFFF
-        return Orphan(record.tunnel, back, (0xFFFF - addresses) % 0xFFFF, addresses, (0xFFFF - everything) % 0xFFFF)
+        return Orphan(record.tunnel, back, (0xFFFF - addresses) % 0xFFFF, (0xFFFF - everything) % 0xFFFF)
 
     def bury(self, worker: Worker) -> None:
         """Write the ends that are missing, before anything of the predecessor's is given up. Raises OSError where the disk
