@@ -30,8 +30,9 @@ class Answers:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         settings = worker.settings
-        self._source4 = ipaddress.IPv4Address(settings.icmp_source4).packed
-        self._source6 = ipaddress.IPv6Address(settings.icmp_source6).packed
+        self.source4 = ipaddress.IPv4Address(settings.icmp_source4).packed
+        """Falkirk's own address, as devices see it."""
+        self.source6 = ipaddress.IPv6Address(settings.icmp_source6).packed
 
     def reset(self, tunnel: Tunnel, data: bytes) -> None:
         """A RST for the segment in `data` (behind its virtio-net header)."""
@@ -113,7 +114,7 @@ class Answers:
         self._say(tunnel, build.unreachable(data, packet, kind, self._source(packet)))
 
     def _source(self, packet: Packet) -> bytes:
-        return self._source4 if packet.version == 4 else self._source6
+        return self.source4 if packet.version == 4 else self.source6
 
     def _allowed(self, tunnel: Tunnel) -> bool:
         if tunnel.icmp_tick != self._worker.second:

@@ -116,7 +116,7 @@ class RawLane(Lane):
             _PUT(arena, at + 56, (checksum + (flow.delta_all_back << 8)) % 0xFFFF)
         self._count_up(flow, size, 1)
         try:
-            os.writev(self.tun, (ZERO_HEADER, self._arena_view[at : at + size]))
+            os.writev(flow.lane.tun, (ZERO_HEADER, self._arena_view[at : at + size]))
         except OSError:
             self.worker.drop("tun_write_error")
         else:
@@ -130,7 +130,7 @@ class RawLane(Lane):
         parts[-1] = view[run.places[-1] + header : run.places[-1] + run.last]
         self._count_up(run.flow, run.length + (count - 1) * header, count)
         try:
-            os.writev(self.tun, parts)
+            os.writev(run.flow.lane.tun, parts)
         except OSError:
             self.worker.drop("tun_write_error", count)
         else:
@@ -218,7 +218,7 @@ class RawLane(Lane):
         elif worker.tunnels.deliver(flow.tunnel, self._down_view[at : at + size]):
             worker.counts[FORWARDED] += 1
         if flags & 5 or flow.state is not State.ESTABLISHED:
-            worker.tracker.segment_down(flow, arena, l4, at + size)
+            flow.owner.segment_down(flow, arena, l4, at + size)
 
     def _slow_down(self, at: int, size: int) -> None:
         """The lane's own way, which looks at everything."""

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Final
 
 from falkirk.flow import control, peers
 from falkirk.flow.lane import ZERO_HEADER
-from falkirk.flow.table import DeviceCounts, Flow, Tunnel
+from falkirk.flow.siblings import PACKET
+from falkirk.flow.table import DeviceCounts, Distant, Flow, Tunnel
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
 
@@ -36,6 +37,13 @@ class Tunnels(dict[int, Tunnel]):
         self.devices: dict[str, DeviceCounts] = {}
         """What each device has, over all its tunnels."""
 
+    def reach(self, number: int) -> Tunnel | None:
+        """A tunnel of this worker, or what stands for another's; None where nobody has it open."""
+        if (tunnel := self.get(number)) is not None:
+            return tunnel
+        found = self._worker.forward.directory.get(number)
+        return self._worker.lowering.tunnel_of(found) if found is not None else None
+
     def say(self, tunnel: Tunnel, packet: bytes, *, counted: bool = True) -> bool:
         """Send a packet of our own to a tunnel."""
         return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet, counted=counted)
@@ -47,6 +55,11 @@ class Tunnels(dict[int, Tunnel]):
         """
         worker = self._worker
         if tunnel.fd < 0:
+            if isinstance(tunnel, Distant):
+                # What nobody sent us doesn't wait, as it mustn't be counted where it is dropped.
+                return (counted or not tunnel.link.backlog) and tunnel.link.packet(
+                    PACKET, tunnel.id, 0, memoryview(data)
+                )
             if counted:
                 worker.drop("tunnel_closed", packets)
             return False
