@@ -185,11 +185,6 @@ class FlowRig:
         seqpacket.send(self.onramp, handover.encode([message]), fds)
         self.step()
 
-    def say_parent(self, *messages: handover.Message, fds: Sequence[int] = ()) -> None:
-        """Speak as the parent."""
-        seqpacket.send(self._parent, handover.encode(messages), fds)
-        self.step()
-
     def say_upgrader(self, *messages: handover.Message) -> None:
         """Speak as the upgrader."""
         assert self.upgrader is not None

@@ -30,6 +30,7 @@ NAS = {4: bytes([100, 96, 0, 3]), 6: bytes.fromhex("fd00000000000001000000000000
 BEHIND = {4: bytes([10, 9, 1, 1]), 6: bytes.fromhex("fd090000000000000000000000000001")}
 """A host behind the NAS, which the route `site` leads to."""
 TCP, UDP, SCTP, GRE, ESP = 6, 17, 132, 47, 50
+SYN, ACK = 2, 16
 SITE = "00000000-0000-4000-8000-00000000005e"
 
 
@@ -274,3 +275,18 @@ def hop(data: bytes) -> bytes:
 def tcp(source: bytes, destination: bytes, ports: tuple[int, int], flags: int, sequence: int = 1000, acknowledged: int = 0) -> bytes:  # fmt: skip
     """A segment."""
     return segment(source, destination, *ports, sequence, acknowledged, flags, 65535)
+
+
+def connected(pair: Pair, family: int, ports: tuple[int, int] = (40000, 80)) -> None:
+    """A TCP connection from the laptop to the NAS."""
+    there, back = (LAPTOP[family], NAS[family]), (NAS[family], LAPTOP[family])
+    pair.laptop.send(tcp(*there, ports, SYN))
+    pair.nas.send(tcp(*back, ports[::-1], SYN | ACK, 5000, 1001))
+    pair.laptop.send(tcp(*there, ports, ACK, 1001, 5001))
+    assert len(pair.nas.raw()) == 2
+    assert len(pair.laptop.raw()) == 1
+
+
+def reasons(pair: Pair, event: str = "ended") -> list[str]:
+    """Why flows ended, or were denied."""
+    return [record.reason for record in pair.records() if record.event == event]

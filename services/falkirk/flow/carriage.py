@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.counters import FORWARDED
-from falkirk.flow.passages import Remote, may_be_cut, size_on_the_wire
+from falkirk.flow.passages import ForwardFlow, Remote, may_be_cut, size_on_the_wire
 from falkirk.flow.siblings import PACKET, Carrier
 from falkirk.flow.table import Tunnel
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
 from falkirk.wire.packet import parse
 from falkirk.wire.segment import segments
+from falkirk.wire.tcp import clamp_segment_size
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
@@ -71,3 +72,11 @@ class Carriage:
         data = bytes(lane.view[:end])
         self._worker.answers.too_big(tunnel, data, parse(data, HEADER, end - HEADER), mtu)
         return False
+
+    @staticmethod
+    def clamp(flow: ForwardFlow, buffer: bytearray, l4: int, end: int) -> None:
+        """Let a SYN offer no larger segments than both tunnels take, so that a connection needs no path MTU discovery between them."""
+        to = flow.to
+        mtu = min(flow.tunnel.mtu, to.mtu) if to is not None else flow.tunnel.mtu
+        headers = 40 if flow.family == 4 else 60
+        clamp_segment_size(buffer, l4, end, mtu - headers, partial=bool(buffer[0] & 1))

@@ -210,6 +210,8 @@ class Forward(Owner[ForwardFlow]):
             else:
                 worker.ingress.packet(worker.lane(tunnel.framing), tunnel, end)
             return False
+        if flags & _SYN:
+            self._carriage.clamp(flow, buffer, l4, end)
         sequence, acknowledged = _SEQUENCES.unpack_from(buffer, l4 + 4)
         tcp.segment(up, flags, sequence, acknowledged, max(end - l4 - (buffer[l4 + 12] >> 4 << 2), 0))
         if tcp.state != flow.state:

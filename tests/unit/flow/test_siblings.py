@@ -36,21 +36,22 @@ def restarted(pair: Pair, number: int) -> FlowRig:
     rig, other = pair.rigs[number], pair.rigs[1 - number]
     closed = list(rig.worker.tunnels)
     rig.kill()
-    other.say_parent(*(control.Detached(tunnel) for tunnel in closed))
+    for tunnel in closed:
+        other.say_parent(control.Detached(tunnel))
     rig.start()
     rig.pair()
     rig.load()
     connect(rig, other)
-    for tunnel in other.worker.tunnels.values():
-        whose = tunnel.context
+    for open_tunnel in other.worker.tunnels.values():
+        whose = open_tunnel.context
         rig.say_parent(
             control.Attached(
-                tunnel.id,
+                open_tunnel.id,
                 other.number,
                 whose.tenant_id,
                 whose.device_id,
                 whose.virtual_network_id,
-                tunnel.framing,
+                open_tunnel.framing,
                 1500,
             )
         )
