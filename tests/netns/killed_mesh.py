@@ -388,9 +388,9 @@ def killed_mesh(directory: Path, workers: int) -> Iterator[KilledMesh]:
         places = [
             _place(stack, mesh, lab, directory, device, framing, worker)
             for worker, devices in enumerate(_by_worker(mesh, workers))
-            for device, framing in zip(devices, ("vnet", "raw"), strict=False)
+            for device, framing in zip(devices, ("device", "raw"), strict=False)
         ]
-        assert [place.framing for place in places] == ["vnet", "raw"] * workers
+        assert [place.framing for place in places] == ["device", "raw"] * workers
         load = Load(listeners.values())
         stack.callback(load.close)
         hosts = {socket.AF_INET: servers.address4, socket.AF_INET6: servers.address6}

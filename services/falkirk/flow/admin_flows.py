@@ -32,22 +32,27 @@ PORTS: Final = 28232
 
 
 class AdminFlow(Flow):
-    """One. `leg` is all there is of it."""
+    """One. Its leg is all there is of it."""
 
-    __slots__ = ("leg", "over")
+    __slots__ = ("counter", "leg", "lower", "over")
 
-    def __init__(self, owner: Owner[AdminFlow], tunnel: Tunnel, key: bytes) -> None:
-        super().__init__(owner, tunnel, key)
+    def __init__(self, owner: Owner[AdminFlow], key: bytes, leg: Leg) -> None:
+        super().__init__(owner, leg.tunnel, key)
         self.leg: Leg | None = None
+        """While it is there."""
+        self.counter = leg
+        self.lower = leg.slot
+        """What the upgrader knows it by."""
         self.over = False
         """The upgrader has nothing more of it."""
 
-    def count(self) -> None:
-        """Take over what its leg has counted, which sees it from the device."""
-        if self.leg is not None:
-            self.bytes_up, self.packets_up = self.leg.bytes_down, self.leg.packets_down
-            self.bytes_down, self.packets_down = self.leg.bytes_up, self.leg.packets_up
-            self.tick = max(self.tick, self.leg.tick)
+    def count(self) -> bool:
+        """Take over what its leg has counted, which sees it from the device. Whether anything has passed."""
+        leg, before = self.counter, self.packets_up + self.packets_down
+        self.bytes_up, self.packets_up = leg.bytes_down, leg.packets_down
+        self.bytes_down, self.packets_down = leg.bytes_up, leg.packets_up
+        self.tick = max(self.tick, leg.tick)
+        return self.packets_up + self.packets_down > before
 
 
 class AdminFlows(Owner[AdminFlow]):
@@ -83,7 +88,7 @@ class AdminFlows(Owner[AdminFlow]):
         leg, refusal = worker.lowering.lead(tunnel, lift_key(address, source, message.port, source_port), "")
         if leg is None:
             return str(refusal), f"{refusal}: see falkirk flow stats"
-        flow = AdminFlow(self, tunnel, key_of(TCP, source, address, source_port, message.port))
+        flow = AdminFlow(self, key_of(TCP, source, address, source_port, message.port), leg)
         why = f"an administrator's connection: {message.actor}"
         decision = Decision(Outcome.LIFT, "administrator", why)
         worker.lifecycle.begin(flow, decision, (0, 0), worker.settings.transitory_idle_s, State.OPENING)
@@ -141,11 +146,7 @@ class AdminFlows(Owner[AdminFlow]):
 
     def count(self) -> None:
         """Before a checkpoint: what has passed is the leg's to know."""
-        for flow in self._flows:
-            before = flow.tick
-            flow.count()
-            if flow.tick != before:
-                self._worker.dirty.append(flow)
+        self._worker.dirty += [flow for flow in self._flows if flow.count()]
 
     # ended
 
@@ -174,22 +175,19 @@ class AdminFlows(Owner[AdminFlow]):
     def end(self, flow: AdminFlow, reason: str) -> None:
         """End it: both sides get a RST."""
         flow.reason = flow.reason or reason
-        if flow.leg is None:
-            self._finish(flow, flow.reason)
-            return
-        self._worker.to_upgrader.append(Abort(flow.leg.slot))
+        self._worker.to_upgrader.append(Abort(flow.lower))
         self._worker.wheel.place(flow, self._worker.second + LINGER)
 
     def cut(self, flow: AdminFlow, reason: str) -> None:
         """The device's tunnel is gone."""
-        if flow.leg is not None:
-            self._worker.to_upgrader.append(Abort(flow.leg.slot))
+        self._worker.to_upgrader.append(Abort(flow.lower))
         self._finish(flow, flow.reason or reason)
 
     def bereave(self, flow: AdminFlow, reason: str) -> None:
         """The upgrader is gone: the device is told where the kernel's RST hasn't told it."""
         if flow.leg is not None:
             self._worker.orphans.reset(self._worker, flow.leg)
+            self._worker.lowering.drop(flow.leg)
         self._finish(flow, reason)
 
     def expire(self, flow: AdminFlow) -> None:

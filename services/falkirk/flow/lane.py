@@ -58,20 +58,19 @@ class Lane:
     def from_tunnel(self, tunnel: Tunnel, hung_up: bool) -> bool:
         """Read a tunnel until it is empty or the budget is spent. False where it is over."""
         buffers = self._whole
-        fd = tunnel.fd
-        readv = os.readv
+        read = tunnel.read
         received = 0
         alive = True
         for _ in range(BUDGET):
             try:
-                size = readv(fd, buffers)
+                size = read(buffers)
             except BlockingIOError:
                 break
             except OSError:
                 alive = False
                 break
             if not size:
-                if hung_up or ended(fd):
+                if hung_up or ended(tunnel.fd):
                     alive = False
                     break
                 received += 1

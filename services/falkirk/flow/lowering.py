@@ -84,7 +84,7 @@ class Lowering(Segments):
         if link is None:
             return None
         distant = self._distant.get(found.tunnel)
-        if distant is None or distant.link is not link:
+        if distant is None or distant.sibling is not link:
             context = TunnelContext(
                 tenant_id=found.tenant_id,
                 tenant="",
@@ -119,7 +119,7 @@ class Lowering(Segments):
         if isinstance(to, Distant):
             self._distant[to.id] = to
             leg.handle = worker.forward.lend(leg)
-            to.link.tell(Foreign(leg.handle, to.id, key_of(*signature(reply)), ANY_SIZE, prefix))
+            to.sibling.tell(Foreign(leg.handle, to.id, key_of(*signature(reply)), ANY_SIZE, prefix))
         return leg, None
 
     def join(self, flow: TcpLift | AdminFlow, leg: Leg) -> None:
@@ -249,7 +249,7 @@ class Lowering(Segments):
         if leg.handle:
             self._worker.forward.unlend(leg.handle)
             if isinstance(tunnel, Distant):
-                tunnel.link.tell(Forget(leg.handle, False))
+                tunnel.sibling.tell(Forget(leg.handle, False))
                 if not tunnel.flows:
                     self._distant.pop(tunnel.id, None)
 
@@ -257,9 +257,11 @@ class Lowering(Segments):
         """Its flow ends it."""
 
     def cut(self, flow: TcpLift, reason: str) -> None:
-        """The device's tunnel is gone: its flow ends."""
+        """The device's tunnel is gone: its flow ends, if that isn't the tunnel's own."""
         assert isinstance(flow, Leg)
         whose = flow.flow
+        if whose is not None and whose.tunnel is flow.tunnel:
+            return
         self.drop(flow)
         if whose is not None:
             whose.owner.end(whose, OFFLINE)
@@ -287,7 +289,7 @@ class Lowering(Segments):
 
     def link_lost(self, link: SiblingLink) -> None:
         """Another worker has ended, or has a successor: its tunnels are gone until that one has them, and then their devices are told."""
-        for distant in [distant for distant in self._distant.values() if distant.link is link]:
+        for distant in [distant for distant in self._distant.values() if distant.sibling is link]:
             for leg in distant.lifts.values():
                 self._worker.orphans.seek(distant.id, leg.back)
             self.lost(distant.id)

@@ -203,6 +203,10 @@ class Orphans:
             return orphan
         return msgspec.structs.replace(orphan, delta_all=(orphan.delta_all + native_sum(listener_port)) % 0xFFFF)
 
+    def untold(self, orphan: Orphan) -> None:
+        """The RST of a lost stream found its tunnel full, or without its device yet."""
+        self._silent.append((orphan.tunnel, orphan.back, TRIES))
+
     def reset(self, worker: Worker, flow: TcpLift) -> None:
         """Tell the client of a flow whose upgrader is gone, where the kernel's RST hasn't."""
         if flow.held is not None:

@@ -109,7 +109,7 @@ class UpgraderPair:
             return
         if self.ready or not worker.snapshots.complete:
             return
-        if worker.now < self.adoption_deadline and not all(map(worker.tunnels.reach, worker.orphans.tunnels)):
+        if worker.now < self.adoption_deadline and not all(map(worker.tunnels.carries, worker.orphans.tunnels)):
             return
         # What a predecessor's streams have sent meanwhile fills the devices' queues, and a RST that finds no room is lost.
         self._drain_devices()

@@ -70,14 +70,14 @@ class RawLane(Lane):
     def from_tunnel(self, tunnel: Tunnel, hung_up: bool) -> bool:
         """Read a tunnel until it is empty or the budget is spent. False where it is over."""
         view = self._arena_view
-        fd = tunnel.fd
+        read = tunnel.read
         walk = self._walk
         self._tunnel = tunnel
         self._slow = at = received = 0
         alive = True
         while received + self._slow < PACKETS:
             try:
-                size = os.readv(fd, (view[at : at + DATAGRAM],))
+                size = read((view[at : at + DATAGRAM],))
             except BlockingIOError:
                 break
             except OSError:
@@ -89,7 +89,7 @@ class RawLane(Lane):
                 if at > ROOM:
                     self._coalescer.flush()
                     at = 0
-            elif hung_up or ended(fd):
+            elif hung_up or ended(tunnel.fd):
                 alive = False
                 break
             else:
@@ -213,12 +213,12 @@ class RawLane(Lane):
         if flow.tick != worker.second:
             flow.tick = worker.second
             worker.dirty.append(flow)
+        if flags & 7 or flow.state is not State.ESTABLISHED:
+            flow.owner.segment_down(flow, arena, l4, at + size)
         if flow.tunnel.context.packed:
             self._pack(flow.tunnel, at, size)
         elif worker.tunnels.deliver(flow.tunnel, self._down_view[at : at + size]):
             worker.counts[FORWARDED] += 1
-        if flags & 5 or flow.state is not State.ESTABLISHED:
-            flow.owner.segment_down(flow, arena, l4, at + size)
 
     def _slow_down(self, at: int, size: int) -> None:
         """The lane's own way, which looks at everything."""

@@ -11,6 +11,7 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.table import State, TcpLift, TcpOwner
+from falkirk.wire.context import Framing
 from falkirk.wire.tcp import clamp_segment_size
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Segments(TcpOwner):
 
     @staticmethod
     def clamp(flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
-        """Offer no larger segments than the tunnel takes; `l4` is 30 behind an IPv4 header, 50 behind an IPv6 one."""
-        headers = 40 if l4 == 30 else 60
-        clamp_segment_size(buffer, l4, end, flow.tunnel.mtu - headers, partial=bool(buffer[0] & 1))
+        """Offer no larger segments than the tunnel takes."""
+        headers = 40 if flow.family == 4 else 60
+        # A raw packet has no header in front of it, wherever it lies.
+        partial = flow.tunnel.framing is Framing.VNET and bool(buffer[0] & 1)
+        clamp_segment_size(buffer, l4, end, flow.tunnel.mtu - headers, partial=partial)

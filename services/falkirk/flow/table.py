@@ -12,18 +12,20 @@ fields are read in that order too, so nothing is swapped.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from falkirk.flow.keys import signature
 from falkirk.flow.records import of_tunnel
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.checksum import Buffer
+from falkirk.wire.context import Framing, Transport, TunnelContext
 
 if TYPE_CHECKING:
     from falkirk.flow.decision import Decision
-    from falkirk.flow.lane import Lane
     from falkirk.flow.passages import Passage
 
 
@@ -180,7 +182,7 @@ class TcpLift(Flow):
         "vnet_put",
     )
 
-    def __init__(self, owner: TcpOwner, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, lane: Lane) -> None:
+    def __init__(self, owner: TcpOwner, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, lane: Any) -> None:
         super().__init__(owner, tunnel, key)
         size = 8 if len(key) == 12 else 32
         self.slot = slot
@@ -243,7 +245,7 @@ class Leg(TcpLift):
 
     __slots__ = ("flow", "handle", "prefix")
 
-    def __init__(self, owner: TcpOwner, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, lane: Lane) -> None:
+    def __init__(self, owner: TcpOwner, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, lane: Any) -> None:
         super().__init__(owner, tunnel, key, forward, slot, lane)
         self.flow: Any = None
         """Whose side it is."""
@@ -265,6 +267,11 @@ class DeviceCounts:
         self.tunnels = 0
 
 
+def unattached(_: object) -> int:
+    """What a tunnel without a descriptor reads and writes with."""
+    raise OSError(errno.ENOTCONN, "nothing carries this tunnel's packets yet")
+
+
 class Tunnel:
     """One tunnel: whom it speaks for, its flows, and the bounded queue towards a slow reader."""
 
@@ -280,16 +287,19 @@ class Tunnel:
         "id",
         "identification",
         "lifts",
+        "link",
         "memo",
         "mtu",
         "passages",
         "queue",
         "queued",
+        "read",
         "records_left",
         "records_tick",
         "refused",
         "row",
         "unrecorded",
+        "write",
     )
 
     def __init__(
@@ -303,6 +313,13 @@ class Tunnel:
         self.framing = framing
         self.mtu = mtu
         self.fd = fd
+        """Where packets are read and written; negative where there is nothing (any more)."""
+        self.link = fd
+        """The SEQPACKET connection: the tunnel lives as long as it. The same as `fd` unless a device carries the packets."""
+        self.read: Callable[[Sequence[Buffer]], int] = unattached
+        """A packet into these buffers, from wherever packets come; its size. Raises BlockingIOError where there is none."""
+        self.write: Callable[[Buffer], int] = unattached
+        """The other way. Raises BlockingIOError where there is no room."""
         self.row = row
         """The tenant's row in the shared counts."""
         self.flows: dict[bytes, Flow] = {}
@@ -326,16 +343,21 @@ class Tunnel:
         self.identification = -1
         """The last one that was given to fragments; -1 before the first."""
 
+    @property
+    def transport(self) -> Transport:
+        """What carries its packets."""
+        return Transport.SOCKET if self.fd == self.link else Transport.DEVICE
+
 
 class Distant(Tunnel):
     """A tunnel that another worker reads, as far as legs of this one lead there. Its packets cross over the pair with that worker, behind virtio-net
     headers, which it translates for the tunnel."""
 
-    __slots__ = ("link",)
+    __slots__ = ("sibling",)
 
-    def __init__(self, number: int, context: TunnelContext, mtu: int, link: Any) -> None:
+    def __init__(self, number: int, context: TunnelContext, mtu: int, sibling: Any) -> None:
         super().__init__(number, context, Framing.VNET, mtu, -1, 0, DeviceCounts())
-        self.link = link
+        self.sibling = sibling
 
 
 class Wheel:

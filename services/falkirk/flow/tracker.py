@@ -221,6 +221,7 @@ class Tracker(Segments):
         self._worker.orphans.reset(self._worker, flow)
         if flow.leg is not None:
             self._worker.orphans.reset(self._worker, flow.leg)
+            self._worker.lowering.drop(flow.leg)
         self._worker.lifecycle.finish(flow, reason)
 
     def _refuse(self, flow: TcpLift, packet: bytes) -> None:

@@ -243,7 +243,10 @@ class Worker:
             link.sock.close()
         for pair in self.forward.links.values():
             pair.sock.close()
-        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self.all_lanes())):
+        for fd in (
+            *(fd for tunnel in self.tunnels.values() for fd in {tunnel.fd, tunnel.link}),
+            *(lane.tun for lane in self.all_lanes()),
+        ):
             if fd >= 0:
                 os.close(fd)
         self._listener.close()

@@ -19,7 +19,7 @@ import msgspec
 
 from falkirk.onramp.context import Code, ContextRequest, Refusal, shown
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Tables, TenantRow
-from falkirk.wire.context import TunnelContext
+from falkirk.wire.context import Transport, TunnelContext
 
 ANY: Final = "*"
 _REVIEWED: Final = ("device_id", "virtual_network_id", "addresses", "user_id", "groups", "posture")
@@ -28,8 +28,9 @@ _REVIEWED: Final = ("device_id", "virtual_network_id", "addresses", "user_id", "
 class Grants:
     """Which uid may speak for which tenants."""
 
-    def __init__(self, by_uid: Iterable[tuple[int, Iterable[str]]]) -> None:
-        """Several entries of one uid add up; the tenant "*" is every tenant."""
+    def __init__(self, by_uid: Iterable[tuple[int, Iterable[str]]], devices: Iterable[int] = ()) -> None:
+        """Several entries of one uid add up; the tenant "*" is every tenant. `devices`: uids that may hand a device over."""
+        self._devices = frozenset(devices)
         self._by_uid: dict[int, frozenset[str]] = {}
         for uid, tenants in by_uid:
             self._by_uid[uid] = self._by_uid.get(uid, frozenset()) | frozenset(tenants)
@@ -43,12 +44,17 @@ class Grants:
         if uid not in self._by_uid:
             raise Refusal(Code.UID_FORBIDDEN, f"uid {uid} may not open tunnels here; see the setting onramp.tunnels")
 
-    def check(self, uid: int, tenant: str) -> None:
-        """Raises Refusal where the uid may not speak for a tenant of this name."""
+    def check(self, uid: int, tenant: str, transport: Transport = Transport.SOCKET) -> None:
+        """Raises Refusal where the uid may not speak for a tenant of this name, or not by this transport."""
         self.check_uid(uid)
         granted = self._by_uid[uid]
         if ANY not in granted and tenant not in granted:
             raise Refusal(Code.TENANT_FORBIDDEN, f"uid {uid} may not speak for tenant {shown(tenant)}")
+        if transport is Transport.DEVICE and uid not in self._devices:
+            raise Refusal(
+                Code.TRANSPORT_FORBIDDEN,
+                f"uid {uid} may not hand a device over; see the setting onramp.tunnels[].devices",
+            )
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -138,8 +144,10 @@ def _context(
     )
 
 
-def greeting(tunnel: int, context: TunnelContext, mtu: int, framing: str) -> bytes:
+def greeting(tunnel: int, context: TunnelContext, mtu: int, framing: str, transport: str = Transport.SOCKET) -> bytes:
     """The datagram that tells the producer that it was admitted."""
     addresses = [str(ip_address(address)) for address in context.addresses]
     admitted = {"tunnel_id": tunnel, "addresses": addresses, "mtu": mtu, "framing": framing}
+    if transport != Transport.SOCKET:
+        admitted["transport"] = transport
     return msgspec.json.encode({"admitted": admitted})

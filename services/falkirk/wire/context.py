@@ -20,6 +20,15 @@ class Framing(StrEnum):
     """One packet or super-packet behind a 10-byte virtio-net header."""
 
 
+class Transport(StrEnum):
+    """What carries a connected tunnel's packets."""
+
+    SOCKET = "socket"
+    """The SEQPACKET connection itself, a datagram at a time."""
+    DEVICE = "device"
+    """The producer's own TUN device, whose descriptor it hands over once it is admitted: no process of its own has to move packets."""
+
+
 class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
     """Identity of a tunnel; `addresses` are packed (4 or 16 bytes) and are the only ones that it may speak from."""
 

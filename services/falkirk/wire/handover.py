@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.context import Framing, Transport, TunnelContext
 
 PROTOCOL: Final = 3
 """Version of these messages; raised by any change that an older peer would misread."""
@@ -58,6 +58,8 @@ class Adopt(Message, frozen=True, tag=True):
     framing: Framing
     mtu: int
     greeting: bytes = b""
+    transport: Transport = Transport.SOCKET
+    """With `device` the producer is asked for its device, on this descriptor, after the greeting."""
     descriptors: int = 1
 
 
@@ -83,6 +85,7 @@ class Held(Message, frozen=True, tag=True):
     context: TunnelContext
     framing: Framing
     mtu: int
+    transport: Transport = Transport.SOCKET
     descriptors: int = 1
 
 
