@@ -105,6 +105,10 @@ class Lane:
             if flow is None or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2:
                 return self.worker.ingress.packet(self, tunnel, end)
             l4 = 50
+        elif first == 0x45 and buffer[19] == 17 and end >= 38:
+            return self.worker.udp.up4(self, tunnel, end)
+        elif first >> 4 == 6 and buffer[16] == 17 and end >= 58:
+            return self.worker.udp.up6(self, tunnel, end)
         else:
             return self.worker.ingress.packet(self, tunnel, end)
         header = view[:10].tobytes()

@@ -34,6 +34,8 @@ from falkirk.wire.handover import (
     Hello,
     LowerWanted,
     Message,
+    SocketFailed,
+    SocketOpened,
     TunnelClosed,
     batches,
     encode,
@@ -222,6 +224,10 @@ class UpgraderLink(Link):
                     (admin if message.slot >= LOWERED else tracker).closed(message)
                 case LowerWanted():
                     admin.wanted(message)
+                case SocketOpened():
+                    self._worker.opening.opened(message, fds)
+                case SocketFailed():
+                    self._worker.opening.failed(message)
                 case Devices():
                     check_devices(message, fds)
                     devices, fds[:DEVICES] = fds[:DEVICES], []

@@ -31,6 +31,7 @@ from falkirk.flow.admin_flows import AdminFlows
 from falkirk.flow.answers import Answers
 from falkirk.flow.directory import Attachment
 from falkirk.flow.drain import Drain
+from falkirk.flow.echo import Echoes
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.forward import Forward
@@ -45,6 +46,7 @@ from falkirk.flow.orphans import Orphans
 from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.raw import RawLane
+from falkirk.flow.session import Opening
 from falkirk.flow.siblings import SiblingLink
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
@@ -52,6 +54,7 @@ from falkirk.flow.table import Flow, TcpLift, Wheel
 from falkirk.flow.tap import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
+from falkirk.flow.udp import UdpSessions
 from falkirk.linux import scheduling, seqpacket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
@@ -136,6 +139,9 @@ class Worker:
         self.tracker = Tracker(self)
         self.admin_flows = AdminFlows(self)
         self.answers = Answers(self)
+        self.opening = Opening(self)
+        self.udp = UdpSessions(self, self.opening)
+        self.echo = Echoes(self, self.opening)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
