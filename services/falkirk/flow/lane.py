@@ -155,11 +155,11 @@ class Lane:
         """Write a packet that is ready, with complete checksums, to the device. Raises OSError."""
         os.writev(self.tun, [ZERO_HEADER, packet])
 
-    def packet(self) -> bytes:
-        """The packet in the buffer, as long as it says that it is."""
+    def ready(self) -> tuple[bytes, bytes]:
+        """What is in the buffer: virtio-net header, and the packet as long as it says that it is."""
         buffer = self.buffer
         length = buffer[12] << 8 | buffer[13] if buffer[10] >> 4 == 4 else 40 + (buffer[14] << 8 | buffer[15])
-        return self.view[HEADER : HEADER + length].tobytes()
+        return self.view[:HEADER].tobytes(), self.view[HEADER : HEADER + length].tobytes()
 
     def readable(self, _: int) -> None:
         """What epoll says of the device."""

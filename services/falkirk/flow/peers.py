@@ -34,6 +34,7 @@ from falkirk.wire.handover import (
     Hello,
     LowerWanted,
     Message,
+    Recontext,
     SocketFailed,
     SocketOpened,
     TunnelClosed,
@@ -178,6 +179,8 @@ class OnrampLink(Link):
                     self._worker.tunnels.onramp_arrived(self)
                 case Adopt():
                     self._adopt(message, fds)
+                case Recontext():
+                    self._worker.tunnels.recontext(message.tunnel, message.context)
                 case TunnelClosed():
                     self._worker.tunnels.close(message.tunnel, message.reason)
 
@@ -186,6 +189,7 @@ class OnrampLink(Link):
         if fds and message.tunnel in self._worker.tunnels:
             # Said again by an on-ramp that didn't hear our answer.
             os.close(fds.pop(0))
+            self._worker.tunnels.recontext(message.tunnel, message.context)
             refusal = None
         elif fds:
             refusal = self._worker.tunnels.adopt(self, message, fds[0])

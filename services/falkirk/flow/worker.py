@@ -46,12 +46,13 @@ from falkirk.flow.orphans import Orphans
 from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.raw import RawLane
+from falkirk.flow.review import Review
 from falkirk.flow.session import Opening
 from falkirk.flow.siblings import SiblingLink
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import Flow, TcpLift, Wheel
-from falkirk.flow.tap import Taps
+from falkirk.flow.taps import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
 from falkirk.flow.udp import UdpSessions
@@ -104,6 +105,7 @@ class Worker:
         self.routes = RouteTable()
         self.rules = RuleTable.empty()
         self.snapshots = Snapshots(self)
+        self.review = Review(self)
         self.wheel = Wheel(self.second)
         self.tenants = TenantCounts(tenants_fd, start.workers, start.worker)
         self._epoll = select.epoll()
@@ -214,7 +216,7 @@ class Worker:
     def run(self) -> None:
         """Until the parent's pair ends, or a drain does."""
         while self._alive and not self.draining:
-            if self.snapshots.loading:
+            if self.snapshots.loading or self.review.pending:
                 self.turn(0)
             elif self._untold:
                 self.turn(TELL / SECOND)
@@ -270,6 +272,8 @@ class Worker:
             self.pair.mend()
         if self.snapshots.loading:
             self.snapshots.step()
+        if self.review.pending:
+            self.review.step()
         if (self.spool.pending or self.spool.stuck) and not self.record():
             # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
             return

@@ -249,3 +249,12 @@ def test_the_upgrader_is_lost(session: Session) -> None:
     assert session.rig.records()[-1].reason == "upgrader_lost"
     session.device(ACK, 5001)
     assert session.received()[-1].flags == RST
+
+
+def test_a_change_of_rules_is_no_concern_of_an_administrators(session: Session) -> None:
+    session.open()
+    session.rig.policies = ()
+    session.rig.load()
+    session.rig.step(10)
+    assert session.rig.asked() == []
+    assert session.rig.worker.flow_count == 1

@@ -595,3 +595,23 @@ def test_other_protocols_under_the_same_rule_are_forwarded(plain: Lowered) -> No
     ping = echo(LAPTOP[4], NAS[4], 7)
     plain.pair.laptop.send(ping)
     assert plain.pair.nas.bodies() == [hop(ping)]
+
+
+def test_a_rule_that_changes_ends_both_sides(plain: Lowered) -> None:
+    """And one that allows the client's direction only doesn't take the device's replies for flows of its own."""
+    plain.open()
+    for rig in plain.pair.rigs:
+        rig.policies = (PolicySource(TENANT, "main", 0, POLICIES[0].rules[:1]),)
+        rig.load()
+    plain.pair.step()
+    assert (plain.asked(), plain.pair.flows()) == ([], 1)
+    for rig in plain.pair.rigs:
+        rig.policies = ()
+        rig.load()
+    plain.pair.step()
+    assert plain.asked() == [Abort(plain.slot)]
+    plain.lowering(RST | ACK, 7001, 5001)
+    plain.lifting(RST | ACK, 3001)
+    plain.say(Closed(plain.slot, "aborted", 0, 0))
+    assert [packet.flags for packet in (*plain.at("nas"), *plain.at("laptop"))] == [RST | ACK] * 2
+    assert reasons(plain.pair) == ["policy_changed: default deny"]
