@@ -20,9 +20,8 @@ from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Connected, OpenSocket, Prepare, SocketFailed
-from tests import forward_rig
+from tests import forward_rig, lower_rig
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context
-from tests.unit.flow import test_lowering
 from tests.unit.wire import samples
 
 SYN, RST, FIN = 2, 4, 1
@@ -254,7 +253,7 @@ def _sibling_full(rig: FlowRig) -> object:
 
 def _to_lower(rig: FlowRig) -> tuple[Any, Any]:
     """The laptop and the NAS, with a rule that lifts and lowers between them."""
-    rig.policies, rig.routes = test_lowering.POLICIES, forward_rig.ROUTES
+    rig.policies, rig.routes = lower_rig.POLICIES, forward_rig.ROUTES
     rig.load()
     rig.until(lambda: rig.worker.routes.routes > 3)
     laptop, nas = (
