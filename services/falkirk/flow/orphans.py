@@ -141,7 +141,7 @@ class Orphans:
         addresses = (native_sum(inside) - native_sum(record.source + record.destination)) % 0xFFFF
         ports = record.source_port.to_bytes(2, "big") + record.destination_port.to_bytes(2, "big")
         towards = record.source + record.destination + ports
-        return Orphan(record.lower_tunnel, towards, addresses, (0xFFFF - addresses) % 0xFFFF, addresses)
+        return Orphan(record.lower_tunnel, towards, addresses, addresses)
 
     def bury(self, worker: Worker) -> None:
         """Write the ends that are missing, before anything of the predecessor's is given up. Raises OSError where the disk
