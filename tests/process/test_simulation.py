@@ -82,8 +82,8 @@ def test_every_stage_answers_and_nothing_is_sent(running: RunningMesh, cli: Cli)
             False,
         )
         assert all(passed for _, passed in stages(answer)[:-1])
-    for words in (("--port", "53", "--proto", "udp"), ("--proto", "icmp")):
-        assert asked(cli, "--dst", running.server, *words)["outcome"] == "lift"
+    for options in (("--port", "53", "--proto", "udp"), ("--port", "0", "--proto", "icmp")):
+        assert asked(cli, "--dst", running.server, *options)["outcome"] == "lift"
     assert counted(cli) == before
 
 

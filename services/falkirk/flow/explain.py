@@ -70,7 +70,9 @@ class Node:
         ):
             return None
         into = None
-        if reply:
+        if record.slot:
+            pass  # Lifted: its packets end here.
+        elif reply:
             into = fleet.roster.of(record.tunnel)
         elif device is not None:
             into = fleet.roster.find(initiator.tenant_id, device.device_id)
@@ -123,7 +125,8 @@ def explain(
 def simulate(fleet: Fleet, context: TunnelContext, packet: bytes) -> pb.ExplainResponse:
     """Every stage's answer for a packet."""
     attached = fleet.roster.find(context.tenant_id, context.device_id, context.virtual_network_id)
-    simulation = Simulation(Node(fleet), context, packet, attached.mtu if attached is not None else USUAL_MTU)
+    by = f", by tunnel {attached.tunnel} ({attached.framing}, MTU {attached.mtu})" if attached is not None else ""
+    simulation = Simulation(Node(fleet), context, packet, attached.mtu if attached is not None else USUAL_MTU, by)
     stages = [
         pb.Stage(name=stage.name, passed=stage.passed, detail=stage.detail, reference=stage.reference)
         for stage in simulation.stages

@@ -45,7 +45,7 @@ from falkirk.flow.passages import (
     reply_key,
 )
 from falkirk.flow.siblings import ERROR, REPLY, Carrier, Foreign, Forget, Gone, SiblingLink
-from falkirk.flow.table import Owner, State, Tunnel
+from falkirk.flow.table import Leg, Owner, State, Tunnel
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, verify
 from falkirk.wire.protocol import (
@@ -61,8 +61,10 @@ from falkirk.wire.protocol import (
 from falkirk.wire.translate import quoted
 
 if TYPE_CHECKING:
+    from falkirk.decide.routes import RouteEntry
     from falkirk.flow.lane import Lane
     from falkirk.flow.worker import Worker
+    from falkirk.wire.context import TunnelContext
 
 HEADER: Final = 10
 LINGER: Final = 5
@@ -93,6 +95,8 @@ class Forward(Owner[ForwardFlow]):
         self._led: dict[int, dict[ForwardFlow, None]] = {}
         """Flows by the number of the tunnel that they lead to."""
         self._handle = 0
+        self._legs: dict[int, Leg] = {}
+        """Legs of lowered streams that lead to other workers' tunnels, by their handle (`falkirk.flow.lowering`)."""
 
     # every packet of a flow
 
@@ -258,7 +262,7 @@ class Forward(Owner[ForwardFlow]):
             return False
         decision, timing = worker.ingress.decide(tunnel, packet.destination, packet.destination_port, packet.protocol)
         route = decision.route
-        if route is None or route.device is None:
+        if route is None or route.device is None or decision.outcome is Outcome.LIFT:
             return False
         if not worker.ingress.normal(lane, tunnel, packet, end):
             return True
@@ -358,7 +362,10 @@ class Forward(Owner[ForwardFlow]):
         return False
 
     def _attachment(self, flow: ForwardFlow) -> Attachment | None:
-        route, context = flow.route, flow.tunnel.context
+        return self.find(flow.tunnel.context, flow.route)
+
+    def find(self, context: TunnelContext, route: RouteEntry) -> Attachment | None:
+        """The tunnel of the device that a route leads to, for whoever has this context."""
         if route.device is None:
             return None
         # A device's own address means the device in this virtual network; a written route means it wherever it is.
@@ -393,6 +400,16 @@ class Forward(Owner[ForwardFlow]):
             if not self._lead(flow):
                 self.end(flow, OFFLINE)
 
+    def lend(self, leg: Leg) -> int:
+        """A number for a leg that leads to another worker's tunnel."""
+        self._handle += 1
+        self._legs[self._handle] = leg
+        return self._handle
+
+    def unlend(self, handle: int) -> None:
+        """It has ended."""
+        self._legs.pop(handle, None)
+
     # tunnels and workers come and go
 
     def tunnel_opened(self, tunnel: Tunnel) -> None:
@@ -423,6 +440,7 @@ class Forward(Owner[ForwardFlow]):
         """A tunnel of another worker is over."""
         self.directory.closed(number)
         self._lost(number)
+        self._worker.lowering.lost(number)
 
     def sibling(self, number: int, link: SiblingLink) -> None:
         """A pair with another worker, in place of the one with its predecessor."""
@@ -444,6 +462,7 @@ class Forward(Owner[ForwardFlow]):
         self.directory.lost(link.number)
         for number in [number for number, flows in self._led.items() if _leads_by(flows, link)]:
             self._lost(number)
+        self._worker.lowering.link_lost(link)
 
     # what other workers say
 
@@ -468,6 +487,9 @@ class Forward(Owner[ForwardFlow]):
 
     def gone(self, message: Gone) -> None:
         """A flow of ours can't lead to where it was led."""
+        leg = self._legs.get(message.handle)
+        if leg is not None:
+            self._worker.lowering.cut(leg, OFFLINE)
         flow = self._flows.get(message.handle)
         if flow is None or not isinstance(flow.to, Remote):
             return
@@ -492,7 +514,10 @@ class Forward(Owner[ForwardFlow]):
         """A packet that answers a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
         if flow is None:
-            self._worker.drop("no_flow")
+            if (leg := self._legs.get(handle)) is not None:
+                self._worker.lowering.reply(leg, self.carrier, end)
+            else:
+                self._worker.drop("no_flow")
             return
         fragments = self._worker.fragments
         fragments.largest = places >> 16
@@ -503,7 +528,10 @@ class Forward(Owner[ForwardFlow]):
         """An ICMP error about a packet of a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
         if flow is None:
-            self._worker.drop("no_flow")
+            if (leg := self._legs.get(handle)) is not None:
+                self._worker.lowering.error_reply(leg, self.carrier, end)
+            else:
+                self._worker.drop("no_flow")
         else:
             self._carriage.hop(flow.tunnel, self.carrier, end)
 

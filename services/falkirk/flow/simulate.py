@@ -96,11 +96,11 @@ class Node(Protocol):
 
 
 class Simulation:
-    """One packet's way. `mtu` is that of the tunnel that it would come by."""
+    """One packet's way. `mtu` is that of the tunnel that it would come by, `by` says more of that for people."""
 
-    def __init__(self, node: Node, context: TunnelContext, data: bytes, mtu: int) -> None:
+    def __init__(self, node: Node, context: TunnelContext, data: bytes, mtu: int, by: str = "") -> None:
         self.stages: list[Stage] = []
-        self._node, self._context, self._data, self._mtu = node, context, data, mtu
+        self._node, self._context, self._data, self._mtu, self._by = node, context, data, mtu, by
         self.outcome = self._run()
 
     def _pass(self, name: str, detail: str, reference: str = "") -> None:
@@ -143,7 +143,7 @@ class Simulation:
         if packet.source not in context.addresses and not self._reply_from_behind(packet):
             detail = f"the device may speak from {addresses}, not from {source}"
             return self._stop("source", detail, "spoofed_source")
-        self._pass("source", f"may speak from {addresses}")
+        self._pass("source", f"may speak from {addresses}{self._by}")
         if packet.ttl < 2:
             return self._answer(packet, "ttl", f"a TTL of {packet.ttl} ends here: time exceeded", "ttl", EXPIRED)
         self._pass("ttl", f"{packet.ttl}: at least one hop is left")
@@ -279,6 +279,14 @@ class Simulation:
         refused = self._limits(lifted=True)
         if refused:
             return refused
+        leading: Leading | None = None
+        if route.device is not None:
+            device = route.device.device
+            leading = self._node.leading(self._context, route)
+            if leading is None:
+                detail = f"device {device} has no open tunnel"
+                return self._answer(packet, "tunnel", detail, "device_offline", Outcome.UNREACHABLE)
+            self._pass("tunnel", f"lowered again for device {device}, by {leading.where}")
         if stream:
             free = self._node.free_slots(self._context)
             if free <= 0:
@@ -288,7 +296,8 @@ class Simulation:
         source = address_text(egress) if egress else "an address that the kernel chooses"
         if stream:
             timeout = route.connect_timeout_ms or self._node.settings.connect_timeout_ms
-            self._pass("off_ramp", f"dialled from {source}, at most {timeout} ms", route.target)
+            way = f"dialled from {source}" if leading is None else "connected from the client's own address"
+            self._pass("off_ramp", f"{way}, at most {timeout} ms", route.target)
             self._pass("mtu", f"segments are made anew; those to the device fit its {self._mtu} bytes")
         else:
             self._pass("off_ramp", f"sent from {source}", route.target)

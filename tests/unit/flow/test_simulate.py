@@ -6,9 +6,11 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from falkirk.decide.routes import RouteEntry
+from falkirk.decide.rules import PolicySource, RuleSource
 from falkirk.flow import quota
 from falkirk.flow.coalesce import claimed
 from falkirk.flow.keys import Signature
@@ -23,7 +25,7 @@ from falkirk.wire.icmp import Unreachable
 from falkirk.wire.packet import parse
 from falkirk.wire.probe import completed, probe
 from falkirk.wire.protocol import TCP
-from tests.flow_rig import ALLOW_WEB, DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context, read
+from tests.flow_rig import ALLOW_WEB, DEVICE4, DEVICE6, SERVER4, SERVER6, TENANT, FlowRig, context, read
 from tests.forward_rig import ROUTES
 from tests.unit.flow.test_worker_lift import Client, established
 
@@ -32,6 +34,12 @@ HOLE4 = bytes([198, 51, 100, 1])
 NAS4 = bytes([100, 96, 0, 3])
 OFF4 = bytes([100, 96, 0, 4])
 ELSEWHERE = bytes([100, 96, 0, 99])
+
+
+POLICIES = (
+    PolicySource(TENANT, "first", 0, [RuleSource("lowered", "net.port == 4444", "allow", "l4")]),
+    *(msgspec.structs.replace(policy, priority=1) for policy in ALLOW_WEB),
+)
 
 
 class WorkerNode:
@@ -79,7 +87,7 @@ class Both:
 
     def __init__(self, directory: Path, settings: FlowSettings | None = None) -> None:
         settings = settings or FlowSettings()
-        self.rig = FlowRig(directory, settings, policies=ALLOW_WEB, routes=ROUTES)
+        self.rig = FlowRig(directory, settings, policies=POLICIES, routes=ROUTES)
         self.node = WorkerNode(self.rig, settings)
         self.client = Client(self.rig, Framing.RAW, 4)
         self.nas = self.rig.tunnel(who=context(device="nas", addresses=[NAS4]), mtu=1000)
@@ -208,6 +216,9 @@ CASES = {
     "sctp to a device": (probe(132, DEVICE4, NAS4, length=50), "forward", ""),
     "udp to a device": (probe(17, DEVICE4, NAS4, 1, 53), "forward", ""),
     "syn to a device": (probe(6, DEVICE4, NAS4, 1, 80), "forward", ""),
+    "syn to a device, lifted and lowered": (probe(6, DEVICE4, NAS4, 1, 4444), "lift", ""),
+    "the same to one that is away": (probe(6, DEVICE4, OFF4, 1, 4444), "answer_unreachable", ""),
+    "udp that a rule wants lifted and lowered": (probe(17, DEVICE4, NAS4, 1, 4444), "answer_prohibited", ""),
     "denied to a device": (probe(17, DEVICE4, NAS4, 1, 23), "answer_prohibited", ""),
     "to a device that is away": (probe(17, DEVICE4, OFF4, 1, 53), "answer_unreachable", ""),
     "to itself": (probe(17, DEVICE4, DEVICE4, 1, 53), "answer_unreachable", ""),
