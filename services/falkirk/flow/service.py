@@ -25,6 +25,8 @@ from falkirk.runtime.contexts import context_of_proto
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wire.context import TunnelContext
 
+CAPTURING = ("falkirk-capturing", "1")
+"""Initial metadata of a capture that has begun; one that is refused has none."""
 MAX_PAGE = 1000
 MAX_WORDS = 200
 """Characters of what somebody says for the audit log."""
@@ -97,7 +99,7 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
         try:
             with self._fleet.captures.open(wanted) as capture:
                 await capture.begun()
-                await context.send_initial_metadata(())
+                await context.send_initial_metadata((CAPTURING,))
                 async for worker, packet in capture:
                     yield response(worker, packet)
         except CaptureRefused as error:
