@@ -116,3 +116,32 @@ def decide(
     if isinstance(route, Decision):
         return route
     return authorise(rules, route, context, destination, port, protocol)
+
+
+def superseded(before: Decision, now: Decision, family: int, *, device_changed: bool = False) -> str:
+    """Why a flow that goes on by `before` must end where `now` holds; empty where it may go on as it is.
+
+    `family` is the flow's, 4 or 6. A flow may go on by another rule or another route as long as both lead it the same way.
+    """
+    if now.outcome not in (Outcome.LIFT, Outcome.FORWARD):
+        if now.reason in ("denied", "treatment_not_built"):
+            return f"{'device' if device_changed else 'policy'}_changed: {now.rule or 'default deny'}"
+        return f"route_changed: {now.reason}"
+    assert before.route is not None
+    assert now.route is not None
+    if _way(before.route, family) != _way(now.route, family):
+        return f"route_changed: {now.route.name}"
+    if _treatment(before) != _treatment(now):
+        return f"policy_changed: {now.rule}"
+    return ""
+
+
+def _way(route: RouteEntry, family: int) -> tuple[str, bytes, str]:
+    """Where a route leads: its target, the address that it leaves from, the device."""
+    return route.target, route.egress4 if family == 4 else route.egress6, route.device.device_id if route.device else ""
+
+
+def _treatment(decision: Decision) -> tuple[Outcome, str]:
+    """What is done with a flow's packets; an empty treatment is the outcome's own."""
+    said = decision.verdict.treatment if decision.verdict else ""
+    return decision.outcome, said or ("l4" if decision.outcome is Outcome.LIFT else "l3")

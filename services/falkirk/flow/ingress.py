@@ -19,7 +19,7 @@ from falkirk.flow.tracker import ACK, FIN, RST, SYN
 from falkirk.wire import ipv4, vnet
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, parse, verify
-from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
+from falkirk.wire.protocol import TCP, UDP
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
@@ -66,12 +66,14 @@ class Ingress:
             self._tcp(lane, tunnel, packet, end)
         elif not self._other_vnet(lane, tunnel, packet):
             return
-        elif packet.protocol in (ICMP, ICMPV6):
+        elif packet.protocol == UDP:
+            worker.udp.packet(lane, tunnel, packet, end)
+        elif packet.is_icmp_error:
             worker.errors.from_tunnel(lane, tunnel, packet)
+        elif packet.icmp_type >= 0:
+            worker.echo.packet(lane, tunnel, packet, end)
         else:
-            worker.answers.not_built(
-                tunnel, lane, packet, "udp_not_built" if packet.protocol == UDP else "protocol_not_built"
-            )
+            worker.answers.not_built(tunnel, lane, packet, "protocol_not_built")
 
     def vnet(self, lane: Lane, flow: TcpLift, l4: int, end: int) -> bool:
         """Whether the virtio-net header tells the truth about the segment; counted where not. The tunnel's word is not trusted."""

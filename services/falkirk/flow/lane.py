@@ -103,6 +103,10 @@ class Lane:
             if flow is None or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2:
                 return self.worker.ingress.packet(self, tunnel, end)
             l4 = 50
+        elif first == 0x45 and buffer[19] == 17 and end >= 38:
+            return self.worker.udp.up4(self, tunnel, end)
+        elif first >> 4 == 6 and buffer[16] == 17 and end >= 58:
+            return self.worker.udp.up6(self, tunnel, end)
         else:
             return self.worker.ingress.packet(self, tunnel, end)
         header = view[:10].tobytes()
@@ -143,11 +147,11 @@ class Lane:
         """Write a packet that is ready, with complete checksums, to the device. Raises OSError."""
         os.writev(self.tun, [ZERO_HEADER, packet])
 
-    def packet(self) -> bytes:
-        """The packet in the buffer, as long as it says that it is."""
+    def ready(self) -> tuple[bytes, bytes]:
+        """What is in the buffer: virtio-net header, and the packet as long as it says that it is."""
         buffer = self.buffer
         length = buffer[12] << 8 | buffer[13] if buffer[10] >> 4 == 4 else 40 + (buffer[14] << 8 | buffer[15])
-        return self.view[HEADER : HEADER + length].tobytes()
+        return self.view[:HEADER].tobytes(), self.view[HEADER : HEADER + length].tobytes()
 
     def readable(self, _: int) -> None:
         """What epoll says of the device."""

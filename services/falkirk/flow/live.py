@@ -33,6 +33,8 @@ _COUNTS: Final = struct.Struct("<QQQQQ")
 _COUNTS_AT: Final = 80
 _HIGH_WATER_AT: Final = 24
 _CURSORS_AT: Final = 32
+_DECIDED: Final = struct.Struct("<16sB119s")
+_DECIDED_AT: Final = 120
 _U64: Final = struct.Struct("<Q")
 _CURSORS: Final = struct.Struct("<II")
 
@@ -162,6 +164,16 @@ class LiveTable:
     def state(self, index: int, state: int) -> None:
         """Change a flow's state."""
         self._map[HEADER_SIZE + index * RECORD_SIZE] = state
+
+    def decided(self, index: int, route_id: bytes, rule: bytes) -> None:
+        """Another route or rule has a flow go on."""
+        _DECIDED.pack_into(
+            self._map,
+            HEADER_SIZE + index * RECORD_SIZE + _DECIDED_AT,
+            route_id,
+            min(len(rule), RULE_BYTES),
+            rule,
+        )
 
     def counts(self, index: int, last: int, up: int, down: int, packets_up: int, packets_down: int) -> None:
         """Checkpoint a flow's counts."""

@@ -33,6 +33,9 @@ from falkirk.wire.handover import (
     Held,
     Hello,
     Message,
+    Recontext,
+    SocketFailed,
+    SocketOpened,
     TunnelClosed,
     batches,
     encode,
@@ -173,6 +176,8 @@ class OnrampLink(Link):
                     self._worker.tunnels.onramp_arrived(self)
                 case Adopt():
                     self._adopt(message, fds)
+                case Recontext():
+                    self._worker.tunnels.recontext(message.tunnel, message.context)
                 case TunnelClosed():
                     self._worker.tunnels.close(message.tunnel, message.reason)
 
@@ -181,6 +186,7 @@ class OnrampLink(Link):
         if fds and message.tunnel in self._worker.tunnels:
             # Said again by an on-ramp that didn't hear our answer.
             os.close(fds.pop(0))
+            self._worker.tunnels.recontext(message.tunnel, message.context)
             refusal = None
         elif fds:
             refusal = self._worker.tunnels.adopt(self, message, fds[0])
@@ -217,6 +223,10 @@ class UpgraderLink(Link):
                     tracker.dial_failed(message)
                 case Closed():
                     tracker.closed(message)
+                case SocketOpened():
+                    self._worker.opening.opened(message, fds)
+                case SocketFailed():
+                    self._worker.opening.failed(message)
                 case Devices():
                     check_devices(message, fds)
                     devices, fds[:2] = fds[:2], []

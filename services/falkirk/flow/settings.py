@@ -29,6 +29,8 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The same for one that is opening or closing, in seconds. RFC 5382 REQ-5: at least 4 min."""
     udp_idle_s: int = 300
     """Idle time after which a UDP flow ends, in seconds. RFC 4787 REQ-5: at least 2 min, 5 min recommended."""
+    udp_dns_idle_s: int = 20
+    """The same for a UDP session with port 53, in seconds: longer than resolvers wait for an answer."""
     echo_idle_s: int = 60
     """The same for ICMP echo. RFC 5508 REQ-2: at least 60 s."""
     other_idle_s: int = 600
@@ -62,6 +64,9 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"{field.name} must be at least {least}")
         if self.fragment_timeout_s > 60:
             raise ValueError("fragment_timeout_s must be at most 60")
+        for name, least in (("udp_idle_s", 120), ("udp_dns_idle_s", 17), ("echo_idle_s", 60)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}")
         for name, kind in (("icmp_source4", ipaddress.IPv4Address), ("icmp_source6", ipaddress.IPv6Address)):
             try:
                 kind(getattr(self, name))

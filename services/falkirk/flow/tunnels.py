@@ -18,9 +18,10 @@ import msgspec
 
 from falkirk.flow import control, peers
 from falkirk.flow.lane import ZERO_HEADER
+from falkirk.flow.records import of_tunnel
 from falkirk.flow.table import DeviceCounts, Flow, Tunnel
 from falkirk.linux import seqpacket, tun
-from falkirk.wire.context import Framing, Transport
+from falkirk.wire.context import Framing, Transport, TunnelContext
 from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 MIN_MTU: Final = 576
 MAX_MTU: Final = 65535
 TENANT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+FIXED: Final = ("tenant_id", "device_id", "virtual_network_id", "addresses", "packed")
+"""What never changes in a tunnel's context."""
 MAX_TRACED: Final = 1024
 """Datagrams waiting for an on-ramp, beyond which it isn't told of sampled flows."""
 
@@ -184,6 +187,23 @@ class Tunnels(dict[int, Tunnel]):
     def carried(self) -> set[int]:
         """Tunnels whose packets can be read and written: a device may still be awaited."""
         return {number for number, tunnel in self.items() if tunnel.fd >= 0}
+
+    def recontext(self, number: int, context: TunnelContext) -> None:
+        """A tunnel's device or user has changed: what is known of it holds for new flows, and live ones are reviewed."""
+        worker = self._worker
+        tunnel = self.get(number)
+        if tunnel is None or tunnel.context == context:
+            return
+        if any(getattr(context, name) != getattr(tunnel.context, name) for name in FIXED):
+            # The on-ramp closes a tunnel whose device is another one or lies elsewhere; who doesn't is not to be believed.
+            self.close(number, "context_refused")
+            return
+        tunnel.context = context
+        tunnel.audit = of_tunnel(number, context)
+        worker.orphans.remember(number, context)
+        worker.taps.forget()
+        worker.review.tunnel(tunnel)
+        worker.tell(control.TunnelOpened(number, context, tunnel.framing, tunnel.mtu))
 
     def close(self, number: int, reason: str) -> None:
         """End a tunnel and its flows."""

@@ -30,6 +30,7 @@ from falkirk.flow import control, counters, peers, records, spool
 from falkirk.flow.answers import Answers
 from falkirk.flow.directory import Attachment
 from falkirk.flow.drain import Drain
+from falkirk.flow.echo import Echoes
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
 from falkirk.flow.forward import Forward
@@ -43,13 +44,16 @@ from falkirk.flow.orphans import Orphans
 from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.raw import RawLane
+from falkirk.flow.review import Review
+from falkirk.flow.session import Opening
 from falkirk.flow.siblings import SiblingLink
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import Flow, TcpLift, Wheel
-from falkirk.flow.tap import Taps
+from falkirk.flow.taps import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
+from falkirk.flow.udp import UdpSessions
 from falkirk.linux import scheduling, seqpacket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
@@ -99,6 +103,7 @@ class Worker:
         self.routes = RouteTable()
         self.rules = RuleTable.empty()
         self.snapshots = Snapshots(self)
+        self.review = Review(self)
         self.wheel = Wheel(self.second)
         self.tenants = TenantCounts(tenants_fd, start.workers, start.worker)
         self._epoll = select.epoll()
@@ -128,6 +133,9 @@ class Worker:
         self.lifecycle = Lifecycle(self, Randomness())
         self.tracker = Tracker(self)
         self.answers = Answers(self)
+        self.opening = Opening(self)
+        self.udp = UdpSessions(self, self.opening)
+        self.echo = Echoes(self, self.opening)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
@@ -196,7 +204,7 @@ class Worker:
     def run(self) -> None:
         """Until the parent's pair ends, or a drain does."""
         while self._alive and not self.draining:
-            if self.snapshots.loading:
+            if self.snapshots.loading or self.review.pending:
                 self.turn(0)
             elif self._untold:
                 self.turn(TELL / SECOND)
@@ -250,6 +258,8 @@ class Worker:
             self.pair.mend()
         if self.snapshots.loading:
             self.snapshots.step()
+        if self.review.pending:
+            self.review.step()
         if (self.spool.pending or self.spool.stuck) and not self.record():
             # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
             return

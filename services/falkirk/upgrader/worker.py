@@ -35,7 +35,7 @@ from typing import Final
 from falkirk.linux import scheduling, seqpacket, sockets
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
-from falkirk.upgrader import control, dial
+from falkirk.upgrader import control, dial, sessions
 from falkirk.upgrader.callers import Callers
 from falkirk.upgrader.deadlines import Deadlines
 from falkirk.upgrader.lowering import Asked, Lowering
@@ -43,7 +43,7 @@ from falkirk.upgrader.pairing import Pairing
 from falkirk.upgrader.relay import MAX_PIPES, Relay, TcpStream
 from falkirk.upgrader.stream import Phase, Reason, Stream
 from falkirk.wire import handover
-from falkirk.wire.handover import Closed, Connected, DialFailed, Prepare
+from falkirk.wire.handover import Closed, Connected, DialFailed, OpenSocket, Prepare, SocketFailed, SocketOpened
 from falkirk.wire.slots import SlotPlan
 
 ACCEPTS: Final = 64
@@ -167,6 +167,8 @@ class Worker:
             self._prepare(message, now)
         elif isinstance(message, handover.Abort):
             self._abort(message.slot)
+        elif isinstance(message, OpenSocket):
+            self._open_socket(message)
         elif isinstance(message, handover.AbortAll):
             for slot in (*self._asked, *self._slots):
                 self._abort(slot)
@@ -242,6 +244,24 @@ class Worker:
         self._dialling += 1
         self._relay.dial(stream)
         self._deadlines.add(stream)
+
+    def _open_socket(self, wish: OpenSocket) -> None:
+        begun = time.time_ns() if wish.span_id else 0
+        code = 0
+        try:
+            if self.draining:
+                raise OSError(errno.ESHUTDOWN, "draining")
+            sock, local, raw = sessions.start(wish)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            self._pairing.say(SocketFailed(wish.token, code))
+        else:
+            self._pairing.give(SocketOpened(wish.token, local, raw), sock)
+        self._add(sessions.kind(code))
+        if wish.span_id:
+            status = os.strerror(code) if code else ""
+            attributes: dict[str, str | int] = {"worker": self._setup.worker, "errno": code}
+            self._tell(control.SpanEnded("dial", wish.flow_id, wish.span_id, begun, time.time_ns(), attributes, status))
 
     def _dialled(self, stream: TcpStream, events: int, now: float) -> None:
         code = dial.outcome(stream.upstream.handle, events)
@@ -338,6 +358,9 @@ class Worker:
             {"slot": stream.slot, "worker": self._setup.worker, **attributes},
             status,
         )
+        self._tell(span)
+
+    def _tell(self, span: control.SpanEnded) -> None:
         if not self._report(span):
             self._add("span_dropped")
 

@@ -8,8 +8,8 @@ The first message each way is `Hello`. A peer with another `protocol` is refused
 than one already seen in that role is refused (it is a process that was replaced). Generations are wall-clock
 nanoseconds at start.
 
-    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
-    flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll LowerRefused / Hello Devices Connected DialFailed Closed LowerWanted
+    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt Recontext TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
+    flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll LowerRefused OpenSocket / Hello Devices Connected DialFailed Closed LowerWanted SocketOpened SocketFailed
     parent         <-> worker       inherited socket pair         see `falkirk.flow.control` and its siblings
 
 Limit: 64 messages and 16 descriptors a datagram, and 128 KiB.
@@ -24,7 +24,7 @@ import msgspec
 
 from falkirk.wire.context import Framing, Transport, TunnelContext
 
-PROTOCOL: Final = 2
+PROTOCOL: Final = 4
 """Version of these messages; raised by any change that an older peer would misread."""
 MAX_MESSAGES: Final = 64
 MAX_DESCRIPTORS: Final = 16
@@ -61,6 +61,14 @@ class Adopt(Message, frozen=True, tag=True):
     transport: Transport = Transport.SOCKET
     """With `device` the producer is asked for its device, on this descriptor, after the greeting."""
     descriptors: int = 1
+
+
+class Recontext(Message, frozen=True, tag=True):
+    """On-ramp to flow worker: the context of a tunnel is this from now on. Tenant, device, virtual network and addresses are the same as
+    before: where they change, the tunnel is closed."""
+
+    tunnel: int
+    context: TunnelContext
 
 
 class Adopted(Message, frozen=True, tag=True):
@@ -207,10 +215,51 @@ class LowerRefused(Message, frozen=True, tag=True):
     why: str
 
 
-OnrampToFlow = Hello | Adopt | TunnelClosed
+class OpenSocket(Message, frozen=True, tag=True):
+    """Open a connected datagram socket for one session and hand it over. Answered by `SocketOpened` or `SocketFailed`; the upgrader
+    keeps nothing of it, so its end costs no session."""
+
+    token: int
+    """The flow worker's own number of this wish."""
+    protocol: int
+    """17 for UDP, 1 or 58 for ICMP echo."""
+    destination: bytes
+    """4 or 16 bytes."""
+    port: int
+    """0 for echo."""
+    egress: bytes
+    """Address to send from, of the destination's family; empty lets the kernel choose."""
+    local: int
+    """UDP: the external port of the client's address and port, which all its sessions share (RFC 4787 REQ-1); 0 where it has none yet.
+    Echo: the identifier to use where the kernel doesn't choose one."""
+    flow_id: bytes
+    """16 bytes."""
+    span_id: bytes = b""
+    """8 bytes where the flow is sampled: parent of the upgrader's span. Empty: not sampled."""
+
+
+class SocketOpened(Message, frozen=True, tag=True):
+    """The socket. One descriptor."""
+
+    token: int
+    local: int
+    """Its external port or its identifier."""
+    raw: bool
+    """Echo: a raw socket, whose packets have their IPv4 header and need a checksum."""
+    descriptors: int = 1
+
+
+class SocketFailed(Message, frozen=True, tag=True):
+    """There is no socket; `errno` says why."""
+
+    token: int
+    errno: int
+
+
+OnrampToFlow = Hello | Adopt | Recontext | TunnelClosed
 FlowToOnramp = Hello | Adopted | AdoptRefused | Held | TunnelClosed | Traced
-FlowToUpgrader = Hello | Prepare | Abort | AbortAll | LowerRefused
-UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed | LowerWanted
+FlowToUpgrader = Hello | Prepare | Abort | AbortAll | LowerRefused | OpenSocket
+UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed | LowerWanted | SocketOpened | SocketFailed
 
 ONRAMP_TO_FLOW: Final = msgspec.msgpack.Decoder(list[OnrampToFlow])
 FLOW_TO_ONRAMP: Final = msgspec.msgpack.Decoder(list[FlowToOnramp])

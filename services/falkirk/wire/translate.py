@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from falkirk.wire import icmp, ipv4, ipv6, tcp
+from falkirk.wire import icmp, ipv4, ipv6, path_mtu, tcp
 from falkirk.wire.build import icmp_packet
 from falkirk.wire.checksum import Buffer
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.nat import Rewrite
 from falkirk.wire.packet import Packet, verify
-from falkirk.wire.protocol import TCP, UDP
+from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
 
 CARRIED4: Final = frozenset((icmp.UNREACHABLE4, icmp.TIME_EXCEEDED4, icmp.PARAMETER_PROBLEM4))
 CARRIED6: Final = frozenset((icmp.UNREACHABLE6, icmp.PACKET_TOO_BIG6, icmp.TIME_EXCEEDED6, icmp.PARAMETER_PROBLEM6))
@@ -48,13 +48,16 @@ class Quoted(NamedTuple):
     destination_port: int
     sequence: int
     """TCP only: whose connection it is may be checked by it (RFC 5927 4.1)."""
+    identifier: int = 0
+    """Of an ICMP echo or its reply."""
 
 
 def quoted(data: Buffer, packet: Packet) -> Quoted:
     """What the ICMP error `packet` quotes.
 
-    Raises MalformedPacket: icmp_not_error for a message that isn't carried, bad_l4_checksum (RFC 5508 REQ-3), or
-    bad_icmp_quote where the quotation doesn't hold an IP header (right checksum, REQ-3 a) and eight bytes more.
+    Raises MalformedPacket: icmp_not_error for a message that isn't carried, bad_l4_checksum (RFC 5508 REQ-3), bad_icmp_quote
+    where the quotation doesn't hold an IP header (right checksum, REQ-3 a) and eight bytes more, or icmp_mtu where it says
+    of a path what none is.
     """
     if packet.icmp_type not in (CARRIED4 if packet.version == 4 else CARRIED6):
         raise MalformedPacket("icmp_not_error")
@@ -71,6 +74,7 @@ def quoted(data: Buffer, packet: Packet) -> Quoted:
         raise MalformedPacket("bad_icmp_quote") from error
     if head.fragment_offset or length < head.header_length + _PORTS_AND_SEQUENCE:
         raise MalformedPacket("bad_icmp_quote")
+    path_mtu.check(data, packet, head.total_length)
     upper = at + head.header_length
     source_port = destination_port = sequence = 0
     if head.protocol in (TCP, UDP):
@@ -78,8 +82,18 @@ def quoted(data: Buffer, packet: Packet) -> Quoted:
         destination_port = data[upper + 2] << 8 | data[upper + 3]
     if head.protocol == TCP:
         sequence = int.from_bytes(data[upper + 4 : upper + 8], "big")
+    identifier = 0
+    if head.protocol == (ICMP if packet.version == 4 else ICMPV6) and icmp.is_echo(packet.version, data[upper]):
+        identifier = data[upper + 4] << 8 | data[upper + 5]
     return Quoted(
-        head.header_length, head.protocol, head.source, head.destination, source_port, destination_port, sequence
+        head.header_length,
+        head.protocol,
+        head.source,
+        head.destination,
+        source_port,
+        destination_port,
+        sequence,
+        identifier,
     )
 
 

@@ -140,3 +140,58 @@ def test_the_wheel_against_a_plain_list() -> None:
             for one in due:
                 del deadlines[one]
         assert len(wheel) == len(deadlines)
+
+
+class Idle:
+    """As much of a flow as the wheel looks at; every look is counted."""
+
+    __slots__ = ("_bucket",)
+    looks = 0
+
+    def __init__(self) -> None:
+        self._bucket = 0
+
+    @property
+    def bucket(self) -> int:
+        Idle.looks += 1
+        return self._bucket
+
+    @bucket.setter
+    def bucket(self, value: int) -> None:
+        Idle.looks += 1
+        self._bucket = value
+
+
+class Buckets(dict[int, dict[Any, None]]):
+    """A wheel's buckets; every look into one is counted, and going through them isn't to be."""
+
+    looks = 0
+
+    def pop(self, *key: Any) -> Any:
+        self.looks += 1
+        return super().pop(*key)
+
+    def _scan(self, *_: Any) -> Any:
+        raise AssertionError("the wheel goes through its buckets")
+
+    __iter__ = items = keys = values = _scan
+
+
+def test_a_million_idle_flows_cost_no_scanning() -> None:
+    """Two hours pass: a second costs one look into one bucket, and a flow is looked at only when its own second comes."""
+    flows, timeout = 1_000_000, 7_440
+    wheel: Any = Wheel(0)
+    for number in range(flows):
+        wheel.place(Idle(), timeout + number % 100)
+    wheel._buckets = buckets = Buckets(wheel._buckets)
+    Idle.looks = 0
+    for second in range(1, timeout):
+        assert wheel.due(second) == []
+    assert (buckets.looks, Idle.looks) == (timeout - 1, 0)
+    due = wheel.due(timeout)
+    assert (len(due), Idle.looks) == (flows // 100, flows // 100)
+    # One that had a packet meanwhile is placed anew: as many looks, however many flows there are.
+    Idle.looks = 0
+    wheel.place(due[0], 2 * timeout)
+    wheel.remove(due[0])
+    assert Idle.looks <= 6

@@ -67,8 +67,9 @@ def test_a_slot_whose_path_mtu_was_told_rests_until_the_kernel_has_forgotten_it(
 ) -> None:
     client = Client(rig, Framing.RAW, family)
     _, slot = established(client)
-    client.kernel(slot, ACK, 9001)
-    (data,) = read(client.sock)
+    body = samples.tcp(client.server, client.address, sport=80, dport=40000, payload=bytes(1400))
+    build = samples.ip4 if family == 4 else samples.ip6
+    data = build(6, body, source=client.server, destination=client.address)
     error = too_big(data, parse(data, 0, len(data)), 1280, client.address)
     assert error is not None
     client.sock.send(error)
