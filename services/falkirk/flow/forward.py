@@ -43,9 +43,12 @@ from falkirk.flow.passages import (
     key_of_packet,
     key_of_quoted,
     reply_key,
+    unreachable_of,
 )
 from falkirk.flow.siblings import ERROR, REPLY, Carrier, Foreign, Forget, Gone, SiblingLink
 from falkirk.flow.table import Owner, State, Tunnel
+from falkirk.wire import vnet
+from falkirk.wire.icmp import Unreachable
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, verify
 from falkirk.wire.protocol import (
@@ -70,6 +73,7 @@ LINGER: Final = 5
 HELD: Final = 64
 """Packets of a flow that may wait until its start is on record."""
 OFFLINE: Final = "device_offline"
+DNS: Final = 53
 _SYN: Final = 2
 _ACK: Final = 16
 _SEQUENCES: Final = struct.Struct(">II")
@@ -244,7 +248,9 @@ class Forward(Owner[ForwardFlow]):
         if passage is not None:
             header = lane.view[:HEADER].tobytes()
             if self._worker.ingress.normal(lane, tunnel, packet, end):
-                passage.vnet_ok, passage.vnet_put = header, lane.view[:HEADER].tobytes()
+                if lane.buffer[1] != vnet.GSO_UDP_L4:
+                    # How many datagrams come out of one is for its own length to say.
+                    passage.vnet_ok, passage.vnet_put = header, lane.view[:HEADER].tobytes()
                 self._pass(passage, tunnel, lane, HEADER + packet.header_length, end)
             return True
         begins = packet.protocol != TCP or packet.flags & (_SYN | _ACK) == _SYN
@@ -283,7 +289,7 @@ class Forward(Owner[ForwardFlow]):
         self._handle += 1
         flow = ForwardFlow(self, tunnel, key, self._handle, route)
         if not self._lead(flow):
-            worker.answers.host_unreachable(tunnel, data)
+            worker.answers.unreachable(tunnel, data, Unreachable.HOST)
             why = f"device {route.device.device} has no open tunnel"
             worker.lifecycle.refused(tunnel, key, decision, OFFLINE, why)
             return True
@@ -510,11 +516,24 @@ class Forward(Owner[ForwardFlow]):
     # ended
 
     def end(self, flow: ForwardFlow, reason: str) -> None:
-        """End a live flow. TCP that isn't over yet is reset at both ends."""
-        if flow.tcp is not None and not flow.tcp.over and flow.state is not State.HELD:
-            self._worker.orphans.ask(self._worker, flow.tunnel.id, flow.reply[:-1])
+        """End a live flow. TCP that isn't over yet is reset at both ends; of others the initiator is told what a router would say."""
+        worker = self._worker
+        kind = Unreachable.HOST if reason == OFFLINE else Unreachable.PROHIBITED
+        if flow.state is State.HELD:
+            packets, flow.held = flow.held, []
+            for _, _, data in packets:
+                if flow.tcp is not None and kind is Unreachable.PROHIBITED:
+                    worker.answers.reset(flow.tunnel, data)
+                else:
+                    worker.answers.unreachable(flow.tunnel, data, kind)
+        elif flow.tcp is None:
+            if reason != "drained":  # The successor lets it go on.
+                message = unreachable_of(flow.key, kind)
+                worker.answers.relay(flow.tunnel, message, b"", flow.source, counted=False)
+        elif not flow.tcp.over:
+            worker.orphans.ask(worker, flow.tunnel.id, flow.reply[:-1])
             self._unlead(flow, reset=True)
-        self._worker.lifecycle.finish(flow, reason)
+        worker.lifecycle.finish(flow, reason)
 
     def cut(self, flow: ForwardFlow, reason: str) -> None:
         """End it at once: the initiator's tunnel is gone; the other end's TCP is reset."""
@@ -544,7 +563,7 @@ class Forward(Owner[ForwardFlow]):
             return settings.established_idle_s if established else settings.transitory_idle_s
         protocol = flow.key[-1]
         if protocol == UDP:
-            return settings.udp_idle_s
+            return settings.udp_dns_idle_s if flow.destination_port == DNS else settings.udp_idle_s
         return settings.echo_idle_s if protocol in REQUESTS else settings.other_idle_s
 
     def release(self, flow: ForwardFlow, reason: str) -> None:

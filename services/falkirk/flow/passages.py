@@ -22,10 +22,10 @@ from falkirk.decide.routes import RouteEntry
 from falkirk.flow.follow import Follower
 from falkirk.flow.keys import key_of, signature
 from falkirk.flow.table import Flow, Owner, Tunnel
-from falkirk.wire import icmp
+from falkirk.wire import icmp, ipv4, ipv6
 from falkirk.wire.checksum import Buffer
 from falkirk.wire.packet import Packet
-from falkirk.wire.protocol import ICMP, ICMPV6, TCP
+from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
 from falkirk.wire.translate import Quoted
 
 HEADER: Final = 10
@@ -137,3 +137,20 @@ def size_on_the_wire(buffer: Buffer, end: int) -> int:
 def may_be_cut(buffer: Buffer) -> bool:
     """Whether a packet may be sent on in fragments: IPv4 without DF (RFC 791 3.2; RFC 8200 5: no router does that with IPv6)."""
     return buffer[10] >> 4 == 4 and not buffer[16] & 0x40
+
+
+def unreachable_of(key: bytes, kind: icmp.Unreachable) -> bytearray:
+    """An ICMP error (without its checksum) about a packet of a flow, of which no more is known than the key: it quotes as much as lets
+    the initiator find the socket, an IP header and eight bytes (RFC 792)."""
+    protocol, source, destination, source_port, destination_port = signature(key)
+    ports = source_port.to_bytes(2, "big") + destination_port.to_bytes(2, "big")
+    if protocol in REQUESTS:
+        upper = icmp.build(REQUESTS[protocol], 0, source_port << 16)
+    elif protocol == UDP:
+        upper = ports + b"\0\x08\0\0"
+    else:
+        upper = bytes(8)
+    code, type6, code6 = kind.value
+    if len(source) == 4:
+        return bytearray(icmp.build(icmp.UNREACHABLE4, code, 0) + ipv4.build(source, destination, protocol, 8) + upper)
+    return bytearray(icmp.build(type6, code6, 0) + ipv6.build(source, destination, protocol, 8) + upper)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from falkirk.flow.keys import key_of
-from falkirk.flow.passages import key_of_packet, key_of_quoted, may_be_cut, reply_key, size_on_the_wire
+from falkirk.flow.passages import key_of_packet, key_of_quoted, may_be_cut, reply_key, size_on_the_wire, unreachable_of
 from falkirk.wire import build, icmp, ipv4, vnet
 from falkirk.wire.build import icmp_packet
 from falkirk.wire.icmp import Unreachable
@@ -90,6 +90,18 @@ def test_the_size_on_the_wire_is_that_of_a_segment(header: bytes, length: int, s
     packet[10] = 0x45
     packet[30 + 12] = 8 << 4
     assert size_on_the_wire(packet, len(packet)) == size
+
+
+@pytest.mark.parametrize("there", [samples.ip4(17, UDP, source=A4, destination=B4), samples.ip4(50, ESP, source=A4, destination=B4), echo(8, A4, B4), echo(128, A6, B6)])  # fmt: skip
+@pytest.mark.parametrize("kind", [Unreachable.HOST, Unreachable.PROHIBITED])
+def test_an_error_of_which_only_the_key_is_known_points_at_the_same(there: bytes, kind: Unreachable) -> None:
+    up = key(there)
+    assert up is not None
+    here, other = (A4, B4) if there[0] >> 4 == 4 else (A6, B6)
+    error = icmp_packet(unreachable_of(up, kind), other, here)
+    packet = parse(error, 0, len(error))
+    assert (packet.icmp_type, packet.icmp_code) == ((3, kind.value[0]) if here is A4 else kind.value[1:])
+    assert key_of_quoted(error, packet, quoted(error, packet)) == reply_key(up)
 
 
 def test_only_ipv4_without_df_may_be_cut() -> None:
