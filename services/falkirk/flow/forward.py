@@ -121,7 +121,7 @@ class Forward(Owner[ForwardFlow]):
         else:
             return False
         if protocol == TCP:
-            if end < l4 + 20:
+            if end < l4 + 20 or not 20 <= buffer[l4 + 12] >> 4 << 2 <= end - l4:
                 return False
             key = view[first : l4 + 4].tobytes() + b"\x06"
         elif protocol == UDP:
@@ -188,7 +188,9 @@ class Forward(Owner[ForwardFlow]):
         """A packet while the flow isn't established, or one that may change that. True: pass it on."""
         worker = self._worker
         if flow.state is State.HELD:
-            if len(flow.held) < HELD:
+            if not up:
+                worker.drop("no_flow")  # Nothing has been asked yet that it could answer.
+            elif len(flow.held) < HELD:
                 flow.held.append((l4, worker.fragments.largest, lane.view[:end].tobytes()))
             else:
                 worker.drop("held")
@@ -336,8 +338,10 @@ class Forward(Owner[ForwardFlow]):
                 self._worker.counts[FORWARDED] += 1
             return True
         to = flow.to if passage.up else flow.tunnel
-        assert to is not None  # A flow with passages leads somewhere.
-        self._carriage.hop(to, lane, end)
+        if to is None or flow.state is State.HELD:
+            self._worker.drop("icmp_error_unmatched")
+        else:
+            self._carriage.hop(to, lane, end)
         return True
 
     # where a flow leads
@@ -508,8 +512,8 @@ class Forward(Owner[ForwardFlow]):
     def error_reply(self, handle: int, end: int) -> None:
         """An ICMP error about a packet of a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
-        if flow is None:
-            self._worker.drop("no_flow")
+        if flow is None or flow.state is State.HELD:
+            self._worker.drop("icmp_error_unmatched")
         else:
             self._carriage.hop(flow.tunnel, self.carrier, end)
 

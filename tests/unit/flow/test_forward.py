@@ -98,6 +98,17 @@ def test_packets_of_one_turn_go_in_order_behind_the_record(pair: Pair) -> None:
     assert pair.balanced()
 
 
+@pytest.mark.parametrize("framing", [R, V])
+def test_an_answer_that_comes_before_the_question_is_none(tmp_path: Path, framing: Framing) -> None:
+    """Both are read in one turn: the first packet still waits for its record."""
+    with between(tmp_path, 1, (framing, framing)) as pair:
+        question, answer = datagram(LAPTOP[4], NAS[4], 40000, 9), datagram(NAS[4], LAPTOP[4], 9, 40000)
+        pair.laptop.sock.send(pair.laptop.head + question)
+        pair.nas.sock.send(pair.nas.head + answer)
+        assert (pair.nas.bodies(), pair.laptop.bodies()) == ([hop(question)], [])
+        assert (pair.drops(), pair.balanced()) == ({"no_flow": 1}, True)
+
+
 def test_options_and_extension_headers_go_along(pair: Pair) -> None:
     four = bytearray(packet(LAPTOP[4], NAS[4], UDP, datagram(LAPTOP[4], NAS[4], 40000, 53)[20:]))
     with_options = bytearray(four[:20] + b"\x94\x04\0\0" + four[20:])
