@@ -138,15 +138,17 @@ class FlowRig:
     def hand_over(self, before: Sequence[handover.Message] = ()) -> None:
         """Hand (new) devices over, behind other messages."""
         self.tun: dict[Framing, socket.socket] = {}
+        self.lower_tun: dict[Framing, socket.socket] = {}
         fds = []
-        for framing in Framing:
-            ours, theirs = seqpacket.pair()
-            for end in (ours, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-            self.tun[framing] = ours
-            fds.append(theirs)
+        for namespace in (self.tun, self.lower_tun):
+            for framing in (Framing.VNET, Framing.RAW):
+                ours, theirs = seqpacket.pair()
+                for end in (ours, theirs):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+                namespace[framing] = ours
+                fds.append(theirs)
         assert self.upgrader is not None
-        order = [fds[list(Framing).index(framing)].fileno() for framing in (Framing.VNET, Framing.RAW)]
+        order = [end.fileno() for end in fds]
         seqpacket.send(self.upgrader, handover.encode([*before, handover.Devices(self.workers, PORT, 1500)]), order)
         for end in fds:
             end.close()
@@ -296,6 +298,7 @@ class FlowRig:
             self.upgrader,
             self._upgrader_listener,
             *getattr(self, "tun", {}).values(),
+            *getattr(self, "lower_tun", {}).values(),
         ):
             if sock is not None:
                 sock.close()

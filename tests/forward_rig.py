@@ -206,10 +206,11 @@ def between(
     framings: tuple[Framing, Framing] = (Framing.RAW, Framing.RAW),
     settings: FlowSettings | None = None,
     mtu: int = 1500,
+    policies: Sequence[PolicySource] = POLICIES,
 ) -> Iterator[Pair]:
     """Two devices at one worker, or each at its own."""
     rigs = [
-        FlowRig(directory, settings, policies=POLICIES, routes=ROUTES, number=number, workers=workers)
+        FlowRig(directory, settings, policies=policies, routes=ROUTES, number=number, workers=workers)
         for number in range(workers)
     ]
     if workers == 2:

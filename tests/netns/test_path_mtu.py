@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from falkirk.flow.tracker import ACK, SYN
+from falkirk.flow.segments import ACK, SYN
 from falkirk.wire import build, icmp, ipv4, ipv6, tcp
 from falkirk.wire.context import Framing
 from falkirk.wire.packet import Packet, parse

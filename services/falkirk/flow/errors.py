@@ -51,7 +51,7 @@ class IcmpErrors:
         error_packet = translate(lane.buffer, packet, quote, _forward(flow))
         assert error_packet is not None  # Its TTL was looked at before.
         try:
-            lane.put(error_packet)
+            flow.lane.put(error_packet)
         except OSError:
             worker.drop("tun_write_error")
         else:

@@ -42,30 +42,27 @@ from falkirk.flow.passages import (
     Remote,
     key_of_packet,
     key_of_quoted,
+    plain,
     reply_key,
     unreachable_of,
 )
 from falkirk.flow.siblings import ERROR, REPLY, Carrier, Foreign, Forget, Gone, SiblingLink
-from falkirk.flow.table import Owner, State, Tunnel
+from falkirk.flow.table import Leg, Owner, State, Tunnel
 from falkirk.wire import vnet
 from falkirk.wire.icmp import Unreachable
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, verify
 from falkirk.wire.protocol import (
-    DESTINATION_OPTIONS,
-    FRAGMENT,
-    HOP_BY_HOP,
-    ICMP,
-    ICMPV6,
-    ROUTING,
     TCP,
     UDP,
 )
 from falkirk.wire.translate import quoted
 
 if TYPE_CHECKING:
+    from falkirk.decide.routes import RouteEntry
     from falkirk.flow.lane import Lane
     from falkirk.flow.worker import Worker
+    from falkirk.wire.context import TunnelContext
 
 HEADER: Final = 10
 LINGER: Final = 5
@@ -77,8 +74,6 @@ DNS: Final = 53
 _SYN: Final = 2
 _ACK: Final = 16
 _SEQUENCES: Final = struct.Struct(">II")
-_WALKED: Final = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION_OPTIONS))
-_SUFFIX: Final = [bytes((number,)) for number in range(256)]
 
 
 class Forward(Owner[ForwardFlow]):
@@ -97,45 +92,18 @@ class Forward(Owner[ForwardFlow]):
         self._led: dict[int, dict[ForwardFlow, None]] = {}
         """Flows by the number of the tunnel that they lead to."""
         self._handle = 0
+        self._legs: dict[int, Leg] = {}
+        """Legs of lowered streams that lead to other workers' tunnels, by their handle (`falkirk.flow.lowering`)."""
 
     # every packet of a flow
 
     def known(self, lane: Lane, tunnel: Tunnel, end: int) -> bool:
         """Pass on the packet at [10, end) of the lane's buffer where it is a plain one of a flow. False: look at it more closely."""
-        buffer, view = lane.buffer, lane.view
-        if buffer[10] == 0x45:
-            if (
-                end < 38
-                or end - HEADER != buffer[12] << 8 | buffer[13]
-                or buffer[16] & 0x3F
-                or buffer[17]
-                or buffer[18] < 2
-                or int.from_bytes(view[10:30], "little") % 0xFFFF
-            ):
-                return False
-            protocol, first, l4, echo = buffer[19], 22, 30, ICMP
-        elif buffer[10] >> 4 == 6:
-            if end < 58 or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2 or buffer[16] in _WALKED:
-                return False
-            protocol, first, l4, echo = buffer[16], 18, 50, ICMPV6
-        else:
+        view = lane.view
+        found = plain(lane.buffer, view, end)
+        if found is None:
             return False
-        if protocol == TCP:
-            if end < l4 + 20 or not 20 <= buffer[l4 + 12] >> 4 << 2 <= end - l4:
-                return False
-            key = view[first : l4 + 4].tobytes() + b"\x06"
-        elif protocol == UDP:
-            if buffer[l4 + 4] << 8 | buffer[l4 + 5] != end - l4:
-                return False
-            key = view[first : l4 + 4].tobytes() + b"\x11"
-        elif protocol != echo:
-            key = view[first:l4].tobytes() + b"\0\0\0\0" + _SUFFIX[protocol]
-        elif buffer[l4] == REQUESTS[echo]:
-            key = b"%b%b\0\0%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
-        elif buffer[l4] == REPLIES[echo]:
-            key = b"%b\0\0%b%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
-        else:
-            return False
+        key, l4 = found
         passage = tunnel.passages.get(key)
         if passage is None or view[:HEADER].tobytes() != passage.vnet_ok:
             return False
@@ -266,7 +234,7 @@ class Forward(Owner[ForwardFlow]):
             return False
         decision, timing = worker.ingress.decide(tunnel, packet.destination, packet.destination_port, packet.protocol)
         route = decision.route
-        if route is None or route.device is None:
+        if route is None or route.device is None or decision.outcome is Outcome.LIFT:
             return False
         if not worker.ingress.normal(lane, tunnel, packet, end):
             return True
@@ -368,7 +336,10 @@ class Forward(Owner[ForwardFlow]):
         return False
 
     def _attachment(self, flow: ForwardFlow) -> Attachment | None:
-        route, context = flow.route, flow.tunnel.context
+        return self.find(flow.tunnel.context, flow.route)
+
+    def find(self, context: TunnelContext, route: RouteEntry) -> Attachment | None:
+        """The tunnel of the device that a route leads to, for whoever has this context."""
         if route.device is None:
             return None
         # A device's own address means the device in this virtual network; a written route means it wherever it is.
@@ -403,6 +374,16 @@ class Forward(Owner[ForwardFlow]):
             if not self._lead(flow):
                 self.end(flow, OFFLINE)
 
+    def lend(self, leg: Leg) -> int:
+        """A number for a leg that leads to another worker's tunnel."""
+        self._handle += 1
+        self._legs[self._handle] = leg
+        return self._handle
+
+    def unlend(self, handle: int) -> None:
+        """It has ended."""
+        self._legs.pop(handle, None)
+
     # tunnels and workers come and go
 
     def tunnel_opened(self, tunnel: Tunnel) -> None:
@@ -433,6 +414,7 @@ class Forward(Owner[ForwardFlow]):
         """A tunnel of another worker is over."""
         self.directory.closed(number)
         self._lost(number)
+        self._worker.lowering.lost(number)
 
     def sibling(self, number: int, link: SiblingLink) -> None:
         """A pair with another worker, in place of the one with its predecessor."""
@@ -454,6 +436,7 @@ class Forward(Owner[ForwardFlow]):
         self.directory.lost(link.number)
         for number in [number for number, flows in self._led.items() if _leads_by(flows, link)]:
             self._lost(number)
+        self._worker.lowering.link_lost(link)
 
     # what other workers say
 
@@ -478,6 +461,9 @@ class Forward(Owner[ForwardFlow]):
 
     def gone(self, message: Gone) -> None:
         """A flow of ours can't lead to where it was led."""
+        leg = self._legs.get(message.handle)
+        if leg is not None:
+            self._worker.lowering.cut(leg, OFFLINE)
         flow = self._flows.get(message.handle)
         if flow is None or not isinstance(flow.to, Remote):
             return
@@ -502,7 +488,10 @@ class Forward(Owner[ForwardFlow]):
         """A packet that answers a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
         if flow is None:
-            self._worker.drop("no_flow")
+            if (leg := self._legs.get(handle)) is not None:
+                self._worker.lowering.reply(leg, self.carrier, end)
+            else:
+                self._worker.drop("no_flow")
             return
         fragments = self._worker.fragments
         fragments.largest = places >> 16
@@ -512,7 +501,9 @@ class Forward(Owner[ForwardFlow]):
     def error_reply(self, handle: int, end: int) -> None:
         """An ICMP error about a packet of a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
-        if flow is None or flow.state is State.HELD:
+        if (leg := self._legs.get(handle)) is not None:
+            self._worker.lowering.error_reply(leg, self.carrier, end)
+        elif flow is None or flow.state is State.HELD:
             self._worker.drop("icmp_error_unmatched")
         else:
             self._carriage.hop(flow.tunnel, self.carrier, end)

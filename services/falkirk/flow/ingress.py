@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.decision import Decision, Outcome, authorise, resolve
+from falkirk.flow.segments import ACK, FIN, RST, SYN
 from falkirk.flow.table import TcpLift, Tunnel
-from falkirk.flow.tracker import ACK, FIN, RST, SYN
 from falkirk.wire import ipv4, vnet
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, parse, verify
@@ -53,7 +53,9 @@ class Ingress:
             second = lane.buffer[HEADER if lane.raw else 0] == ord("{")
             worker.drop("second_context" if second else error.reason)
             return
-        if packet.source not in tunnel.context.addresses and not worker.forward.expects(tunnel, lane, packet):
+        if packet.source not in tunnel.context.addresses and not (
+            worker.forward.expects(tunnel, lane, packet) or worker.lowering.expects(tunnel, lane, packet)
+        ):
             worker.drop("spoofed_source")
         elif packet.ttl < 2:
             worker.answers.time_exceeded(tunnel, lane, packet)

@@ -128,7 +128,7 @@ class Lifecycle:
         """Write the counts of flows that had packets since the last one."""
         worker = self._worker
         for flow in worker.dirty:
-            if flow.bucket:
+            if flow.bucket and flow.index >= 0:
                 worker.live.counts(
                     flow.index, worker.wall, flow.bytes_up, flow.bytes_down, flow.packets_up, flow.packets_down
                 )

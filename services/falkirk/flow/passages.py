@@ -25,11 +25,13 @@ from falkirk.flow.table import Flow, Owner, Tunnel
 from falkirk.wire import icmp, ipv4, ipv6
 from falkirk.wire.checksum import Buffer
 from falkirk.wire.packet import Packet
-from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
+from falkirk.wire.protocol import DESTINATION_OPTIONS, FRAGMENT, HOP_BY_HOP, ICMP, ICMPV6, ROUTING, TCP, UDP
 from falkirk.wire.translate import Quoted
 
 HEADER: Final = 10
 REQUESTS: Final = {ICMP: icmp.ECHO4, ICMPV6: icmp.ECHO6}
+_WALKED: Final = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION_OPTIONS))
+_SUFFIX: Final = [bytes((number,)) for number in range(256)]
 REPLIES: Final = {ICMP: icmp.ECHO_REPLY4, ICMPV6: icmp.ECHO_REPLY6}
 _UDP_HEADER: Final = 8
 
@@ -104,6 +106,45 @@ def key_of_packet(packet: Packet) -> bytes | None:
         else:
             return None
     return key_of(packet.protocol, packet.source, packet.destination, *ports)
+
+
+def plain(buffer: bytearray, view: memoryview, end: int) -> tuple[bytes, int] | None:
+    """(key, where the upper layer starts) of the packet at [10, end) where it is so plain that it needs no parsing: no options or
+    extension headers, no fragment, hops left, lengths that add up. None where it isn't. As `key_of_packet`, at a fifth of the cost."""
+    if buffer[10] == 0x45:
+        if (
+            end < 38
+            or end - HEADER != buffer[12] << 8 | buffer[13]
+            or buffer[16] & 0x3F
+            or buffer[17]
+            or buffer[18] < 2
+            or int.from_bytes(view[10:30], "little") % 0xFFFF
+        ):
+            return None
+        protocol, first, l4, echo = buffer[19], 22, 30, ICMP
+    elif buffer[10] >> 4 == 6:
+        if end < 58 or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2 or buffer[16] in _WALKED:
+            return None
+        protocol, first, l4, echo = buffer[16], 18, 50, ICMPV6
+    else:
+        return None
+    if protocol == TCP:
+        if end < l4 + 20 or not 20 <= buffer[l4 + 12] >> 4 << 2 <= end - l4:
+            return None
+        key = view[first : l4 + 4].tobytes() + b"\x06"
+    elif protocol == UDP:
+        if buffer[l4 + 4] << 8 | buffer[l4 + 5] != end - l4:
+            return None
+        key = view[first : l4 + 4].tobytes() + b"\x11"
+    elif protocol != echo:
+        key = view[first:l4].tobytes() + b"\0\0\0\0" + _SUFFIX[protocol]
+    elif buffer[l4] == REQUESTS[echo]:
+        key = b"%b%b\0\0%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
+    elif buffer[l4] == REPLIES[echo]:
+        key = b"%b\0\0%b%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
+    else:
+        return None
+    return key, l4
 
 
 def key_of_quoted(data: Buffer, packet: Packet, quote: Quoted) -> bytes | None:

@@ -126,7 +126,7 @@ class RawLane(Lane):
             flow.tick = worker.second
             worker.dirty.append(flow)
         try:
-            writev(self.tun, (ZERO_HEADER, self._arena_view[at : at + size]))
+            writev(flow.lane.tun, (ZERO_HEADER, self._arena_view[at : at + size]))
         except OSError:
             worker.drop("tun_write_error")
         else:
@@ -140,7 +140,7 @@ class RawLane(Lane):
         parts[-1] = view[run.places[-1] + header : run.places[-1] + run.last]
         self._count_up(run.flow, run.length + (count - 1) * header, count)
         try:
-            writev(self.tun, parts)
+            writev(run.flow.lane.tun, parts)
         except OSError:
             self.worker.drop("tun_write_error", count)
         else:
@@ -224,7 +224,7 @@ class RawLane(Lane):
             flow.tick = worker.second
             worker.dirty.append(flow)
         if flags & 7 or flow.state is not State.ESTABLISHED:
-            worker.tracker.segment_down(flow, arena, l4, at + size)
+            flow.owner.segment_down(flow, arena, l4, at + size)
         if flow.tunnel.context.packed:
             self._pack(flow.tunnel, at, size)
         elif worker.tunnels.deliver(flow.tunnel, self._down_view[at : at + size]):

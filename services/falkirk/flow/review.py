@@ -77,8 +77,8 @@ class Review:
         for flow in list(tunnel.flows.values()) if tunnel is not None else ():
             tunnel = flow.tunnel
             before = flow.decision
-            # One that ends already goes on ending; one that has ended is nobody's.
-            if before is None or flow.reason or tunnel.flows.get(flow.key) is not flow:
+            # One that ends already goes on ending; one that has ended is nobody's; a leg is its flow's, and an administrator's flow no rule's.
+            if before is None or before.route is None or flow.reason or tunnel.flows.get(flow.key) is not flow:
                 continue
             protocol, _, destination, _, port = signature(flow.key)
             now, _ = worker.ingress.decide(tunnel, destination, port, protocol)

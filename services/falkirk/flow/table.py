@@ -155,8 +155,10 @@ class Owner(ABC, Generic[F]):
 
 
 class TcpLift(Flow):
-    """A lifted TCP flow. `forward` and `back` replace the signature's bytes; deltas are for `forward`, their negatives for `back`."""
+    """A lifted TCP flow: one that goes through a kernel's TCP, behind a NAT. `forward` and `back` replace the signature's bytes; deltas are for `forward`,
+    their negatives for `back`."""
 
+    owner: TcpOwner
     __slots__ = (
         "back",
         "delta_addresses",
@@ -169,6 +171,8 @@ class TcpLift(Flow):
         "fin_up",
         "forward",
         "held",
+        "lane",
+        "leg",
         "long_rest",
         "opens",
         "over",
@@ -178,10 +182,14 @@ class TcpLift(Flow):
         "vnet_put",
     )
 
-    def __init__(self, owner: Owner[TcpLift], tunnel: Tunnel, key: bytes, forward: bytes, slot: int) -> None:
+    def __init__(self, owner: TcpOwner, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, lane: Any) -> None:
         super().__init__(owner, tunnel, key)
         size = 8 if len(key) == 12 else 32
         self.slot = slot
+        self.lane = lane
+        """Its way to the kernel and back, not that of its tunnel's packets: a lowered one comes by another device."""
+        self.leg: Leg | None = None
+        """Where it is lowered again: its other side."""
         self.forward = forward
         half = size // 2
         self.back = key[half:size] + key[:half] + key[size + 2 :] + key[size : size + 2]
@@ -213,6 +221,39 @@ class TcpLift(Flow):
         """A RST has passed towards the initiator."""
         self.over = False
         """The upgrader has nothing more of this slot."""
+
+
+class TcpOwner(Owner[TcpLift]):
+    """What follows segments, for the lanes."""
+
+    @abstractmethod
+    def segment_up(self, flow: TcpLift, buffer: bytearray, l4: int, end: int) -> bool:
+        """A segment from the tunnel that opens, closes, or comes while the flow isn't established. True: it goes on."""
+
+    @abstractmethod
+    def segment_down(self, flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
+        """The same to the tunnel; it has been rewritten, and goes on."""
+
+
+class Leg(TcpLift):
+    """Where a stream leaves as packets again: the other side of a lifted flow, or the only one of a flow that begins here (see
+    `falkirk.flow.lowering`).
+
+    It lies in the tunnel that it leads to, under the key of the device's replies, and `up` is from that device. It is no flow of its own: records,
+    limits and timers are its `flow`'s.
+    """
+
+    __slots__ = ("flow", "handle", "prefix")
+
+    def __init__(self, owner: TcpOwner, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, lane: Any) -> None:
+        super().__init__(owner, tunnel, key, forward, slot, lane)
+        self.flow: Any = None
+        """Whose side it is."""
+        self.handle = 0
+        """This worker's number for it towards the worker that reads its tunnel; 0 where that is this one."""
+        self.prefix = ""
+        """Of the route that leads to the tunnel."""
+        self.state = State.OPENING
 
 
 class DeviceCounts:
@@ -284,7 +325,8 @@ class Tunnel:
         self.flows: dict[bytes, Flow] = {}
         """Flows that it initiated, of every protocol, by their keys."""
         self.lifts = cast("dict[bytes, TcpLift]", self.flows)
-        """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else."""
+        """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else. Legs lie here too, which this tunnel has not
+        initiated."""
         self.passages: dict[bytes, Passage] = {}
         """Forwarded flows' packets that come from here, initiated here or elsewhere (`falkirk.flow.passages`)."""
         self.memo: dict[tuple[bytes, int, int], Decision] = {}
@@ -305,6 +347,17 @@ class Tunnel:
     def transport(self) -> Transport:
         """What carries its packets."""
         return Transport.SOCKET if self.fd == self.link else Transport.DEVICE
+
+
+class Distant(Tunnel):
+    """A tunnel that another worker reads, as far as legs of this one lead there. Its packets cross over the pair with that worker, behind virtio-net
+    headers, which it translates for the tunnel."""
+
+    __slots__ = ("sibling",)
+
+    def __init__(self, number: int, context: TunnelContext, mtu: int, sibling: Any) -> None:
+        super().__init__(number, context, Framing.VNET, mtu, -1, 0, DeviceCounts())
+        self.sibling = sibling
 
 
 class Wheel:

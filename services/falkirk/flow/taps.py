@@ -109,8 +109,7 @@ class Taps:
 
     def _arm(self) -> None:
         worker = self._worker
-        for framing in Framing:
-            lane = worker.lane(framing)
+        for lane in worker.all_lanes():
             lane.__class__ = TAPPED[type(lane)]
         # An attribute of an object hides the method of its class.
         vars(worker).update(drop=self.drop, inject=self.inject, deliver=self.deliver)
@@ -118,8 +117,7 @@ class Taps:
 
     def _disarm(self) -> None:
         worker = self._worker
-        for framing in Framing:
-            lane = worker.lane(framing)
+        for lane in worker.all_lanes():
             lane.__class__ = next(plain for plain, tapped in TAPPED.items() if tapped is type(lane))
         for name in ("drop", "inject"):
             del vars(worker)[name]

@@ -19,7 +19,8 @@ import msgspec
 from falkirk.flow import control, peers
 from falkirk.flow.lane import ZERO_HEADER
 from falkirk.flow.records import of_tunnel
-from falkirk.flow.table import DeviceCounts, Flow, Tunnel
+from falkirk.flow.siblings import PACKET
+from falkirk.flow.table import DeviceCounts, Distant, Flow, Tunnel
 from falkirk.linux import seqpacket, tun
 from falkirk.wire.context import Framing, Transport, TunnelContext
 from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
@@ -57,6 +58,13 @@ class Tunnels(dict[int, Tunnel]):
         self.devices: dict[str, DeviceCounts] = {}
         """What each device has, over all its tunnels."""
 
+    def reach(self, number: int) -> Tunnel | None:
+        """A tunnel of this worker, or what stands for another's; None where nobody has it open."""
+        if (tunnel := self.get(number)) is not None:
+            return tunnel
+        found = self._worker.forward.directory.get(number)
+        return self._worker.lowering.tunnel_of(found) if found is not None else None
+
     def say(self, tunnel: Tunnel, packet: bytes, *, counted: bool = True) -> bool:
         """Send a packet of our own to a tunnel."""
         return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet, counted=counted)
@@ -68,6 +76,11 @@ class Tunnels(dict[int, Tunnel]):
         """
         worker = self._worker
         if tunnel.fd < 0:
+            if isinstance(tunnel, Distant):
+                # What nobody sent us doesn't wait, as it mustn't be counted where it is dropped.
+                return (counted or not tunnel.sibling.backlog) and tunnel.sibling.packet(
+                    PACKET, tunnel.id, 0, memoryview(data)
+                )
             if counted:
                 worker.drop("tunnel_closed", packets)
             return False
@@ -184,9 +197,10 @@ class Tunnels(dict[int, Tunnel]):
         self._worker.watch(device, select.EPOLLIN, self._readable(tunnel))
         tell(tunnel.link, ATTACHED)
 
-    def carried(self) -> set[int]:
-        """Tunnels whose packets can be read and written: a device may still be awaited."""
-        return {number for number, tunnel in self.items() if tunnel.fd >= 0}
+    def carries(self, number: int) -> bool:
+        """Whether a tunnel's packets can be written, here or by another worker: a device may still be awaited."""
+        tunnel = self.reach(number)
+        return tunnel is not None and (tunnel.fd >= 0 or isinstance(tunnel, Distant))
 
     def recontext(self, number: int, context: TunnelContext) -> None:
         """A tunnel's device or user has changed: what is known of it holds for new flows, and live ones are reviewed."""

@@ -120,7 +120,8 @@ class Traced(Message, frozen=True, tag=True):
 
 
 class Devices(Message, frozen=True, tag=True):
-    """The worker's two TUN devices: first the one for `vnet` tunnels, then the one for `raw` tunnels. Two descriptors.
+    """The worker's TUN devices: those that lift, first the one for `vnet` tunnels, then the one for `raw` tunnels; then those that lower, in
+    the same order. Four descriptors.
 
     Addresses of slots are arithmetic, see `falkirk.wire.slots.SlotPlan(workers)`. `listener_port` is where both the IPv4
     and the IPv6 listener of this worker wait, on the device's own address (host number 1 of each prefix).
@@ -129,7 +130,7 @@ class Devices(Message, frozen=True, tag=True):
     workers: int
     listener_port: int
     mtu: int
-    descriptors: int = 2
+    descriptors: int = 4
 
 
 class Prepare(Message, frozen=True, tag=True):

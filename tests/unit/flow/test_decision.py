@@ -73,7 +73,7 @@ RULES = _rules()
         ("203.0.113.5", 2049, Outcome.DENY, "denied", ""),
         ("100.96.0.9", 80, Outcome.FORWARD, "allowed", "main/web"),
         ("100.96.0.9", 3, Outcome.FORWARD, "allowed", "main/l3"),
-        ("100.96.0.9", 4, Outcome.DENY, "treatment_not_built", "main/l4"),
+        ("100.96.0.9", 4, Outcome.LIFT, "allowed", "main/l4"),
         ("100.96.0.9", 23, Outcome.DENY, "denied", "main/telnet"),
         ("100.96.0.9", 2049, Outcome.FORWARD, "allowed", "main/nas"),
         ("100.96.0.9", 445, Outcome.FORWARD, "allowed", "main/bob"),

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from falkirk.flow.keys import key_of
-from falkirk.flow.passages import key_of_packet, key_of_quoted, may_be_cut, reply_key, size_on_the_wire, unreachable_of
+from falkirk.flow.passages import (
+    key_of_packet,
+    key_of_quoted,
+    may_be_cut,
+    plain,
+    reply_key,
+    size_on_the_wire,
+    unreachable_of,
+)
 from falkirk.wire import build, icmp, ipv4, vnet
 from falkirk.wire.build import icmp_packet
 from falkirk.wire.icmp import Unreachable
@@ -49,6 +57,55 @@ def test_an_echo_of_the_other_side_is_no_reply() -> None:
     up = key(echo(8, A4, B4))
     assert up is not None
     assert key(echo(8, B4, A4)) not in (up, reply_key(up))
+
+
+PLAIN = [
+    samples.ip4(17, UDP, source=A4, destination=B4),
+    samples.ip4(50, ESP, source=A4, destination=B4),
+    samples.ip4(6, samples.tcp(A4, B4), source=A4, destination=B4),
+    samples.ip6(6, samples.tcp(A6, B6), source=A6, destination=B6),
+    samples.ip6(17, UDP, source=A6, destination=B6),
+    samples.ip6(132, ESP, source=A6, destination=B6),
+    echo(8, A4, B4),
+    echo(0, A4, B4),
+    echo(128, A6, B6),
+    echo(129, A6, B6),
+]
+
+
+def plainly(packet: bytes) -> tuple[bytes, int] | None:
+    buffer = bytearray(bytes(10) + packet + bytes(64))
+    return plain(buffer, memoryview(buffer), 10 + len(packet))
+
+
+@pytest.mark.parametrize("packet", PLAIN)
+def test_the_quick_look_sees_what_the_parser_sees(packet: bytes) -> None:
+    assert plainly(packet) == (key(packet), 30 if packet[0] >> 4 == 4 else 50)
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        samples.ip4(17, UDP, source=A4, destination=B4, options=b"\1\1\1\0"),
+        samples.ip4(17, UDP, source=A4, destination=B4, fragment=0x2000),
+        samples.ip4(17, UDP, source=A4, destination=B4, fragment=1),
+        samples.ip4(17, UDP, source=A4, destination=B4, ttl=1),
+        samples.ip4(17, UDP, source=A4, destination=B4, total=29),
+        samples.ip4(17, UDP[:5] + b"\x09\0\0", source=A4, destination=B4),
+        samples.ip4(6, bytes(20), source=A4, destination=B4),
+        samples.ip4(6, bytes(12) + b"\xf0" + bytes(7), source=A4, destination=B4),
+        samples.ip4(50, bytes(7), source=A4, destination=B4),
+        samples.ip6(60, b"\x11\0" + bytes(6) + UDP, source=A6, destination=B6),
+        samples.ip4(17, UDP, source=A4, destination=B4)[:11]
+        + b"\0"
+        + samples.ip4(17, UDP, source=A4, destination=B4)[12:],
+        echo(13, A4, B4),
+        echo(3, A4, B4),
+        b"\x55" + bytes(60),
+    ],
+)
+def test_what_is_not_plain_needs_a_closer_look(packet: bytes) -> None:
+    assert plainly(packet) is None
 
 
 @pytest.mark.parametrize("kind", [13, 17, 9, 5])

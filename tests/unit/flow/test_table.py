@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from falkirk.flow.keys import key_of
-from falkirk.flow.table import DeviceCounts, Flow, Owner, State, TcpLift, Tunnel, Wheel, native_sum
+from falkirk.flow.table import DeviceCounts, Flow, State, TcpLift, TcpOwner, Tunnel, Wheel, native_sum
 from falkirk.wire.context import Framing
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, context
 from tests.unit.wire.samples import slow_sum
@@ -16,13 +16,19 @@ from tests.unit.wire.samples import slow_sum
 PORTS = bytes.fromhex("9c4001bb")
 
 
-class Nobody(Owner[Any]):
+class Nobody(TcpOwner):
     """Owns flows that don't end."""
 
     def end(self, flow: Flow, reason: str) -> None:
         raise AssertionError
 
     cut = bereave = release = end
+
+    def segment_up(self, *_: object) -> bool:
+        raise AssertionError
+
+    def segment_down(self, *_: object) -> None:
+        raise AssertionError
 
     def expire(self, flow: Flow) -> None:
         raise AssertionError
@@ -34,7 +40,7 @@ def tunnel() -> Tunnel:
 
 def flow(key: bytes = DEVICE4 + SERVER4 + PORTS, forward: bytes | None = None) -> TcpLift:
     forward = forward or bytes([10, 0, 0, 16, 10, 0, 0, 1]) + PORTS[:2] + b"\x04\x00"
-    return TcpLift(Nobody(), tunnel(), key, forward, 16)
+    return TcpLift(Nobody(), tunnel(), key, forward, 16, cast(Any, None))
 
 
 @pytest.mark.parametrize(
