@@ -89,7 +89,8 @@ class Connection:
 class Run:
     """One case on one road and family."""
 
-    def __init__(self, case: Case, road: Road, family: str, server: Server) -> None:
+    def __init__(self, case: Case, road: Road, family: str, server: Server, deadline: float = DEADLINE_S) -> None:
+        self.deadline = deadline
         self.case, self.road, self.family, self.server = case, road, family, server
         self.transcript: list[str] = []
         self.port = next(_PORTS) % 40000 + 20000
@@ -245,11 +246,11 @@ class Run:
         self._next(step, anything=True)
 
     def _next(self, step: Step, *, acknowledgments: bool = False, anything: bool = False) -> Seen:
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + self.deadline
         while True:
             packet = self._receive(deadline)
             if packet is None:
-                raise self._wrong(step, f"nothing came within {DEADLINE_S:g} s")
+                raise self._wrong(step, f"nothing came within {self.deadline:g} s")
             wrong = self._difference(step, packet)
             if not wrong:
                 return packet
@@ -331,9 +332,9 @@ class Run:
             return f"it goes to port {packet.destination_port}"
         if packet.source_port != step.number("sport", self.server.port):
             return f"it comes from port {packet.source_port}"
-        flags = step.words[0]
-        got = packet.flags.replace("P", "") if "P" not in flags else packet.flags
-        if sorted(got or "-") != sorted(flags):
+        flags = step.words[0].replace("P", "") or "-"
+        # RFC 9293 3.9.1: PSH is a hint, and when it is set is the sender's choice.
+        if sorted(packet.flags.replace("P", "") or "-") != sorted(flags):
             return f"its flags are {packet.flags}"
         if len(step.words) > 1 and step.words[1].lstrip("-").isdecimal():
             wanted = int(step.words[1])
@@ -404,7 +405,7 @@ class Run:
             now = self.road.dropped()
             return now is not None and now["ended"] >= wanted
 
-        wait_for("the flow's end", over, DEADLINE_S)
+        wait_for("the flow's end", over, self.deadline)
 
     # the usual exchanges
 
@@ -426,7 +427,7 @@ class Run:
             part = min(left, size)
             self._say(connection, step, "P.", at, connection.next_in, pattern(at - connection.first - 1, part))
             at, left = at + part, left - part
-            deadline = time.monotonic() + DEADLINE_S
+            deadline = time.monotonic() + self.deadline
             while connection.acked is None or connection.acked - at & 0x80000000:
                 if self._receive(deadline) is None:
                     raise self._wrong(step, f"{at} isn't acknowledged")
@@ -435,7 +436,7 @@ class Run:
         """`flood FROM`: the client's stream from a sequence number on, until the window is closed and everything is acknowledged."""
         connection = self._connection(step)
         at = connection.acked = int(step.words[0])
-        deadline = time.monotonic() + 3 * DEADLINE_S
+        deadline = time.monotonic() + 3 * self.deadline
         while connection.window or connection.acked != at:
             room = connection.acked + connection.window - at
             while room > 0:
@@ -454,12 +455,19 @@ class Run:
         self.server.owed = at - connection.first - 1
         self.transcript.append(f"    {'':4} {self.server.owed} bytes filled it")
 
+    def _take(self, step: Step) -> None:
+        """`take N`: N bytes of the server's stream, in order, and no acknowledgment."""
+        self._gather(step, acknowledged=False)
+
     def _fetch(self, step: Step) -> None:
         """`fetch N [client=SEQ]`: N bytes of the server's stream, in order, each segment acknowledged."""
+        self._gather(step, acknowledged=True)
+
+    def _gather(self, step: Step, *, acknowledged: bool) -> None:
         connection = self._connection(step)
         at, sequence = connection.next_in, step.number("client", 1001)
         end = at + int(step.words[0])
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + self.deadline
         while at < end:
             packet = self._receive(deadline)
             if packet is None:
@@ -476,7 +484,8 @@ class Run:
             at += len(packet.payload)
             if step.has("mss") and len(packet.payload) > step.number("mss"):
                 raise self._wrong(step, f"a segment of {len(packet.payload)} bytes")
-            self._say(connection, step, ".", sequence, at, b"")
+            if acknowledged:
+                self._say(connection, step, ".", sequence, at, b"")
         if at != end:
             raise self._wrong(step, f"{at - end} bytes too many")
 
@@ -493,7 +502,7 @@ class Run:
         self._say(connection, step, ".", sequence + 1, connection.next_in, b"")
 
     def _expect_flags(self, step: Step, connection: Connection, flags: str) -> Seen:
-        deadline = time.monotonic() + DEADLINE_S
+        deadline = time.monotonic() + self.deadline
         while True:
             packet = self._receive(deadline)
             if packet is None:
@@ -574,6 +583,7 @@ class Run:
         "push": _push,
         "flood": _flood,
         "fetch": _fetch,
+        "take": _take,
         "close": _close,
         "server": _server,
     }

@@ -46,8 +46,8 @@ ELSEWHERE: Final = {
 class Server:
     """Sockets in the server's namespace for one case at a time."""
 
-    def __init__(self, namespace: ServerNamespace) -> None:
-        self._namespace = namespace
+    def __init__(self, namespace: ServerNamespace, deadline: float = DEADLINE_S) -> None:
+        self._namespace, self._deadline = namespace, deadline
         self._sockets: list[socket.socket] = []
         self._listener: socket.socket | None = None
         self._connection: socket.socket | None = None
@@ -99,7 +99,7 @@ class Server:
 
     def _make(self, kind: int) -> socket.socket:
         sock = self._namespace.call(socket.socket, self._family, kind)
-        sock.settimeout(DEADLINE_S)
+        sock.settimeout(self._deadline)
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._sockets.append(sock)
@@ -144,7 +144,7 @@ class Server:
         """Take the next connection."""
         assert self._listener is not None
         connection, _ = self._listener.accept()
-        connection.settimeout(DEADLINE_S)
+        connection.settimeout(self._deadline)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._sockets.append(connection)
@@ -165,7 +165,7 @@ class Server:
         data = step.data
         if data is None:
             data = pattern(self._sent, int(step.words[1]))
-        self._conn.settimeout(DEADLINE_S)
+        self._conn.settimeout(self._deadline)
         assert self._conn.send(data, flags) == len(data), "the server's socket is full"
         self._sent += len(data)
 
@@ -206,7 +206,7 @@ class Server:
     def _broken(self) -> None:
         poll = select.poll()
         poll.register(self._conn, 0)
-        assert poll.poll(DEADLINE_S * 1000), "the connection still stands"
+        assert poll.poll(self._deadline * 1000), "the connection still stands"
 
     def _quiet(self) -> None:
         self._conn.setblocking(False)
@@ -215,7 +215,7 @@ class Server:
         except BlockingIOError:
             return
         finally:
-            self._conn.settimeout(DEADLINE_S)
+            self._conn.settimeout(self._deadline)
         raise AssertionError(f"the server read {data[:60]!r}")
 
     def close(self) -> None:
@@ -244,7 +244,7 @@ class Server:
             except BlockingIOError:
                 return
             finally:
-                self._udp.settimeout(DEADLINE_S)
+                self._udp.settimeout(self._deadline)
             raise AssertionError(f"the server read {data[:60]!r}")
         elif what == "close":
             self._udp.close()
