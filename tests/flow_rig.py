@@ -75,18 +75,23 @@ class FlowRig:
         settings: FlowSettings | None = None,
         *,
         policies: Sequence[rule_table.PolicySource] = ALLOW_WEB,
+        routes: Sequence[route_table.RouteSource] = (),
+        number: int = 0,
+        workers: int = 1,
         ready: bool = True,
     ) -> None:
+        """`routes` come beside those to the internet; `number` is the worker's among `workers`."""
         self.run_dir, self.data_dir = directory / "run", directory / "data"
         (self.run_dir / "mesh").mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self.policies = policies
-        self.plan = SlotPlan(1)
+        self.policies, self.routes = policies, routes
+        self.number, self.workers = number, workers
+        self.plan = SlotPlan(workers)
         self.counters = Counters.create(counters.NAMES)
         self._tenants = os.memfd_create("tenants")
         os.ftruncate(self._tenants, limits.SIZE)
         self._settings = settings or FlowSettings()
-        self._upgrader_listener = seqpacket.listen(self.run_dir / "mesh" / "upgrader.worker.0.sock")
+        self._upgrader_listener = seqpacket.listen(self.run_dir / "mesh" / f"upgrader.worker.{number}.sock")
         self.next_tunnel = 1
         self._generation = time.time_ns()
         self.start()
@@ -98,8 +103,8 @@ class FlowRig:
         """A worker in place of the last one."""
         self._parent, inherited = seqpacket.pair()
         start = control.Start(
-            worker=0,
-            workers=1,
+            worker=self.number,
+            workers=self.workers,
             generation=1,
             node="test",
             sample_ratio=0.0,
@@ -108,11 +113,12 @@ class FlowRig:
             mesh_uids=(),
             settings=self._settings,
         )
-        (self.run_dir / "mesh" / "flow.worker.0.sock").unlink(missing_ok=True)
+        path = self.run_dir / "mesh" / f"flow.worker.{self.number}.sock"
+        path.unlink(missing_ok=True)
         self.worker = Worker(inherited, start, self.counters, os.dup(self._tenants))
         self.upgrader: socket.socket | None = None
         self._inbox: list[handover.Message] = []
-        self.onramp = seqpacket.connect(self.run_dir / "mesh" / "flow.worker.0.sock")
+        self.onramp = seqpacket.connect(path)
         self._generation += 1
         self.say_onramp(handover.Hello("onramp", 0, self._generation))
 
@@ -120,7 +126,7 @@ class FlowRig:
         """Be the upgrader: accept, say hello, hand devices over."""
         self.until(lambda: self._accept_upgrader())
         self._generation += 1
-        self.hand_over([handover.Hello("upgrader", 0, self._generation)])
+        self.hand_over([handover.Hello("upgrader", self.number, self._generation)])
 
     def hand_over(self, before: Sequence[handover.Message] = ()) -> None:
         """Hand (new) devices over, behind other messages."""
@@ -134,7 +140,7 @@ class FlowRig:
             fds.append(theirs)
         assert self.upgrader is not None
         order = [fds[list(Framing).index(framing)].fileno() for framing in (Framing.VNET, Framing.RAW)]
-        seqpacket.send(self.upgrader, handover.encode([*before, handover.Devices(1, PORT, 1500)]), order)
+        seqpacket.send(self.upgrader, handover.encode([*before, handover.Devices(self.workers, PORT, 1500)]), order)
         for end in fds:
             end.close()
         self.step()
@@ -162,8 +168,9 @@ class FlowRig:
                 route_table.RouteEntry("00000000-0000-4000-8000-0000000000bb", "hole", "198.51.100.0/24", "blackhole"),
             ),
         ]
+        entries += self.routes
         for name, data in (("routes", route_table.compile(entries)), ("rules", rule_table.compile(self.policies))):
-            path = self.directory / f"{name}.bin"
+            path = self.directory / f"{name}.{self.number}.bin"
             blob.save(path, blob.Blob("epoch", 1, data))
             seqpacket.send(self._parent, handover.encode([control.Load(name, str(path), "epoch", 1)]))
         self.until(lambda: self.worker.pair.ready)
@@ -184,11 +191,21 @@ class FlowRig:
         seqpacket.send(self.upgrader, handover.encode(messages))
         self.step()
 
-    def tunnel(self, framing: Framing = Framing.RAW, who: TunnelContext | None = None) -> socket.socket:
+    def give_socket(self, wish: handover.OpenSocket, sock: socket.socket, *, local: int = 0, raw: bool = False) -> None:
+        """Answer a wish with a socket, which is the worker's from then on."""
+        assert self.upgrader is not None
+        opened = handover.SocketOpened(wish.token, local or sock.getsockname()[1], raw)
+        seqpacket.send(self.upgrader, handover.encode([opened]), [sock.fileno()])
+        sock.close()
+        self.step()
+
+    def tunnel(
+        self, framing: Framing = Framing.RAW, who: TunnelContext | None = None, mtu: int = 1500
+    ) -> socket.socket:
         """A new tunnel; returns the producer's end."""
         ours, theirs = seqpacket.pair()
         number, self.next_tunnel = self.next_tunnel, self.next_tunnel + 1
-        self.say_onramp(handover.Adopt(number, who or context(), framing, 1500), [theirs.fileno()])
+        self.say_onramp(handover.Adopt(number, who or context(), framing, mtu), [theirs.fileno()])
         theirs.close()
         return ours
 
@@ -228,7 +245,7 @@ class FlowRig:
         """The whole spool."""
         self.step()
         decode = msgspec.json.Decoder(AuditRecord).decode
-        directory = self.data_dir / "flow" / "spool" / "worker-0"
+        directory = self.data_dir / "flow" / "spool" / f"worker-{self.number}"
         return [decode(line) for path in segments(directory) for line in path.read_bytes().splitlines()]
 
     def drops(self) -> dict[str, int]:

@@ -253,7 +253,14 @@ def bench(rounds: int, seconds: float, without_falkirk: bool) -> dict[str, Any]:
             "kernel": platform.release(),
             "cpus": os.cpu_count(),
         }
-        shape = {"rules": RULES, "routes": ROUTES, "framing": "vnet", "rounds": rounds, "seconds": seconds}
+        shape = {
+            "rules": RULES,
+            "routes": ROUTES,
+            "framing": "vnet",
+            "transport": "device",
+            "rounds": rounds,
+            "seconds": seconds,
+        }
         return report(
             run.medians(), run.failed, run.gave_up, baseline, shape | {"took_s": round(time.monotonic() - started, 1)}
         )

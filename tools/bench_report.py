@@ -143,7 +143,7 @@ def show(result: Mapping[str, Any]) -> str:
         f"Gbit/s of payload, connections and 64-byte messages a second, round trips in microseconds; medians of {shape['rounds']} rounds.",
         f"baseline: veth, MTU {baseline['mtu']}, {baseline['congestion_control']}, offloads {', '.join(on) or 'unknown'}; "
         f"kernel {baseline['kernel']}, {baseline['cpus']} processors",
-        f"falkirk: default configuration, {shape['rules']} rules, {shape['routes']} routes, {shape['framing']} framing",
+        f"falkirk: default configuration, {shape['rules']} rules, {shape['routes']} routes, {shape['framing']} framing by {shape['transport']}",
     ]
     if result["against_best_peer"]:
         against = ", ".join(f"{key} {value}" for key, value in result["against_best_peer"].items())

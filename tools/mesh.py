@@ -124,9 +124,16 @@ class Mesh:
         self.ask("apply", "-f", str(path), timeout=APPLY_S)
 
     def lower(
-        self, device: str, command: Sequence[str], *, tenant: str = "acme", framing: str = "vnet", congestion: str = ""
+        self,
+        device: str,
+        command: Sequence[str],
+        *,
+        tenant: str = "acme",
+        framing: str = "device",
+        congestion: str = "",
     ) -> list[str]:
-        """The command line that runs `command` as that device."""
+        """The command line that runs `command` as that device. `framing`: "raw" or "vnet" over the tunnel's socket, or "device", the
+        default of the tool: super-packets by a TUN device that is handed over."""
         options = ["--congestion", congestion] if congestion else []
         tunnel = [
             "--tunnel",
@@ -136,7 +143,9 @@ class Mesh:
             "--device",
             device,
             "--framing",
-            framing,
+            "vnet" if framing == "device" else framing,
+            "--transport",
+            "device" if framing == "device" else "socket",
         ]
         return [*self._prefix, *self._falkirk, "lower", *tunnel, *options, "--", *command]
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +13,14 @@ from typing import Any
 
 import pytest
 
+from falkirk.flow import control
 from falkirk.flow.counters import DROP_REASONS
 from falkirk.flow.settings import FlowSettings
+from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
-from falkirk.wire.handover import Connected, Prepare
+from falkirk.wire.handover import Connected, OpenSocket, Prepare, SocketFailed
+from tests import forward_rig
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context
 from tests.unit.wire import samples
 
@@ -56,7 +62,7 @@ def broken(packet: bytes, at: int) -> bytes:
 
 
 QUOTE = samples.ip4(6, samples.tcp(SERVER4, DEVICE4), source=SERVER4, destination=DEVICE4)
-UDP = samples.udp(DEVICE4, SERVER4)
+UDP = samples.ip4(17, samples.udp(DEVICE4, SERVER4), source=DEVICE4, destination=SERVER4)
 RAW: dict[str, bytes] = {
     "too_short": b"\x45" + bytes(18),
     "bad_version": b"\x55" + bytes(60),
@@ -80,8 +86,7 @@ RAW: dict[str, bytes] = {
     "spoofed_source": tcp4(source=bytes([100, 96, 9, 9]), flags=SYN),
     "bad_tcp_flags": tcp4(flags=SYN | FIN),
     "syn_too_large": tcp4(flags=SYN, payload=bytes(1500)),
-    "udp_not_built": samples.ip4(17, UDP, source=DEVICE4, destination=MULTICAST4),
-    "icmp_not_built": icmp4(8),
+    "icmp_not_carried": icmp4(13),
     "protocol_not_built": samples.ip4(47, bytes(20), source=DEVICE4, destination=MULTICAST4),
     "icmp_error_unmatched": icmp4(3, QUOTE),
     "reset_of_nothing": tcp4(flags=RST),
@@ -173,6 +178,50 @@ def _audit_unwritable(rig: FlowRig) -> object:
     return sock
 
 
+def _wish(rig: FlowRig) -> tuple[Any, OpenSocket]:
+    sock = rig.tunnel()
+    sock.send(UDP)
+    (wish,) = rig.asked()
+    assert isinstance(wish, OpenSocket)
+    return sock, wish
+
+
+def _no_socket(code: int) -> Callable[[FlowRig], object]:
+    def run(rig: FlowRig) -> object:
+        sock, wish = _wish(rig)
+        rig.say_upgrader(SocketFailed(wish.token, code))
+        return sock
+
+    return run
+
+
+def _socket_full(rig: FlowRig) -> object:
+    # UDP on loopback is never full, a stream that nobody reads is.
+    sock, wish = _wish(rig)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far = listener.accept()[0]
+    near.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            near.send(bytes(1 << 20))
+    rig.give_socket(wish, near)
+    return sock, far
+
+
+def _icmp_error_taken(rig: FlowRig) -> object:
+    sock, wish = _wish(rig)
+    near = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    far = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    far.bind(("127.0.0.1", 0))
+    near.connect(far.getsockname())
+    rig.give_socket(wish, near)
+    quote = samples.ip4(17, bytes.fromhex("003514e900100000"), source=SERVER4, destination=DEVICE4)
+    sock.send(samples.ip4(1, samples.icmp4(3, 3, payload=quote), source=DEVICE4, destination=SERVER4))
+    rig.step()
+    return sock, far
+
+
 def _fragment_timeout(rig: FlowRig) -> object:
     # The first fragment hasn't come, so nobody is told.
     sock = rig.tunnel()
@@ -183,12 +232,36 @@ def _fragment_timeout(rig: FlowRig) -> object:
     return sock
 
 
+def _sibling_full(rig: FlowRig) -> object:
+    rig.policies, rig.routes = forward_rig.POLICIES, forward_rig.ROUTES
+    rig.load()
+    rig.until(lambda: rig.worker.routes.routes > 3)
+    whose = forward_rig.who("nas", list(forward_rig.NAS.values()))
+    other, theirs = seqpacket.pair()
+    rig.say_parent(control.Sibling(1), fds=[theirs.fileno()])
+    theirs.close()
+    rig.say_parent(
+        control.Attached(99, 1, whose.tenant_id, whose.device_id, whose.virtual_network_id, Framing.RAW, 1500)
+    )
+    sock = rig.tunnel()
+    while not rig.drops():
+        sock.send(forward_rig.datagram(DEVICE4, forward_rig.NAS[4], 40000, 53, bytes(1400)))
+        rig.step()
+    return sock, other
+
+
 DIRECTED: dict[str, Callable[[FlowRig], object]] = {
     "not_ready": _not_ready,
     "audit_unwritable": _audit_unwritable,
     "fragment_timeout": _fragment_timeout,
+    "descriptors_exhausted": _no_socket(errno.EMFILE),
+    "ports_exhausted": _no_socket(errno.EADDRINUSE),
+    "upstream_error": _no_socket(errno.EIO),
+    "socket_full": _socket_full,
+    "icmp_error_taken": _icmp_error_taken,
     "no_flow": _stray(samples.tcp4()),
     "not_tcp": _stray(samples.ip4(2, bytes(8))),
+    "sibling_full": _sibling_full,
     "tunnel_full": _tunnel_full,
     "tunnel_closed": _tunnel_closed,
     "tun_write_error": _tun_write_error,

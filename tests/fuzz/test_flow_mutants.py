@@ -34,9 +34,12 @@ BY_LIMITS = {
     "fragment_memory",
     "fragment_packets",
     "fragment_too_many",
+    "icmp_error_taken",
     "icmp_rate_limit",
     "not_ready",
+    "sibling_full",
     "slots_exhausted",
+    "socket_full",
     "table_full",
     "tenant_limit",
     "tun_write_error",
@@ -86,6 +89,8 @@ def test_a_hundred_thousand_mutants_of_valid_flows(world: World) -> None:
     assert world.seen["reached the kernel"] > 10_000
     assert world.seen["came back"] > 10_000
     assert world.seen["icmp errors"] > 100
+    assert world.seen["sockets given"] > 100
+    assert world.seen["reached the world"] > 100
     _idle(world)
     _all_over(world)
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from random import Random
 
 from falkirk.decide import rules as rule_table
+from falkirk.flow.session import Session
 from falkirk.flow.settings import FlowSettings
+from falkirk.flow.table import TcpLift
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import (
     Abort,
@@ -23,7 +25,10 @@ from falkirk.wire.handover import (
     Connected,
     DialFailed,
     Message,
+    OpenSocket,
     Prepare,
+    SocketFailed,
+    SocketOpened,
     TunnelClosed,
     encode,
 )
@@ -91,6 +96,12 @@ class Producer:
             self.send(data)
 
 
+def _server(family: socket.AddressFamily) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    sock.bind(("127.0.0.1" if family == socket.AF_INET else "::1", 0))
+    return sock
+
+
 class World:
     """The rig with its surroundings; `close` gives everything back."""
 
@@ -107,6 +118,9 @@ class World:
         """Whose mark came to a slot first."""
         self.connected: dict[int, bytes] = {}
         self.dialling: list[Prepare] = []
+        self.opening: list[OpenSocket] = []
+        self.far = {size: _server(family) for size, family in ((4, socket.AF_INET), (16, socket.AF_INET6))}
+        """Where every session leads to, by the length of its addresses."""
         self.mutants = 0
         self.seen: Counter[str] = Counter()
 
@@ -114,6 +128,8 @@ class World:
         """Give everything back."""
         for producer in self.producers:
             producer.sock.close()
+        for far in self.far.values():
+            far.close()
         self.rig.close()
 
     # producers
@@ -157,7 +173,7 @@ class World:
                 others = self.marks - {producer.mark}
                 assert at < 0 or packet[at : at + 8] not in others, "a packet of another tunnel"
                 self.seen["came back"] += 1
-                parsed = parse(packet, 0, len(packet))
+                parsed = parse(packet, 0, len(packet), fragments=True)
                 assert parsed.destination in producer.addresses
                 assert parsed.total_length == len(packet)
                 if not producer.vnet or data[:10] == ZERO:
@@ -190,6 +206,9 @@ class World:
                 self.owners.pop(self._slot(message.slot), None)
             elif isinstance(message, Abort) and self.connected.pop(message.slot, None) is not None:
                 answers.append(Closed(message.slot, "aborted", 0, 0))
+            elif isinstance(message, OpenSocket):
+                self.opening.append(message)
+        self._open()
         later = []
         for prepare in self.dialling:
             mood = chance.random()
@@ -215,6 +234,39 @@ class World:
         for start in range(0, len(answers), 64):
             assert self.rig.upgrader is not None
             self.rig.upgrader.send(encode(answers[start : start + 64]))
+
+    def _open(self) -> None:
+        """The same for sockets."""
+        chance = self.chance
+        later = []
+        for wish in self.opening:
+            mood = chance.random()
+            if mood < 0.25:
+                later.append(wish)
+            elif mood < 0.85:
+                far = self.far[len(wish.destination)]
+                sock = socket.socket(far.family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+                sock.connect(far.getsockname())
+                self.seen["sockets given"] += 1
+                self.rig.give_socket(wish, sock)
+            elif mood < 0.95:
+                code = chance.choice((*ERRNOS, errno.EMFILE, errno.EADDRINUSE, errno.EPERM))
+                self.rig.say_upgrader(SocketFailed(wish.token, code))
+        self.opening = later
+        if chance.random() < 0.05:
+            self.rig.say_upgrader(SocketFailed(999_999, 1), SocketOpened(1 << 33, 1, False))
+
+    def world(self) -> None:
+        """What left by a session's socket comes back, with more behind it."""
+        for far in self.far.values():
+            while True:
+                try:
+                    data, peer = far.recvfrom(1 << 16)
+                except BlockingIOError:
+                    break
+                self.seen["reached the world"] += 1
+                assert NEVER not in data, "what must never pass has passed"
+                far.sendto(data[:1400] + bytes(self.chance.choice((0, 10, 1000, 3000))), peer)
 
     # the private namespace's kernel
 
@@ -317,10 +369,10 @@ class World:
         raise AssertionError(f"still busy after {limit} turns")
 
     def held(self) -> int:
-        """SYNs that wait for their upstream."""
-        return sum(
-            tunnel.device.held for tunnel in {id(t.device): t for t in self.rig.worker.tunnels.values()}.values()
-        )
+        """Packets that wait for their upstream."""
+        flows = [flow for tunnel in self.rig.worker.tunnels.values() for flow in tunnel.flows.values()]
+        packets = sum(len(flow.held or ()) for flow in flows if isinstance(flow, Session))
+        return packets + sum(flow.held is not None for flow in flows if isinstance(flow, TcpLift))
 
     def balance(self) -> int:
         """received - forwarded - answered - dropped - held: 0."""
@@ -346,5 +398,6 @@ class World:
         self.settle(200)
         self.dial()
         self.kernel()
+        self.world()
         self.settle(200)
         self.listen()

@@ -29,10 +29,10 @@ T = TypeVar("T")
 
 def in_namespace(namespace: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call the function in a thread of that network namespace (by descriptor); its result, or what it raised."""
-    return _in_thread(lambda: netns.join_network(namespace), lambda: function(*args, **kwargs))
+    return in_thread(lambda: netns.join_network(namespace), lambda: function(*args, **kwargs))
 
 
-def _in_thread(prepare: Callable[[], None], function: Callable[[], T]) -> T:
+def in_thread(prepare: Callable[[], None], function: Callable[[], T]) -> T:
     result: list[T] = []
     failure: list[BaseException] = []
 
@@ -58,7 +58,7 @@ class ServerNamespace:
     """
 
     def __init__(self) -> None:
-        self.namespace = _in_thread(netns.unshare_network, lambda: netns.self_descriptor("net"))
+        self.namespace = in_thread(netns.unshare_network, lambda: netns.self_descriptor("net"))
         """Descriptor of the namespace."""
         number = random.randrange(1 << 13)
         self.prefix4 = ipaddress.IPv4Network((int(ipaddress.IPv4Address("198.18.0.0")) + 16 * number, 28))
@@ -166,8 +166,8 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
         yield opened
 
 
-@pytest.fixture(params=["vnet-ipv4", "vnet-ipv6", "raw-ipv4", "raw-ipv6"])
+@pytest.fixture(params=["vnet-ipv4", "vnet-ipv6", "raw-ipv4", "raw-ipv6", "device-ipv4", "device-ipv6"])
 def way(world: World, request: pytest.FixtureRequest) -> Way:
-    """Each of the four ways through the mesh."""
+    """Each of the ways through the mesh."""
     framing, family = request.param.split("-")
     return world.way(framing, socket.AF_INET if family == "ipv4" else socket.AF_INET6)

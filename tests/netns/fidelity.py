@@ -2,7 +2,7 @@
 
 `World`: a server's namespace behind a cable, a mesh with some number of workers, and clients. A `Client` is a running
 `falkirk lower` whose command only waits; the test opens its own sockets in that namespace, so both ends of every
-connection are plain sockets in the test's hands. A `Way` is one of the four ways through: framing x address family.
+connection are plain sockets in the test's hands. A `Way` is one of the six ways through: framing x address family.
 
 What is in the prefix of the server's namespace: host 1 the server, 2 the mesh's end of the cable, 3 and 4 free for
 egress addresses, 5 nobody, 6 the server by a route with a connect timeout of a second, 7 behind a blackhole route;
@@ -45,7 +45,8 @@ NO_ROUTE = {socket.AF_INET: "198.51.100.1", socket.AF_INET6: "2001:db8::1"}
 """Destinations that no route covers."""
 _TOTAL_RETRANS = 100
 """Offset of tcpi_total_retrans in struct tcp_info."""
-FRAMINGS = ("vnet", "raw")
+FRAMINGS = ("vnet", "raw", "device")
+"""As `Mesh.lower` names them."""
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -281,13 +282,18 @@ class World:
         return self._clients[key]
 
     def way(self, framing: str, family: socket.AddressFamily) -> Way:
-        """One of the four ways. With several workers each of them carries some."""
+        """One of the ways. With several workers each of them carries some."""
         worker = FRAMINGS.index(framing) + FAMILIES.index(family)
         return Way(self, self.client(framing, worker=worker), family)
 
     def ways(self) -> list[Way]:
-        """All four."""
+        """All of them."""
         return [self.way(framing, family) for framing in FRAMINGS for family in FAMILIES]
+
+    @property
+    def a_device(self) -> str:
+        """The name of some device of acme."""
+        return self._on_worker[0]
 
     # questions
 

@@ -186,7 +186,7 @@ class KilledMesh:
     def _expected(self) -> set[str]:
         workers = {f"{kind}.worker.{number}" for kind in ("flow", "upgrader") for number in range(self.workers)}
         services = {"registry", "policy", "router", "onramp", "flow", "upgrader"}
-        return services | workers | {"onramp.worker.0", "upgrader.helper"}
+        return services | workers | {"onramp.worker.0", "upgrader.helper", "upgrader.lower_helper"}
 
     # load
 
@@ -388,9 +388,9 @@ def killed_mesh(directory: Path, workers: int) -> Iterator[KilledMesh]:
         places = [
             _place(stack, mesh, lab, directory, device, framing, worker)
             for worker, devices in enumerate(_by_worker(mesh, workers))
-            for device, framing in zip(devices, ("vnet", "raw"), strict=False)
+            for device, framing in zip(devices, ("device", "raw"), strict=False)
         ]
-        assert [place.framing for place in places] == ["vnet", "raw"] * workers
+        assert [place.framing for place in places] == ["device", "raw"] * workers
         load = Load(listeners.values())
         stack.callback(load.close)
         hosts = {socket.AF_INET: servers.address4, socket.AF_INET6: servers.address6}

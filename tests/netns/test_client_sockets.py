@@ -33,7 +33,7 @@ def serve(helper: Helper, worker: int) -> socket.socket:
 
 
 def ask(pair: socket.socket, slot: int, version: int = 4, source_port: int = 40000, port: int = 443) -> None:
-    assert seqpacket.send(pair, messages.encode(messages.Connect(slot, version, source_port, port)))
+    assert seqpacket.send(pair, messages.encode(messages.Connect(7 * slot, slot, version, source_port, port)))
 
 
 def answer(pair: socket.socket) -> tuple[messages.ToWorker, socket.socket | None]:
@@ -48,7 +48,7 @@ def answer(pair: socket.socket) -> tuple[messages.ToWorker, socket.socket | None
 def connecting(pair: socket.socket, slot: int, version: int = 4, **ports: int) -> socket.socket:
     ask(pair, slot, version, **ports)
     message, sock = answer(pair)
-    assert message == messages.Connecting(slot)
+    assert message == messages.Connecting(7 * slot)
     assert sock is not None
     return sock
 
@@ -118,11 +118,13 @@ def test_streams_of_one_port_go_to_different_slots(helper: Helper) -> None:
             sock.close()
 
 
-def test_a_port_that_is_taken_is_replaced(helper: Helper) -> None:
-    """The NAT sets the initiator's port in any case."""
-    with serve(helper, 0) as pair, connecting(pair, 16) as first, connecting(pair, 16) as second:
-        assert first.getsockname()[1] == 40000
-        assert second.getsockname()[1] not in (0, 40000)
+def test_ports_are_never_replaced(helper: Helper) -> None:
+    """The NAT is computed before the socket is there, from the ports that were asked for."""
+    with serve(helper, 0) as pair, connecting(pair, 16):
+        ask(pair, 16)
+        assert answer(pair) == (messages.NotConnecting(7 * 16, errno.EADDRNOTAVAIL), None)
+        ask(pair, 17, source_port=0)
+        assert answer(pair) == (messages.NotConnecting(7 * 17, errno.EINVAL), None)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_a_port_that_is_taken_is_replaced(helper: Helper) -> None:
 def test_what_can_not_be_is_refused_with_a_reason(helper: Helper, slot: int, port: int, code: int) -> None:
     with serve(helper, 0) as pair:
         ask(pair, slot, port=port)
-        assert answer(pair) == (messages.NotConnecting(slot, code), None)
+        assert answer(pair) == (messages.NotConnecting(7 * slot, code), None)
         connecting(pair, 16).close()
 
 

@@ -85,7 +85,18 @@ class Lower:
     def __init__(
         self, onramp: OnRamp, *command: str, options: tuple[str, ...] = (), wrapper: tuple[str, ...] = ()
     ) -> None:
-        tool = [sys.executable, "-c", CLI, "lower", "--tunnel", str(onramp.path), "--tenant", "acme"]
+        tool = [
+            sys.executable,
+            "-c",
+            CLI,
+            "lower",
+            "--tunnel",
+            str(onramp.path),
+            "--tenant",
+            "acme",
+            "--transport",
+            "socket",
+        ]
         self.process = subprocess.Popen(
             [*wrapper, *tool, "--device", "laptop", *options, "--", *command],
             stdin=subprocess.PIPE,

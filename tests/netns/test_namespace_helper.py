@@ -115,6 +115,7 @@ def test_says_all_that_it_made(helper: Helper) -> None:
     made, *workers, ready = helper.said
     assert isinstance(made, messages.Made)
     assert made.took["net.ipv4.tcp_no_metrics_save"] == "1"
+    assert made.took["net.ipv4.tcp_mtu_probing"] == "1"
     assert os.fstat(helper.descriptors[0][0]).st_ino == made.user_namespace
     assert os.fstat(helper.descriptors[0][1]).st_ino == made.network_namespace
     assert isinstance(ready, messages.Ready)

@@ -23,7 +23,7 @@ from tools.netlab import wait_for
 
 ORDINARY = [sys.executable, str(Path(__file__).with_name("ordinary_user.py"))]
 FALKIRK = [sys.executable, "-m", "falkirk.cli.main"]
-NAMES = {*SERVICES, "upgrader.helper", "upgrader.worker.0", "flow.worker.0", "onramp.worker.0"}
+NAMES = {*SERVICES, "upgrader.helper", "upgrader.lower_helper", "upgrader.worker.0", "flow.worker.0", "onramp.worker.0"}
 
 
 class Place:

@@ -264,7 +264,12 @@ def test_it_says_what_it_has(upgrader: Upgrader) -> None:
     helper = upgrader.pid("upgrader.helper")
     assert Path(f"/proc/{helper}/ns/net").stat().st_ino == answer.namespace_inode
     names = {info.name for info in upgrader.stats().processes}
-    assert names == {"upgrader", "upgrader.helper", *(f"upgrader.worker.{n}" for n in range(upgrader.workers))}
+    assert names == {
+        "upgrader",
+        "upgrader.helper",
+        "upgrader.lower_helper",
+        *(f"upgrader.worker.{n}" for n in range(upgrader.workers)),
+    }
 
 
 def test_a_killed_helper_costs_nothing(upgrader2: Upgrader, server: socket.socket) -> None:

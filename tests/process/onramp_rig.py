@@ -151,6 +151,7 @@ class Rig:
                 "flow_workers": flow_workers,
                 "peer_uids": (mine,),
                 "grants": ((mine, ("*",)),),
+                "device_uids": (),
                 "parser": "json",
                 "mtu": 1400,
                 "first_tunnel": 1,

@@ -200,7 +200,7 @@ def test_a_newer_flow_worker_replaces_and_an_older_is_refused(lock: Chamber) -> 
     lock.hold()
 
 
-@pytest.mark.parametrize("fields", [{"role": "onramp"}, {"worker": 1}, {"protocol": 2}])
+@pytest.mark.parametrize("fields", [{"role": "onramp"}, {"worker": 1}, {"protocol": 99}])
 def test_a_hello_that_does_not_fit_is_refused(lock: Chamber, fields: dict[str, object]) -> None:
     stranger = lock.connect_flow(12, **fields)
     lock.until(lambda: lock.counters.read("peer_refused") == 1)

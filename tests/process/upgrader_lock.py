@@ -71,6 +71,8 @@ class Chamber:
         self.listener, self.server = listen(family), listen(family)
         self.counters = Counters.create(control.COUNTERS)
         self.spans: list[control.SpanEnded] = []
+        self.told: list[control.FromWorker] = []
+        """What the worker says to its parent but spans."""
         self._devices = [os.open(os.devnull, os.O_RDWR) for _ in range(2)]
         setup = control.Setup(
             0,
@@ -93,7 +95,7 @@ class Chamber:
             seqpacket.listen(self.path, 0o660),
             self._devices,
             self.counters,
-            self._span,
+            self._hear,
             capacity,
         )
         self.said: list[Message] = []
@@ -104,8 +106,11 @@ class Chamber:
             self.flow = self.connect_flow(10)
             self.until(lambda: len(self.said) >= 2)
 
-    def _span(self, span: control.SpanEnded) -> bool:
-        self.spans.append(span)
+    def _hear(self, said: control.FromWorker) -> bool:
+        if isinstance(said, control.SpanEnded):
+            self.spans.append(said)
+        else:
+            self.told.append(said)
         return True
 
     def connect_flow(self, generation: int, **fields: object) -> socket.socket:
@@ -144,7 +149,7 @@ class Chamber:
     def prepare(self, slot: int = 1, port: int | None = None, **fields: Any) -> None:
         values: dict[str, object] = {
             "slot": slot,
-            "flow_id": bytes([slot]) * 16,
+            "flow_id": bytes([slot & 0xFF]) * 16,
             "destination": packed(self.family),
             "port": self.server.getsockname()[1] if port is None else port,
             "egress": b"",

@@ -7,7 +7,7 @@ the end of the others.
 
 Exit status: 0 where the flow would pass, 1 where it wouldn't, 2 for wrong usage, 3 where a stage that decides couldn't be asked. With --json one
 object: {"outcome", "onramp", "router", "policy", "flow"}, each the service's answer in protobuf's JSON, {"error": {"code", "reason", "message"}}, or
-null where it wasn't asked. The outcome is `lift` where the flow would pass; `refused` where the device wouldn't be admitted; the flow tracker's
+null where it wasn't asked. The outcome is `lift` or `forward` (to a device) where the flow would pass; `refused` where the device wouldn't be admitted; the flow tracker's
 `answer_rst` (denied), `answer_unreachable` (no route) or `drop` (a blackhole) otherwise; `unknown` where nobody could say.
 """
 
@@ -24,6 +24,7 @@ import typer
 
 SECONDS: Final = 5.0
 UNREACHED: Final = 3
+PASSES: Final = ("lift", "forward")
 
 
 Answers = dict[str, Any]
@@ -60,7 +61,7 @@ def explain(
         )
     else:
         typer.echo("\n".join(render(answers)))
-    raise typer.Exit(UNREACHED if outcome == "unknown" else 0 if outcome == "lift" else 1)
+    raise typer.Exit(UNREACHED if outcome == "unknown" else 0 if outcome in PASSES else 1)
 
 
 def ask(

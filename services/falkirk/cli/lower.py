@@ -15,7 +15,7 @@ import msgspec
 import typer
 
 from falkirk.linux.lower.request import LowerRequest
-from falkirk.wire.context import Framing
+from falkirk.wire.context import Framing, Transport
 
 MODULE = "falkirk.linux.lower"
 
@@ -34,6 +34,13 @@ def lower(
     ] = None,
     virtual_network: Annotated[str, typer.Option(help="Virtual network; the device's own if not given.")] = "",
     framing: Annotated[Framing, typer.Option(help="How packets are framed on the tunnel.")] = Framing.VNET,
+    transport: Annotated[
+        Transport | None,
+        typer.Option(
+            help="What carries packets; a device that is handed over where that is permitted, else the socket."
+        ),
+    ] = None,
+    packed: Annotated[bool, typer.Option(help="With raw framing: several packets in one datagram, each way.")] = True,
     attribute: Annotated[list[str] | None, typer.Option(help="key=value for the tunnel's context; repeatable.")] = None,
     mtu: Annotated[int, typer.Option(min=0, max=65535, help="Bytes; 0 takes what the on-ramp admits.")] = 0,
     congestion: Annotated[str, typer.Option(help="TCP congestion control of the command's connections.")] = "cubic",
@@ -55,6 +62,8 @@ def lower(
         command=tuple(command),
         virtual_network=virtual_network,
         framing=framing,
+        transport=transport,
+        packed=packed,
         attributes=_pairs(attribute, "--attribute"),
         mtu=mtu,
         congestion=congestion,

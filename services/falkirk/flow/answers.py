@@ -10,7 +10,8 @@ import ipaddress
 from errno import EACCES, ECONNREFUSED, ECONNRESET, ENETUNREACH, EPERM
 from typing import TYPE_CHECKING
 
-from falkirk.flow.counters import ANSWERED
+from falkirk.flow.counters import ANSWERED, FORWARDED
+from falkirk.flow.decision import Outcome
 from falkirk.flow.table import Tunnel
 from falkirk.wire import build
 from falkirk.wire.icmp import Unreachable
@@ -41,15 +42,28 @@ class Answers:
         if errno in (ECONNREFUSED, ECONNRESET):
             self.reset(tunnel, data)
         elif errno == ENETUNREACH:
-            self._unreachable(tunnel, data, Unreachable.NET)
+            self.unreachable(tunnel, data, Unreachable.NET)
         elif errno in (EACCES, EPERM):
-            self._unreachable(tunnel, data, Unreachable.PROHIBITED)
+            self.unreachable(tunnel, data, Unreachable.PROHIBITED)
         else:
-            self._unreachable(tunnel, data, Unreachable.HOST)
+            self.unreachable(tunnel, data, Unreachable.HOST)
+
+    def decided(self, tunnel: Tunnel, data: bytes, outcome: Outcome) -> None:
+        """What a first packet gets that may not go on."""
+        if outcome is Outcome.DENY:
+            self.reset(tunnel, data)
+        elif outcome is Outcome.PROHIBITED:
+            self.unreachable(tunnel, data, Unreachable.PROHIBITED)
+        else:
+            self.no_route(tunnel, data)
+
+    def host_unreachable(self, tunnel: Tunnel, data: bytes) -> None:
+        """The destination is known, and isn't there (RFC 1812 5.2.7.1)."""
+        self.unreachable(tunnel, data, Unreachable.HOST)
 
     def no_route(self, tunnel: Tunnel, data: bytes) -> None:
         """There is no way to the destination."""
-        self._unreachable(tunnel, data, Unreachable.NET)
+        self.unreachable(tunnel, data, Unreachable.NET)
 
     def not_built(self, tunnel: Tunnel, lane: Lane, packet: Packet, reason: str) -> None:
         """A protocol that this version doesn't carry."""
@@ -91,7 +105,23 @@ class Answers:
             return
         self._say(tunnel, build.too_big(data, packet, mtu, self._source(packet)))
 
-    def _unreachable(self, tunnel: Tunnel, data: bytes, kind: Unreachable) -> None:
+    def relay(
+        self, tunnel: Tunnel, message: bytearray, source: bytes, destination: bytes, *, counted: bool = True
+    ) -> None:
+        """An ICMP error (its checksum isn't made yet) from somebody beyond, or of our own where `source` is empty, about what the
+        tunnel's device has sent. `counted` where it stands for one that was received."""
+        four = len(destination) == 4
+        if not self._allowed(tunnel):
+            if counted:
+                self._worker.drop("icmp_rate_limit")
+            return
+        ours = self._source4 if four else self._source6
+        packet = build.icmp_packet(message, source or ours, destination, traffic_class=0xC0 if four else 0)
+        if self._worker.tunnels.say(tunnel, packet, counted=counted) and counted:
+            self._worker.counts[FORWARDED] += 1
+
+    def unreachable(self, tunnel: Tunnel, data: bytes, kind: Unreachable) -> None:
+        """The packet in `data` (behind its virtio-net header) doesn't reach its destination."""
         if not self._allowed(tunnel):
             self._worker.drop("icmp_rate_limit")
             return

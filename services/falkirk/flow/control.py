@@ -44,6 +44,31 @@ class Terminate(Message, frozen=True, tag=True):
     reason: str
 
 
+class Sibling(Message, frozen=True, tag=True):
+    """A pair with another worker, in place of the one with its predecessor. One descriptor."""
+
+    worker: int
+    descriptors: int = 1
+
+
+class Attached(Message, frozen=True, tag=True):
+    """Another worker reads a tunnel from now on."""
+
+    tunnel: int
+    worker: int
+    tenant_id: str
+    device_id: str
+    virtual_network_id: str
+    framing: Framing
+    mtu: int
+
+
+class Detached(Message, frozen=True, tag=True):
+    """A tunnel of another worker is over, or its worker is."""
+
+    tunnel: int
+
+
 class Tap(Message, frozen=True, tag=True):
     """Capture packets from now on, and push them into the descriptor; its end ends the capture. One descriptor. Fields that are
     empty choose nothing. See `falkirk.flow.captured`."""
@@ -98,7 +123,7 @@ class Status(Message, frozen=True, tag=True):
     ready: bool
 
 
-ToWorker = Start | Load | Terminate | Tap
+ToWorker = Start | Load | Terminate | Tap | Sibling | Attached | Detached
 ToParent = Loaded | TunnelOpened | TunnelEnded | Spooled | Status
 
 TO_WORKER: Final = msgspec.msgpack.Decoder(list[ToWorker])

@@ -1,7 +1,7 @@
 """What a flow worker counts. Every packet received is forwarded, answered, held or dropped with a reason; at rest nothing is held.
 A fragment that waits isn't received yet (`falkirk.flow.fragments`).
 
-`received` counts packets from tunnels and from the TUN devices alike, so the sum holds over both directions.
+`received` counts packets from tunnels, from the TUN devices and from sessions' sockets alike (there also what their error queues tell), so the sum holds over both directions.
 """
 
 from __future__ import annotations
@@ -19,10 +19,14 @@ DROP_REASONS: Final = (
     "spoofed_source",
     "bad_tcp_flags",
     "syn_too_large",
-    "udp_not_built",
-    "icmp_not_built",
+    "icmp_not_carried",
     "protocol_not_built",
     "icmp_error_unmatched",
+    "icmp_error_taken",
+    "descriptors_exhausted",
+    "ports_exhausted",
+    "socket_full",
+    "upstream_error",
     "syn_held",
     "held",
     "not_ready",
@@ -37,6 +41,7 @@ DROP_REASONS: Final = (
     "not_tcp",
     "tunnel_full",
     "tunnel_closed",
+    "sibling_full",
     "tun_write_error",
     "icmp_rate_limit",
     "unanswerable",

@@ -35,3 +35,5 @@ class Egress:
         lane.rewrite_back(orphan, l4)
         if worker.deliver(tunnel, lane.view[10:end] if lane.raw else lane.view[:end]):
             worker.counts[FORWARDED] += 1
+        else:
+            worker.orphans.untold(orphan)

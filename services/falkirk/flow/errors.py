@@ -1,9 +1,9 @@
-"""ICMP from a tunnel. Errors that quote a segment of one of its flows go on to the private namespace's kernel, so that its
+"""ICMP errors from a tunnel. Those that quote a segment of one of its flows go on to the private namespace's kernel, so that its
 TCP hears of a smaller path MTU or of a host that is gone; RFC 5508 4.2. Each is translated to the flow's slot, an address
 that no other flow has, so what the kernel learns from it (the path MTU) touches this flow only; an IPv6 slot whose path MTU
 was told rests until the kernel has forgotten it (`falkirk.flow.slots`).
 
-Limit: echo isn't built in this version.
+Errors about replies of UDP and echo end here: a socket can't send them on (see `falkirk.flow.session`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from falkirk.flow.counters import FORWARDED
+from falkirk.flow.keys import key_of
+from falkirk.flow.session import Session
 from falkirk.flow.table import State, TcpLift, Tunnel
-from falkirk.wire.icmp import PACKET_TOO_BIG6
+from falkirk.wire.icmp import FRAGMENTATION_NEEDED4, PACKET_TOO_BIG6, UNREACHABLE4
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.nat import Rewrite
 from falkirk.wire.packet import Packet
-from falkirk.wire.protocol import TCP
+from falkirk.wire.protocol import TCP, UDP
 from falkirk.wire.translate import Quoted, quoted, translate
 
 if TYPE_CHECKING:
@@ -33,13 +35,14 @@ class IcmpErrors:
     def from_tunnel(self, lane: Lane, tunnel: Tunnel, packet: Packet) -> None:
         """An ICMP or ICMPv6 message in the lane's buffer, from an address of the device."""
         worker = self._worker
-        if not packet.is_icmp_error:
-            worker.drop("icmp_not_built")
-            return
         try:
             quote = quoted(lane.buffer, packet)
         except MalformedPacket as error:
             worker.drop(error.reason)
+            return
+        session = _session(tunnel, quote)
+        if session is not None:
+            session.sessions.told(session, packet, _mtu(lane, packet))
             return
         flow = self._flow(tunnel, quote)
         if flow is None or flow.state is State.HELD:
@@ -62,6 +65,27 @@ class IcmpErrors:
             return None
         ports = quote.destination_port.to_bytes(2, "big") + quote.source_port.to_bytes(2, "big")
         return tunnel.lifts.get(quote.destination + quote.source + ports)
+
+
+def _session(tunnel: Tunnel, quote: Quoted) -> Session | None:
+    """The session whose packet to the client is quoted."""
+    if quote.protocol == TCP:
+        return None
+    client, server = (quote.destination, quote.destination_port), (quote.source, quote.source_port)
+    if quote.protocol != UDP:
+        client, server = (quote.destination, quote.identifier), (quote.source, 0)
+    flow = tunnel.flows.get(key_of(quote.protocol, client[0], server[0], client[1], server[1]))
+    return flow if isinstance(flow, Session) and flow.held is None else None
+
+
+def _mtu(lane: Lane, packet: Packet) -> int:
+    """The MTU that an error tells; 0 where it tells none."""
+    at = packet.at + packet.header_length
+    if packet.version == 6:
+        return int.from_bytes(lane.view[at + 4 : at + 8], "big") if packet.icmp_type == PACKET_TOO_BIG6 else 0
+    if (packet.icmp_type, packet.icmp_code) != (UNREACHABLE4, FRAGMENTATION_NEEDED4):
+        return 0
+    return int.from_bytes(lane.view[at + 6 : at + 8], "big")
 
 
 def _forward(flow: TcpLift) -> Rewrite:

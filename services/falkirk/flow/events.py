@@ -147,6 +147,7 @@ def flow_of_record(record: AuditRecord) -> tuple[pb.WatchResponse.Event, pb.Flow
             user=record.user,
             virtual_network=record.virtual_network,
         ),
+        destination_device=record.destination_device,
         treatment=TREATMENTS.get(record.treatment, net_pb2.TREATMENT_UNSPECIFIED),
         rule=record.rule,
         route_id=record.route_id,

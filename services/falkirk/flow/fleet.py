@@ -21,6 +21,7 @@ from falkirk.flow.capture import Captures
 from falkirk.flow.delivery import Delivery
 from falkirk.flow.events import EventFeed
 from falkirk.flow.live import LiveReader, LiveRecord
+from falkirk.flow.roster import Roster
 from falkirk.flow.settings import FlowSettings
 from falkirk.flow.text import address_text
 from falkirk.runtime import blob, telemetry
@@ -70,6 +71,7 @@ class Fleet:
             self._started,
             self._exited,
         )
+        self.roster = Roster(shell.workers, self.pool.send, self.pool.alive)
 
     # workers
 
@@ -89,7 +91,7 @@ class Fleet:
         self.pool.send(worker, encode([start]), (self.counters[worker].fd, self._tenants))
         for load in self._snapshots.values():
             self.pool.send(worker, encode([load]))
-
+        self.roster.started(worker)
         self.captures.started(worker)
 
     def _tap(self, worker: int, wanted: control.Tap, fd: int) -> bool:
@@ -98,6 +100,7 @@ class Fleet:
     def _exited(self, worker: int, status: int) -> None:
         log.warning("worker_exited", worker=worker, status=status)
         self._contexts[worker].clear()
+        self.roster.exited(worker)
         self._set_ready(worker, False)
         self._deliveries[worker].grown()
 
@@ -110,8 +113,10 @@ class Fleet:
                     self._deliveries[worker].grown()
                 case control.TunnelOpened():
                     self._contexts[worker][message.tunnel] = message.context
+                    self.roster.opened(worker, message)
                 case control.TunnelEnded():
                     self._contexts[worker].pop(message.tunnel, None)
+                    self.roster.ended(worker, message.tunnel)
                 case control.Status():
                     self._set_ready(worker, message.ready)
                 case control.Loaded():

@@ -4,8 +4,8 @@ In: fragments wait (`falkirk.flow.reassembly`) until their packet is whole; it t
 by itself is dropped, or answered where RFC 8200 4.5 says so. When time is up and the first fragment had come, its sender is told
 (RFC 792, RFC 4443 3.3).
 
-Out: `say` cuts what is too long for its tunnel; identifications count up in each tunnel from a random start, so that they don't
-come again soon (RFC 6864 4.3) and tell nothing of other tunnels (RFC 7739 5).
+Out: `say` cuts what is too long for its tunnel. Identifications of what has none of its own count up in each tunnel from a random
+start, so that they don't come again soon (RFC 6864 4.3) and tell nothing of other tunnels (RFC 7739 5).
 
 Accounting: a fragment that waits isn't `received` yet. It counts once it is known what came of it: fragments that became a packet count
 as that one packet, which is then forwarded, answered or dropped; each of the others counts for itself. So what is received is always what is
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from falkirk.flow.counters import RECEIVED
+from falkirk.flow.counters import DROPS, RECEIVED
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.reassembly import Limits, Reassembly
 from falkirk.flow.table import Tunnel
@@ -67,6 +67,9 @@ class Fragments:
         taken = self.reassembly.take(tunnel.id, piece, worker.second)
         for reason, count in taken.dropped:
             self._dropped(reason, count)
+        if taken.refused:
+            worker.counts[RECEIVED] += 1
+            worker.drop(taken.refused)
         if taken.whole is None:
             return
         worker.counts[RECEIVED] += 1
@@ -104,10 +107,10 @@ class Fragments:
         self._dropped("tunnel_closed", self.reassembly.close(tunnel.id))
 
     def _dropped(self, reason: str, count: int) -> None:
-        worker = self._worker
-        worker.counts[RECEIVED] += count
-        for _ in range(count):
-            worker.drop(reason)
+        """Some that waited: another packet is under way, or none."""
+        counts = self._worker.counts
+        counts[RECEIVED] += count
+        counts[DROPS[reason]] += count
 
     # out
 
@@ -123,7 +126,9 @@ class Fragments:
         most = min(mtu, tunnel.mtu) if mtu else tunnel.mtu
         if len(packet) <= most:
             return [packet]
-        return fragments.cut(packet, most, self._identification(tunnel))
+        # RFC 791 3.2: who forwards keeps what the sender has chosen; with DF set there was nothing to choose.
+        own = packet[0] >> 4 == 4 and not packet[6] & 0x40
+        return fragments.cut(packet, most, None if own else self._identification(tunnel))
 
     def _identification(self, tunnel: Tunnel) -> int:
         if tunnel.identification < 0:

@@ -18,8 +18,8 @@ from falkirk.flow.table import TcpLift, Tunnel
 from falkirk.flow.tracker import ACK, FIN, RST, SYN
 from falkirk.wire import ipv4, vnet
 from falkirk.wire.malformed import MalformedPacket
-from falkirk.wire.packet import Packet, parse, split, verify
-from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
+from falkirk.wire.packet import Packet, parse, verify
+from falkirk.wire.protocol import TCP, UDP
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
@@ -36,22 +36,11 @@ class Ingress:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def packed(self, lane: Lane, tunnel: Tunnel, data: bytes) -> int:
-        """Several packets in one raw datagram; returns how many (a malformed rest counts as one)."""
-        count = 0
-        try:
-            for at, length in split(data, len(data)):
-                count += 1
-                lane.view[HEADER : HEADER + length] = data[at : at + length]
-                lane.up(tunnel, HEADER + length)
-        except MalformedPacket as error:
-            count += 1
-            self._worker.drop("second_context" if data[:1] == b"{" else error.reason)
-        return count
-
     def packet(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
         """A packet at [10, end) of the lane's buffer."""
         worker = self._worker
+        if tunnel.passages and worker.forward.known(lane, tunnel, end):
+            return
         if end <= HEADER:
             worker.drop("vnet_too_short")
             return
@@ -64,23 +53,27 @@ class Ingress:
             second = lane.buffer[HEADER if lane.raw else 0] == ord("{")
             worker.drop("second_context" if second else error.reason)
             return
-        if packet.source not in tunnel.context.addresses:
+        if packet.source not in tunnel.context.addresses and not worker.forward.expects(tunnel, lane, packet):
             worker.drop("spoofed_source")
         elif packet.ttl < 2:
             worker.answers.time_exceeded(tunnel, lane, packet)
         elif packet.is_fragment:
             if self._other_vnet(lane, tunnel, packet):
                 worker.fragments.take(lane, tunnel, packet)
+        elif worker.forward.packet(lane, tunnel, packet, end):
+            return
         elif packet.protocol == TCP:
             self._tcp(lane, tunnel, packet, end)
         elif not self._other_vnet(lane, tunnel, packet):
             return
-        elif packet.protocol in (ICMP, ICMPV6):
+        elif packet.protocol == UDP:
+            worker.udp.packet(lane, tunnel, packet, end)
+        elif packet.is_icmp_error:
             worker.errors.from_tunnel(lane, tunnel, packet)
+        elif packet.icmp_type >= 0:
+            worker.echo.packet(lane, tunnel, packet, end)
         else:
-            worker.answers.not_built(
-                tunnel, lane, packet, "udp_not_built" if packet.protocol == UDP else "protocol_not_built"
-            )
+            worker.answers.not_built(tunnel, lane, packet, "protocol_not_built")
 
     def vnet(self, lane: Lane, flow: TcpLift, l4: int, end: int) -> bool:
         """Whether the virtio-net header tells the truth about the segment; counted where not. The tunnel's word is not trusted."""
@@ -114,6 +107,19 @@ class Ingress:
         except MalformedPacket as error:
             self._worker.drop(error.reason)
             return False
+        return True
+
+    def normal(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> bool:
+        """Whether the virtio-net header is true of a packet that goes on as it is; it is in its normal form then. Counted where not."""
+        if lane.raw:
+            return True
+        try:
+            header = vnet.validate(vnet.unpack(lane.buffer, 0, end), packet, tunnel.mtu)
+        except MalformedPacket as error:
+            self._worker.drop(error.reason)
+            return False
+        # As in `vnet`: a header length where nothing is to be cut may be beyond a later packet's end.
+        lane.view[:HEADER] = (header if header.gso_type else header._replace(hdr_len=0)).pack()
         return True
 
     def _tcp(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> None:

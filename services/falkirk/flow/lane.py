@@ -51,51 +51,34 @@ class Lane:
         self.buffer = bytearray(BUFFER)
         self.view = memoryview(self.buffer)
         self.words = self.view.cast("H")
-        self._packets = self.view[HEADER:]
-        # Of a `raw` lane the header is never written to: what the device says there must not be a tunnel's next word.
-        self._from_tunnel = [self._packets if self.raw else self.view]
-        self._from_tun = [memoryview(bytearray(HEADER)), self._packets] if self.raw else [self.view]
+        self._whole = [self.view]
 
     def from_tunnel(self, tunnel: Tunnel, hung_up: bool) -> bool:
         """Read a tunnel until it is empty or the budget is spent. False where it is over."""
-        buffers = self._from_tunnel
-        fd = tunnel.fd
-        readv = os.readv
+        buffers = self._whole
+        read = tunnel.read
         received = 0
         alive = True
         for _ in range(BUDGET):
             try:
-                size = readv(fd, buffers)
+                size = read(buffers)
             except BlockingIOError:
                 break
             except OSError:
                 alive = False
                 break
             if not size:
-                if hung_up or ended(fd):
+                if hung_up or ended(tunnel.fd):
                     alive = False
                     break
                 received += 1
                 self.worker.drop("empty_datagram")
-            elif self.raw:
-                received += self._raw_datagram(tunnel, size)
-                if received >= BUDGET:
-                    break
             else:
                 received += 1
                 self.up(tunnel, size)
         self.worker.counts[RECEIVED] += received - self.waiting
         self.waiting = 0
         return alive
-
-    def _raw_datagram(self, tunnel: Tunnel, size: int) -> int:
-        """One or several packets; returns how many."""
-        buffer = self.buffer
-        total = buffer[12] << 8 | buffer[13] if buffer[10] >> 4 == 4 else 40 + (buffer[14] << 8 | buffer[15])
-        if total >= size:
-            self.up(tunnel, HEADER + size)
-            return 1
-        return self.worker.ingress.packed(self, tunnel, bytes(self.view[HEADER : HEADER + size]))
 
     def up(self, tunnel: Tunnel, end: int) -> None:
         """A packet at [10, end) of the buffer, from a tunnel."""
@@ -120,6 +103,10 @@ class Lane:
             if flow is None or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2:
                 return self.worker.ingress.packet(self, tunnel, end)
             l4 = 50
+        elif first == 0x45 and buffer[19] == 17 and end >= 38:
+            return self.worker.udp.up4(self, tunnel, end)
+        elif first >> 4 == 6 and buffer[16] == 17 and end >= 58:
+            return self.worker.udp.up6(self, tunnel, end)
         else:
             return self.worker.ingress.packet(self, tunnel, end)
         header = view[:10].tobytes()
@@ -172,7 +159,7 @@ class Lane:
 
     def from_tun(self) -> int:
         """Read the device until it is empty or the budget is spent; returns how many packets there were."""
-        buffers = self._from_tun
+        buffers = self._whole
         tun = self.tun
         readv = os.readv
         received = 0
@@ -217,10 +204,10 @@ class Lane:
         if flow.tick != worker.second:
             flow.tick = worker.second
             worker.dirty.append(flow)
+        if buffer[l4 + 13] & 7 or flow.state is not State.ESTABLISHED:
+            worker.tracker.segment_down(flow, buffer, l4, end)
         if worker.deliver(flow.tunnel, view[10:end] if self.raw else view[:end]):
             worker.counts[FORWARDED] += 1
-        if buffer[l4 + 13] & 5 or flow.state is not State.ESTABLISHED:
-            worker.tracker.segment_down(flow, buffer, l4, end)
         return None
 
     def rewrite_back(self, flow: TcpLift | Orphan, l4: int) -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Final
 
 from falkirk.flow import records
 from falkirk.flow.counters import DENIED, ENDED, STARTED
-from falkirk.flow.decision import Decision
+from falkirk.flow.decision import Decision, Outcome
 from falkirk.flow.keys import signature
+from falkirk.flow.live import kind_of
 from falkirk.flow.table import Flow, State, Tunnel
 from falkirk.wire.context import Framing
 
@@ -42,11 +43,11 @@ class Lifecycle:
 
     # begun
 
-    def refusal(self, tunnel: Tunnel) -> str | None:
-        """Why this tunnel may not have another flow now; None where it may."""
+    def refusal(self, tunnel: Tunnel, *, lifted: bool = True) -> str | None:
+        """Why this tunnel may not have another flow now; None where it may. One that isn't `lifted` needs no upgrader."""
         settings = self._worker.settings
         context = tunnel.context
-        if not self._worker.pair.ready or self._worker.draining:
+        if (lifted and not self._worker.pair.ready) or self._worker.draining:
             return "not_ready"
         if self._worker.spool.stuck:
             return "audit_unwritable"
@@ -98,7 +99,7 @@ class Lifecycle:
         worker.live.begin(
             index,
             state,
-            tunnel.framing is Framing.RAW,
+            kind_of(tunnel.framing is Framing.RAW, decision.outcome is Outcome.FORWARD),
             tunnel.id,
             flow.slot,
             flow.key,

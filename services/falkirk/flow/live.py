@@ -70,6 +70,21 @@ class LiveRecord:
         ends = self.source, self.destination, self.source_port, self.destination_port
         return lift_key(*ends) if self.slot else key_of(self.protocol, *ends)
 
+    @property
+    def raw(self) -> bool:
+        """Whether its tunnel is a `raw` one."""
+        return self.kind & 1 != 0
+
+    @property
+    def forwarded(self) -> bool:
+        """Whether it leads to a device."""
+        return self.kind & 2 != 0
+
+
+def kind_of(raw: bool, forwarded: bool) -> int:
+    """The kind of a flow, as it is kept."""
+    return raw | forwarded << 1
+
 
 class LiveTable:
     """The worker's side: a fresh file in place of the predecessor's, which leaves its slot pools' `cursors`."""

@@ -41,7 +41,7 @@ def flow_of_live(record: LiveRecord, worker: int, fleet: Fleet) -> pb.Flow | Non
         state=pb.FlowState.Name(record.state),
         tunnel_id=record.tunnel,
         context=context_proto(context),
-        treatment=net_pb2.TREATMENT_L4,
+        treatment=net_pb2.TREATMENT_L3 if record.forwarded else net_pb2.TREATMENT_L4,
         rule=record.rule,
         route_id=str(uuid.UUID(bytes=record.route_id)) if any(record.route_id) else "",
         worker=worker,
@@ -51,6 +51,9 @@ def flow_of_live(record: LiveRecord, worker: int, fleet: Fleet) -> pb.Flow | Non
         packets_up=record.packets_up,
         packets_down=record.packets_down,
     )
+    if record.forwarded:
+        route = fleet.routes.lookup(context.virtual_network_id, record.destination)
+        flow.destination_device = route.device.device if route is not None and route.device is not None else ""
     flow.start_time.FromNanoseconds(record.start)
     flow.last_time.FromNanoseconds(record.last)
     return flow

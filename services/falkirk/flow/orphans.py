@@ -115,7 +115,7 @@ class Orphans:
 
     def _orphan(self, record: LiveRecord) -> Orphan:
         plan = self._plan
-        framing = Framing.RAW if record.kind else Framing.VNET
+        framing = Framing.RAW if record.raw else Framing.VNET
         one = plan.slot(framing, 1)
         address = plan.address4 if record.family == 4 else plan.address6
         key = record.key
@@ -185,6 +185,10 @@ class Orphans:
             return None
         return msgspec.structs.replace(orphan, delta_all=(orphan.delta_all + native_sum(listener_port)) % 0xFFFF)
 
+    def untold(self, orphan: Orphan) -> None:
+        """The RST of a lost stream found its tunnel full, or without its device yet."""
+        self._silent.append((orphan.tunnel, orphan.back, TRIES))
+
     def reset(self, worker: Worker, flow: TcpLift) -> None:
         """Tell the client of a flow whose upgrader is gone, where the kernel's RST hasn't."""
         if flow.held is not None:
@@ -193,6 +197,13 @@ class Orphans:
             worker.answers.reset(flow.tunnel, packet)
         elif not flow.reset:
             self._silent.append((flow.tunnel.id, flow.back, TRIES))
+
+    def ask(self, worker: Worker, number: int, back: bytes) -> None:
+        """Probe one end of a connection that nobody carries any more. `back` is the signature of packets towards it, 12 or 36 bytes."""
+        tunnel = worker.tunnels.get(number)
+        if tunnel is not None:
+            sent = worker.tunnels.say(tunnel, _probe(back), counted=False)
+            self._silent.append((number, back, TRIES - sent))
 
     def each_second(self, worker: Worker) -> None:
         """Look for clients that haven't been told yet, once the upgrader has been asked to reset everything."""

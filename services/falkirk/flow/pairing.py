@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow import control, counters, peers
-from falkirk.flow.lane import BUDGET
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import AbortAll, Devices
 
@@ -91,7 +90,7 @@ class UpgraderPair:
 
     def _drain_devices(self) -> None:
         for lane in self._worker.lanes.values():
-            while lane.tun >= 0 and lane.from_tun() == BUDGET:
+            while lane.tun >= 0 and lane.from_tun():
                 pass
 
     def mend(self) -> None:
@@ -108,7 +107,7 @@ class UpgraderPair:
             return
         if self.ready or not worker.snapshots.complete:
             return
-        if worker.orphans.tunnels - worker.tunnels.keys() and worker.now < self.adoption_deadline:
+        if worker.orphans.tunnels - worker.tunnels.carried() and worker.now < self.adoption_deadline:
             return
         # What a predecessor's streams have sent meanwhile fills the devices' queues, and a RST that finds no room is lost.
         self._drain_devices()

@@ -33,6 +33,8 @@ from falkirk.wire.handover import (
     Held,
     Hello,
     Message,
+    SocketFailed,
+    SocketOpened,
     TunnelClosed,
     batches,
     encode,
@@ -217,6 +219,10 @@ class UpgraderLink(Link):
                     tracker.dial_failed(message)
                 case Closed():
                     tracker.closed(message)
+                case SocketOpened():
+                    self._worker.opening.opened(message, fds)
+                case SocketFailed():
+                    self._worker.opening.failed(message)
                 case Devices():
                     check_devices(message, fds)
                     devices, fds[:2] = fds[:2], []

@@ -71,11 +71,13 @@ class Whole(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What `take` came to. Fragments that are in neither wait."""
+    """What `take` came to. A fragment that is neither part of a whole packet nor refused waits."""
 
     whole: Whole | None
+    refused: str
+    """Why this fragment is dropped; empty where it isn't."""
     dropped: tuple[tuple[str, int], ...]
-    """(reason, fragments)."""
+    """(reason, fragments) of those that waited and no longer do."""
 
 
 class Expired(NamedTuple):
@@ -139,23 +141,22 @@ class Reassembly:
             if len(tunnel.packets) >= self._limits.tunnel_packets:
                 self._give_up_oldest(number, tunnel, "fragment_packets", dropped)
             if not self._room(number, tunnel, PACKET_COST, None, dropped):
-                dropped.append(("fragment_memory", 1))
-                return Taken(None, tuple(dropped))
+                return Taken(None, "fragment_memory", tuple(dropped))
             self._tunnels[number] = tunnel
             packet = tunnel.packets[piece.key] = _Packet(now + self._limits.seconds)
             self._order[number, piece.key] = packet
             self._charge(tunnel, PACKET_COST)
         refusal = packet.refused or self._refusal(packet, piece)
         if refusal == "fragment_duplicate" or packet.refused:
-            dropped.append((refusal, 1))
-            return Taken(None, tuple(dropped))
+            return Taken(None, refusal, tuple(dropped))
         cost = len(piece.packet) + PIECE_COST
         if not refusal and not self._room(number, tunnel, cost, packet, dropped):
             refusal = "fragment_memory"
         if refusal:
-            dropped.append((refusal, 1 + len(packet.pieces)))
+            if packet.pieces:
+                dropped.append((refusal, len(packet.pieces)))
             self._refuse(tunnel, packet, refusal)
-            return Taken(None, tuple(dropped))
+            return Taken(None, refusal, tuple(dropped))
         at = bisect(packet.starts, piece.offset)
         packet.starts.insert(at, piece.offset)
         packet.pieces[piece.offset] = piece
@@ -165,15 +166,16 @@ class Reassembly:
         self._charge(tunnel, cost)
         self.waiting += 1
         if packet.bytes != packet.total:
-            return Taken(None, tuple(dropped))
+            return Taken(None, "", tuple(dropped))
         self._forget(number, tunnel, piece.key)
         pieces = [packet.pieces[start] for start in packet.starts]
         try:
             whole = assemble(pieces)
         except MalformedPacket as error:
-            dropped.append((error.reason, len(pieces)))
-            return Taken(None, tuple(dropped))
-        return Taken(Whole(whole, len(pieces), max(len(each.packet) for each in pieces)), tuple(dropped))
+            if len(pieces) > 1:
+                dropped.append((error.reason, len(pieces) - 1))
+            return Taken(None, error.reason, tuple(dropped))
+        return Taken(Whole(whole, len(pieces), max(len(each.packet) for each in pieces)), "", tuple(dropped))
 
     def expire(self, now: int) -> list[Expired]:
         """Give up what has waited too long."""

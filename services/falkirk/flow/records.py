@@ -50,8 +50,16 @@ def of_tunnel(tunnel: int, context: TunnelContext | None) -> str:
 def of_decision(decision: Decision, why: str = "") -> str:
     """What was decided, and why; `why` replaces the decision's own."""
     treatment = decision.verdict.treatment if decision.verdict is not None else ""
+    device = decision.route.device if decision.route is not None else None
     return _part(
-        {"rule": decision.rule, "why": why or decision.why, "route_id": decision.route_id, "treatment": treatment}
+        {
+            "rule": decision.rule,
+            "why": why or decision.why,
+            "route_id": decision.route_id,
+            "treatment": treatment or ("l3" if decision.outcome == "forward" else ""),
+            "destination_device": device.device if device is not None else "",
+            "destination_device_id": device.device_id if device is not None else "",
+        }
     )
 
 

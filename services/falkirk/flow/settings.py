@@ -27,8 +27,18 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Idle time after which an established TCP flow ends, in seconds. RFC 5382 REQ-5: at least 2 h 4 min."""
     transitory_idle_s: int = 240
     """The same for one that is opening or closing, in seconds. RFC 5382 REQ-5: at least 4 min."""
+    udp_idle_s: int = 300
+    """Idle time after which a UDP flow ends, in seconds. RFC 4787 REQ-5: at least 2 min, 5 min recommended."""
+    udp_dns_idle_s: int = 20
+    """The same for a UDP session with port 53, in seconds: longer than resolvers wait for an answer."""
+    echo_idle_s: int = 60
+    """The same for ICMP echo. RFC 5508 REQ-2: at least 60 s."""
+    other_idle_s: int = 600
+    """The same for flows of any other protocol, which only their addresses tell apart (SCTP, GRE, ESP)."""
     tunnel_queue_bytes: int = 1_048_576
-    """Bytes that wait for a tunnel whose reader is slow; more is dropped (tunnel_full)."""
+    """Bytes that wait for a tunnel whose reader is slow; more is dropped (tunnel_full). The same for another worker (sibling_full)."""
+    coalesce: bool = True
+    """Join segments of `raw` tunnels to super-packets before the kernel gets them. Off, each is written by itself, at a third of the speed."""
     fragment_bytes: int = 16_777_216
     """Bytes of memory a worker in which fragments wait for the rest of their packets; 0 drops every fragment."""
     fragment_tunnel_bytes: int = 1_048_576
@@ -50,10 +60,13 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for field in msgspec.structs.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("icmp_per_second", "fragment_bytes") else 1
-            if isinstance(value, int) and value < least:
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise ValueError(f"{field.name} must be at least {least}")
         if self.fragment_timeout_s > 60:
             raise ValueError("fragment_timeout_s must be at most 60")
+        for name, least in (("udp_idle_s", 120), ("udp_dns_idle_s", 17), ("echo_idle_s", 60)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}")
         for name, kind in (("icmp_source4", ipaddress.IPv4Address), ("icmp_source6", ipaddress.IPv6Address)):
             try:
                 kind(getattr(self, name))

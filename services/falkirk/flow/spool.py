@@ -51,6 +51,9 @@ class AuditRecord(msgspec.Struct, omit_defaults=True, kw_only=True):
     why: str = ""
     route_id: str = ""
     treatment: str = ""
+    destination_device: str = ""
+    """The device that the destination leads to."""
+    destination_device_id: str = ""
     reason: str = ""
     """Why it was denied or how it ended."""
     bytes_up: int = 0

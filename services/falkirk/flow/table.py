@@ -12,17 +12,21 @@ fields are read in that order too, so nothing is swapped.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
 from falkirk.flow.keys import signature
 from falkirk.flow.records import of_tunnel
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.checksum import Buffer
+from falkirk.wire.context import Framing, Transport, TunnelContext
 
 if TYPE_CHECKING:
     from falkirk.flow.decision import Decision
+    from falkirk.flow.passages import Passage
 
 
 IPV6: Final = 0x10000
@@ -222,6 +226,11 @@ class DeviceCounts:
         self.tunnels = 0
 
 
+def unattached(_: object) -> int:
+    """What a tunnel without a descriptor reads and writes with."""
+    raise OSError(errno.ENOTCONN, "nothing carries this tunnel's packets yet")
+
+
 class Tunnel:
     """One tunnel: whom it speaks for, its flows, and the bounded queue towards a slow reader."""
 
@@ -237,15 +246,19 @@ class Tunnel:
         "id",
         "identification",
         "lifts",
+        "link",
         "memo",
         "mtu",
+        "passages",
         "queue",
         "queued",
+        "read",
         "records_left",
         "records_tick",
         "refused",
         "row",
         "unrecorded",
+        "write",
     )
 
     def __init__(
@@ -259,12 +272,21 @@ class Tunnel:
         self.framing = framing
         self.mtu = mtu
         self.fd = fd
+        """Where packets are read and written; negative where there is nothing (any more)."""
+        self.link = fd
+        """The SEQPACKET connection: the tunnel lives as long as it. The same as `fd` unless a device carries the packets."""
+        self.read: Callable[[Sequence[Buffer]], int] = unattached
+        """A packet into these buffers, from wherever packets come; its size. Raises BlockingIOError where there is none."""
+        self.write: Callable[[Buffer], int] = unattached
+        """The other way. Raises BlockingIOError where there is no room."""
         self.row = row
         """The tenant's row in the shared counts."""
         self.flows: dict[bytes, Flow] = {}
         """Flows that it initiated, of every protocol, by their keys."""
         self.lifts = cast("dict[bytes, TcpLift]", self.flows)
         """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else."""
+        self.passages: dict[bytes, Passage] = {}
+        """Forwarded flows' packets that come from here, initiated here or elsewhere (`falkirk.flow.passages`)."""
         self.memo: dict[tuple[bytes, int, int], Decision] = {}
         self.queue: deque[bytes] = deque()
         self.queued = 0
@@ -278,6 +300,11 @@ class Tunnel:
         self.icmp_left = 0
         self.identification = -1
         """The last one that was given to fragments; -1 before the first."""
+
+    @property
+    def transport(self) -> Transport:
+        """What carries its packets."""
+        return Transport.SOCKET if self.fd == self.link else Transport.DEVICE
 
 
 class Wheel:

@@ -25,15 +25,15 @@ from typing import TYPE_CHECKING, Final
 from falkirk.decide import cel
 from falkirk.flow import captured, records
 from falkirk.flow.captured import Begun, Captured
+from falkirk.flow.coalesce import claimed
 from falkirk.flow.counters import ANSWERED, FORWARDED
 from falkirk.flow.keys import Signature, signature
 from falkirk.flow.lane import HEADER, ZERO_HEADER, Lane
+from falkirk.flow.raw import RawLane
 from falkirk.flow.signatures import keys, reverse, signature_of
 from falkirk.flow.table import IPV6, TcpLift
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
-from falkirk.wire.malformed import MalformedPacket
-from falkirk.wire.packet import split
 
 if TYPE_CHECKING:
     from falkirk.flow.control import Tap as Wanted
@@ -139,20 +139,6 @@ class Passing:
 class TappedLane(Lane):
     """A lane whose packets are looked at. It has no state of its own, so that a lane can become one and turn back."""
 
-    def _raw_datagram(self, tunnel: Tunnel, size: int) -> int:
-        """Several packets are captured one by one, what is behind the last good one as it came."""
-        taps = self.worker.taps
-        data = self.view[HEADER : HEADER + size].tobytes()
-        taps.loose = ""
-        count = super()._raw_datagram(tunnel, size)
-        if taps.loose and taps.watched(tunnel):
-            good = 0
-            with contextlib.suppress(MalformedPacket):
-                for at, length in split(data, size):
-                    good = at + length
-            taps.malformed(tunnel, taps.loose, data[good:])
-        return count
-
     def up(self, tunnel: Tunnel, end: int) -> None:
         """A packet from a tunnel."""
         taps = self.worker.taps
@@ -187,6 +173,26 @@ class TappedLane(Lane):
         index = int.from_bytes(self.buffer[at : at + 3], "big") - self.slot_base
         flow = self.flows[index] if end > at + 3 and 0 <= index < len(self.flows) else None
         return flow if flow is not None and flow.port == port else None
+
+
+class TappedRawLane(TappedLane, RawLane):
+    """The same of plain packets, which go one by one meanwhile: nothing is joined, nothing packed. What is behind the last good one of a
+    datagram is captured as it came."""
+
+    def _walk(self, tunnel: Tunnel, at: int, end: int) -> int:
+        count = 0
+        while at < end:
+            count += 1
+            size = claimed(self._arena, at, end - at)
+            self.other(at, size)
+            at += size
+        return count
+
+    def _down_at(self, at: int, size: int) -> None:
+        self._slow_down(at, size)
+
+
+TAPPED: Final[dict[type[Lane], type[Lane]]] = {Lane: TappedLane, RawLane: TappedRawLane}
 
 
 class Taps:
@@ -241,7 +247,8 @@ class Taps:
     def _arm(self) -> None:
         worker = self._worker
         for framing in Framing:
-            worker.lane(framing).__class__ = TappedLane
+            lane = worker.lane(framing)
+            lane.__class__ = TAPPED[type(lane)]
         # An attribute of an object hides the method of its class.
         vars(worker).update(drop=self.drop, inject=self.inject, deliver=self.deliver)
         vars(worker.tunnels).update(deliver=self.deliver)
@@ -249,7 +256,8 @@ class Taps:
     def _disarm(self) -> None:
         worker = self._worker
         for framing in Framing:
-            worker.lane(framing).__class__ = Lane
+            lane = worker.lane(framing)
+            lane.__class__ = next(plain for plain, tapped in TAPPED.items() if tapped is type(lane))
         for name in ("drop", "inject"):
             del vars(worker)[name]
         del vars(worker.tunnels)["deliver"]
@@ -271,9 +279,9 @@ class Taps:
 
     # what the worker does meanwhile
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, packets: int = 1) -> None:
         """Worker.drop, noting why."""
-        type(self._worker).drop(self._worker, reason)
+        type(self._worker).drop(self._worker, reason, packets)
         if self.passing is not None:
             self.passing.reason = reason
         else:
@@ -285,14 +293,14 @@ class Taps:
         lane = self._worker.lane(flow.tunnel.framing)
         self.follow(passing, lambda: type(self._worker).inject(self._worker, flow, packet), lane, came=False)
 
-    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True) -> bool:
+    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True, packets: int = 1) -> bool:
         """Tunnels.deliver, noting what goes out."""
         if tunnel.framing is Framing.RAW:
             header, packet = ZERO_HEADER, bytes(data)
         else:
             header, packet = bytes(data[:HEADER]), bytes(data[HEADER:])
         self.loose = ""
-        sent = self._deliver(tunnel, data, counted=counted)
+        sent = self._deliver(tunnel, data, counted=counted, packets=packets)
         passing = self.passing
         if packet[:1] in (b"", b"{"):
             return sent  # The admission's answer.
@@ -315,10 +323,6 @@ class Taps:
                 packet,
             )
         return sent
-
-    def malformed(self, tunnel: Tunnel, reason: str, data: bytes) -> None:
-        """A datagram of several packets, whose rest isn't one."""
-        self._offer(captured.TUNNEL, captured.DROPPED, reason, tunnel, None, None, ZERO_HEADER, data)
 
     def put(self, header: bytes, packet: bytes) -> None:
         """A packet was written to the device."""
@@ -371,6 +375,9 @@ class Taps:
             for key in keys(one):
                 if (flow := tunnel.flows.get(key)) is not None:
                     return flow
+                passage = tunnel.passages.get(key)
+                if passage is not None and passage.flow is not None:
+                    return passage.flow
         return None
 
     def _offer(

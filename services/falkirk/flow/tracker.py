@@ -8,6 +8,9 @@ This tracker only follows far enough to know when a flow is over:
     ESTABLISHED  RFC 5382 REQ-5 idle timer
     CLOSING      a FIN has passed, or the upgrader has let go; ends when both FINs are acknowledged or a RST has passed
 
+No segment may be larger than the tunnel takes, and only its two ends can see to that: the maximum segment size that either
+offers the other in its SYN is lowered to the tunnel's MTU.
+
 A flow ends once the upgrader has said `Closed` *and* the last segments have passed (or the transitory timer ran out): a
 slow client still gets all that was sent to it.
 
@@ -23,7 +26,9 @@ from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.decision import Decision
 from falkirk.flow.table import Owner, State, TcpLift, Tunnel
+from falkirk.wire.context import Framing
 from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
+from falkirk.wire.tcp import clamp_segment_size
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
@@ -151,6 +156,8 @@ class Tracker(Owner[TcpLift]):
             tunnel = flow.tunnel
             self._worker.ingress.packet(self._worker.lane(tunnel.framing), tunnel, end)
             return False
+        if flags & SYN:
+            _clamp(flow, buffer, l4, end)
         if flags & FIN or flow.state is State.CLOSING:
             sequence, acknowledged = _SEQUENCES.unpack_from(buffer, l4 + 4)
             if flags & FIN:
@@ -162,8 +169,10 @@ class Tracker(Owner[TcpLift]):
         return True
 
     def segment_down(self, flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
-        """A segment to the initiator that closes, or passes while the flow isn't established."""
+        """A segment to the initiator that opens, closes, or passes while the flow isn't established. It has been rewritten."""
         flags = buffer[l4 + 13]
+        if flags & SYN:
+            _clamp(flow, buffer, l4, end)
         if flags & RST:
             flow.reset = True
             self._closing(flow)
@@ -273,3 +282,11 @@ class Tracker(Owner[TcpLift]):
         slot = flow.slot - lane.first_slot
         lane.flows[slot] = None
         lane.pool.release(slot, worker.second, long=flow.long_rest)
+
+
+def _clamp(flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
+    """Offer no larger segments than the tunnel takes."""
+    headers = 40 if flow.family == 4 else 60
+    # A raw packet has no header in front of it, wherever it lies.
+    partial = flow.tunnel.framing is Framing.VNET and bool(buffer[0] & 1)
+    clamp_segment_size(buffer, l4, end, flow.tunnel.mtu - headers, partial=partial)

@@ -6,15 +6,21 @@ wait: nothing here blocks, and no TUN device is paused for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
+
+import msgspec
 
 from falkirk.flow import control, peers
 from falkirk.flow.lane import ZERO_HEADER
 from falkirk.flow.table import DeviceCounts, Flow, Tunnel
-from falkirk.wire.context import Framing
+from falkirk.linux import seqpacket, tun
+from falkirk.wire.context import Framing, Transport
 from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
 
 if TYPE_CHECKING:
@@ -25,6 +31,18 @@ MAX_MTU: Final = 65535
 TENANT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 MAX_TRACED: Final = 1024
 """Datagrams waiting for an on-ramp, beyond which it isn't told of sampled flows."""
+
+
+MAX_WORD: Final = 1024
+WANTED: Final = b'{"wanted":"device"}'
+"""A worker that took the tunnel over asks for the device again."""
+ATTACHED: Final = b'{"attached":"device"}'
+
+
+def tell(link: int, word: bytes) -> None:
+    """Say something on a tunnel's connection. A producer that doesn't read, or is gone, is found out by its hang-up."""
+    with contextlib.suppress(OSError):
+        os.write(link, word)
 
 
 class Tunnels(dict[int, Tunnel]):
@@ -40,30 +58,30 @@ class Tunnels(dict[int, Tunnel]):
         """Send a packet of our own to a tunnel."""
         return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet, counted=counted)
 
-    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True) -> bool:
-        """Send to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped.
+    def deliver(self, tunnel: Tunnel, data: bytes | memoryview, *, counted: bool = True, packets: int = 1) -> bool:
+        """Send a datagram to a tunnel; what it doesn't take waits, up to the queue's bound; more is dropped.
 
-        `counted` where it stands for a packet that was received: one that nobody sent us isn't a drop.
+        `counted` where it stands for packets that were received: one that nobody sent us isn't a drop.
         """
         worker = self._worker
         if tunnel.fd < 0:
             if counted:
-                worker.drop("tunnel_closed")
+                worker.drop("tunnel_closed", packets)
             return False
         if not tunnel.queue:
             try:
-                os.write(tunnel.fd, data)
+                tunnel.write(data)
             except BlockingIOError:
                 pass
             except OSError:
                 if counted:
-                    worker.drop("tunnel_closed")
+                    worker.drop("tunnel_closed", packets)
                 return False
             else:
                 return True
         if tunnel.queued + len(data) > worker.settings.tunnel_queue_bytes:
             if counted:
-                worker.drop("tunnel_full")
+                worker.drop("tunnel_full", packets)
             return False
         if not tunnel.queue:
             worker.rewatch(tunnel.fd, peers.READ | select.EPOLLOUT)
@@ -74,7 +92,7 @@ class Tunnels(dict[int, Tunnel]):
     def _drain(self, tunnel: Tunnel) -> None:
         while tunnel.queue:
             try:
-                os.write(tunnel.fd, tunnel.queue[0])
+                tunnel.write(tunnel.queue[0])
             except BlockingIOError:
                 return
             except OSError:
@@ -104,7 +122,22 @@ class Tunnels(dict[int, Tunnel]):
         os.set_blocking(fd, False)
         tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
         self[message.tunnel] = tunnel
-        lane = worker.lane(message.framing)
+        worker.forward.tunnel_opened(tunnel)
+        worker.orphans.remember(message.tunnel, context)
+        if message.transport is Transport.DEVICE:
+            tunnel.fd = -1
+            worker.watch(fd, peers.READ, lambda mask: self._attach(tunnel))
+            tell(fd, message.greeting or WANTED)
+        else:
+            tunnel.read, tunnel.write = partial(os.readv, fd), partial(os.write, fd)
+            worker.watch(fd, peers.READ, self._readable(tunnel))
+            if message.greeting:
+                self.deliver(tunnel, message.greeting, counted=False)
+        worker.tell(control.TunnelOpened(message.tunnel, context, message.framing, message.mtu))
+        return None
+
+    def _readable(self, tunnel: Tunnel) -> Callable[[int], None]:
+        lane = self._worker.lane(tunnel.framing)
 
         def ready(mask: int) -> None:
             if mask & select.EPOLLOUT:
@@ -114,12 +147,43 @@ class Tunnels(dict[int, Tunnel]):
                 if not lane.from_tunnel(tunnel, gone):
                     self.close(tunnel.id, "closed by the producer")
 
-        worker.watch(fd, peers.READ, ready)
-        worker.orphans.remember(message.tunnel, context)
-        if message.greeting:
-            self.deliver(tunnel, message.greeting, counted=False)
-        worker.tell(control.TunnelOpened(message.tunnel, context, message.framing, message.mtu))
-        return None
+        return ready
+
+    def _attach(self, tunnel: Tunnel) -> None:
+        """The producer says something on the connection of a device tunnel: here is the device, or nothing any more."""
+        try:
+            received = seqpacket.receive(tunnel.link, MAX_WORD)
+        except OSError:
+            received = b"", []
+        if received is None:
+            return
+        data, fds = received
+        fault = "the tunnel has its device already" if tunnel.fd >= 0 else ""
+        fault = fault or ("" if len(fds) == 1 else f"expected one descriptor, got {len(fds)}")
+        fault = fault or tun.fault(fds[0], vnet=tunnel.framing is Framing.VNET)
+        if data and not fault:
+            self._carry(tunnel, fds[0])
+            return
+        for fd in fds:
+            os.close(fd)
+        if not data:
+            self.close(tunnel.id, "closed by the producer")
+            return
+        tell(tunnel.link, msgspec.json.encode({"error": {"code": "BAD_DEVICE", "message": fault}}))
+        self.close(tunnel.id, f"no device: {fault}")
+
+    def _carry(self, tunnel: Tunnel, device: int) -> None:
+        """Packets go by this device from now on. Its file is shared with the producer, who can make it blocking or change
+        its framing at any time: so each call says itself that it doesn't wait, and each packet is checked as any other."""
+        tunnel.fd = device
+        tunnel.read = lambda buffers: os.preadv(device, buffers, -1, os.RWF_NOWAIT)
+        tunnel.write = lambda data: os.pwritev(device, (data,), -1, os.RWF_NOWAIT)
+        self._worker.watch(device, select.EPOLLIN, self._readable(tunnel))
+        tell(tunnel.link, ATTACHED)
+
+    def carried(self) -> set[int]:
+        """Tunnels whose packets can be read and written: a device may still be awaited."""
+        return {number for number, tunnel in self.items() if tunnel.fd >= 0}
 
     def close(self, number: int, reason: str) -> None:
         """End a tunnel and its flows."""
@@ -129,10 +193,12 @@ class Tunnels(dict[int, Tunnel]):
             return
         for flow in list(tunnel.flows.values()):
             flow.owner.cut(flow, "tunnel_closed")
+        worker.forward.tunnel_closed(tunnel)
         worker.fragments.close(tunnel)
-        worker.unwatch(tunnel.fd)
-        os.close(tunnel.fd)
-        tunnel.fd = -1
+        for fd in {tunnel.fd, tunnel.link} - {-1}:
+            worker.unwatch(fd)
+            os.close(fd)
+        tunnel.fd = tunnel.link = -1
         tunnel.device.tunnels -= 1
         if not tunnel.device.tunnels:
             self.devices.pop(tunnel.context.device_id, None)
@@ -145,7 +211,7 @@ class Tunnels(dict[int, Tunnel]):
         """A (new) on-ramp said hello: give it copies of what is read here."""
         link.send([self._worker.hello()])
         for tunnel in self.values():
-            link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu), tunnel.fd)
+            link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.transport), tunnel.link)
 
     def trace(self, flow: Flow) -> None:
         """A sampled flow began: let the on-ramp add its span."""

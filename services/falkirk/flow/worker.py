@@ -22,13 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
 from falkirk.flow import control, counters, peers, records, spool
 from falkirk.flow.answers import Answers
+from falkirk.flow.directory import Attachment
 from falkirk.flow.drain import Drain
+from falkirk.flow.echo import Echoes
 from falkirk.flow.egress import Egress
 from falkirk.flow.errors import IcmpErrors
+from falkirk.flow.forward import Forward
 from falkirk.flow.fragments import Fragments
 from falkirk.flow.ingress import Ingress
 from falkirk.flow.lane import Lane
@@ -38,12 +43,16 @@ from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import Orphans
 from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
+from falkirk.flow.raw import RawLane
+from falkirk.flow.session import Opening
+from falkirk.flow.siblings import SiblingLink
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import Flow, TcpLift, Wheel
 from falkirk.flow.tap import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
+from falkirk.flow.udp import UdpSessions
 from falkirk.linux import scheduling, seqpacket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
@@ -98,6 +107,7 @@ class Worker:
         self._epoll = select.epoll()
         self.handlers: dict[int, Callable[[int], None]] = {}
         """By descriptor; see `watch`."""
+        self._urgent: set[int] = set()
         self._parent = parent
         self._to_parent: deque[bytes] = deque()
         self._plan = SlotPlan(start.workers)
@@ -121,9 +131,13 @@ class Worker:
         self.lifecycle = Lifecycle(self, Randomness())
         self.tracker = Tracker(self)
         self.answers = Answers(self)
+        self.opening = Opening(self)
+        self.udp = UdpSessions(self, self.opening)
+        self.echo = Echoes(self, self.opening)
         self.ingress = Ingress(self)
         self.egress = Egress(self)
         self.errors = IcmpErrors(self)
+        self.forward = Forward(self)
         self.fragments = Fragments(self)
         self.taps = Taps(self)
         self._listen()
@@ -134,7 +148,8 @@ class Worker:
         slots = min(self.settings.slots, self._plan.last_index - FIRST_INDEX)
         cursor = self.orphans.cursors[framing is Framing.RAW]
         first = self._plan.slot(framing, FIRST_INDEX)
-        lane = Lane(self, framing, SlotPool(0, slots, start=cursor), first, slots)
+        kind = RawLane if framing is Framing.RAW else Lane
+        lane = kind(self, framing, SlotPool(0, slots, start=cursor), first, slots)
         lane.slot_base = self._plan.base(self.start.worker) + first
         return lane
 
@@ -167,10 +182,12 @@ class Worker:
 
     # the loop
 
-    def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
-        """Call `handler` with epoll's mask from now on."""
+    def watch(self, fd: int, events: int, handler: Callable[[int], None], *, urgent: bool = False) -> None:
+        """Call `handler` with epoll's mask from now on; an `urgent` one before the others of a turn."""
         self._epoll.register(fd, events)
         self.handlers[fd] = handler
+        if urgent:
+            self._urgent.add(fd)
 
     def rewatch(self, fd: int, events: int) -> None:
         """Change what is waited for."""
@@ -178,6 +195,7 @@ class Worker:
 
     def unwatch(self, fd: int) -> None:
         """Stop calling."""
+        self._urgent.discard(fd)
         if self.handlers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
@@ -202,6 +220,8 @@ class Worker:
         now = self.now = self.clock()
         if now >= self._next_second:
             self._each_second()
+        if self._urgent and len(events) > 1:
+            events.sort(key=lambda event: event[0] not in self._urgent)
         for fd, mask in events:
             handler = self.handlers.get(fd)
             if handler is not None:
@@ -215,7 +235,12 @@ class Worker:
         self._epoll.close()
         for link in (*self.onramps, *([self.pair.dialled] if self.pair.dialled else [])):
             link.sock.close()
-        for fd in (*(tunnel.fd for tunnel in self.tunnels.values()), *(lane.tun for lane in self.lanes.values())):
+        for pair in self.forward.links.values():
+            pair.sock.close()
+        for fd in (
+            *(fd for tunnel in self.tunnels.values() for fd in {tunnel.fd, tunnel.link}),
+            *(lane.tun for lane in self.lanes.values()),
+        ):
             if fd >= 0:
                 os.close(fd)
         self._listener.close()
@@ -238,6 +263,8 @@ class Worker:
             self._spooled_at = self.now
             self._untold = False
             self._to_parent.append(SPOOLED)
+        if self.forward.held:
+            self.forward.end_of_turn()
         if self.to_upgrader:
             if self.pair.link is not None:
                 self.pair.link.send(self.to_upgrader)
@@ -306,9 +333,9 @@ class Worker:
 
     # packets
 
-    def drop(self, reason: str) -> None:
-        """Count a dropped packet."""
-        self.counts[counters.DROPS[reason]] += 1
+    def drop(self, reason: str, packets: int = 1) -> None:
+        """Count dropped packets."""
+        self.counts[counters.DROPS[reason]] += packets
 
     def lane(self, framing: Framing) -> Lane:
         """The lane of a framing."""
@@ -361,6 +388,13 @@ class Worker:
                         self.snapshots.begin(message)
                     case control.Terminate():
                         self._terminate(message)
+                    case control.Sibling() if fds:
+                        pair = SiblingLink(self, self.forward, message.worker, socket.socket(fileno=fds.pop(0)))
+                        self.forward.sibling(message.worker, pair)
+                    case control.Attached():
+                        self.forward.directory.opened(Attachment(*msgspec.structs.astuple(message)))
+                    case control.Detached():
+                        self.forward.detached(message.tunnel)
             for fd in fds:
                 os.close(fd)
 

@@ -1,9 +1,8 @@
 """Client sockets of a lowering namespace: made on demand, connecting, and handed to whoever asked.
 
 A stream that is to leave as packets needs a TCP socket *inside* the namespace, so the helper makes it. It connects from the worker's device's own
-address to the address of the slot that its flow has reserved, so the SYN comes out of that device, and the slot tells whose it is. The port is the
-destination's, and the initiator's port is kept where it can be had: who looks into the namespace sees the ports that the two peers see. The NAT
-doesn't depend on it: where the port is taken (the kernel may remember a predecessor longer than a slot rests) the kernel chooses another.
+address to the address of the slot that its flow has reserved, so the SYN comes out of that device, and the slot tells whose it is. Both ports are
+those that the two peers see: the NAT is known before the first packet, and changes addresses only.
 
 From its first moment the socket resets on close: a process that is killed must not make its stream look complete.
 
@@ -82,10 +81,10 @@ class ClientSockets:
         try:
             sock = self._connecting(wish)
         except OSError as error:
-            return messages.encode(messages.NotConnecting(wish.slot, error.errno or errno.EIO)), -1
+            return messages.encode(messages.NotConnecting(wish.request, error.errno or errno.EIO)), -1
         except (ValueError, OverflowError):
-            return messages.encode(messages.NotConnecting(wish.slot, errno.EINVAL)), -1
-        return messages.encode(messages.Connecting(wish.slot)), sock.detach()
+            return messages.encode(messages.NotConnecting(wish.request, errno.EINVAL)), -1
+        return messages.encode(messages.Connecting(wish.request)), sock.detach()
 
     def _connecting(self, wish: messages.Connect) -> socket.socket:
         plan = self._plan
@@ -94,32 +93,24 @@ class ClientSockets:
         own, slot = (
             socket.inet_ntop(family, address(self._worker, number)) for number in (plan.slot(framing, HOST), wish.slot)
         )
-        code = errno.EADDRNOTAVAIL
-        for source_port in {wish.source_port: None, 0: None}:
-            sock = socket.socket(family, _TYPE)
-            try:
-                sockets.reset_on_close(sock)
-                sockets.no_delay(sock)
-                sockets.urgent_in_line(sock)
-                sockets.set_congestion(sock, self._congestion, FALLBACK_CONGESTION)
-                # Many streams of one port, each to a slot of its own.
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if source_port:
-                    sock.bind((own, source_port))
-                else:
-                    sockets.bind_address(sock, own)
-                code = sock.connect_ex((slot, wish.port))
-                if code in (0, errno.EINPROGRESS):
-                    return sock
-            except OSError as error:
-                code = error.errno or errno.EIO
-            except BaseException:
-                sock.close()
-                raise
+        if not wish.source_port:
+            raise OSError(errno.EINVAL, "the source port must be known")
+        sock = socket.socket(family, _TYPE)
+        try:
+            sockets.reset_on_close(sock)
+            sockets.no_delay(sock)
+            sockets.urgent_in_line(sock)
+            sockets.set_congestion(sock, self._congestion, FALLBACK_CONGESTION)
+            # Many streams of one port, each to a slot of its own.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((own, wish.source_port))
+            code = sock.connect_ex((slot, wish.port))
+            if code not in (0, errno.EINPROGRESS):
+                raise OSError(code, os.strerror(code))
+        except BaseException:
             sock.close()
-            if code not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL):
-                break
-        raise OSError(code, os.strerror(code))
+            raise
+        return sock
 
     def close(self) -> None:
         """Let the worker go, and what it didn't take."""

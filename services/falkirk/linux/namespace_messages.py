@@ -145,9 +145,10 @@ class Serve(Message, frozen=True, tag=True):
 
 
 class Connect(Message, frozen=True, tag=True):
-    """Worker to helper: a TCP socket that connects from the device's own address to this slot's, to `port`; from
-    `source_port` if that can be. Answered by `Connecting` or `NotConnecting`, in any order."""
+    """Worker to helper: a TCP socket that connects from `source_port` of the device's own address to `port` of this slot's.
+    Answered by `Connecting` or `NotConnecting` with the same number."""
 
+    request: int
     slot: int
     """As `falkirk.wire.slots` counts: kind and index."""
     version: int
@@ -159,14 +160,14 @@ class Connect(Message, frozen=True, tag=True):
 class Connecting(Message, frozen=True, tag=True):
     """Helper to worker: the socket; it resets on close, and its first event tells how the handshake went. One descriptor."""
 
-    slot: int
+    request: int
     descriptors: int = 1
 
 
 class NotConnecting(Message, frozen=True, tag=True):
     """Helper to worker: there is no such socket, and why."""
 
-    slot: int
+    request: int
     errno: int
 
 

@@ -7,8 +7,8 @@ tunnels of plain packets (what is written may still be a super-packet). Each has
 In a namespace for lowering the devices are `lower{w}v` and `lower{w}r`, and instead of listeners there are client sockets, made on demand
 (`falkirk.linux.client_sockets`): what is a stream's source address when it is lifted, its slot, is its destination there.
 
-Limit: where /proc/sys can't be written, what the kernel remembers of an address stays longer than a slot rests (the
-report says so).
+Limits: where /proc/sys can't be written (the report says so), what the kernel remembers of an address stays longer than a
+slot rests, and a path that swallows large segments without an ICMP error stalls a stream: there is no socket option for either.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def kernel_settings(settings: HelperSettings) -> dict[str, str]:
         "net.ipv4.conf.all.rp_filter": "0",
         "net.ipv4.conf.default.rp_filter": "0",
         "net.ipv4.tcp_slow_start_after_idle": "0",
+        # RFC 4821, for both families: where large segments vanish and nobody says why, smaller ones are tried.
+        "net.ipv4.tcp_mtu_probing": "1",
         "net.ipv4.tcp_max_syn_backlog": str(2 * settings.backlog),
         "net.core.somaxconn": str(settings.backlog),
         "net.ipv4.tcp_rmem": f"4096 131072 {settings.tcp_buffer_max}",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import struct
 from pathlib import Path
 from typing import Final
@@ -21,7 +22,10 @@ DEVICE: Final = Path("/dev/net/tun")
 
 TUNSETIFF: Final = 0x400454CA
 TUNSETOFFLOAD: Final = 0x400454D0
+TUNGETIFF: Final = 0x800454D2
+TUNGETVNETHDRSZ: Final = 0x800454D7
 IFF_TUN: Final = 0x0001
+IFF_TAP: Final = 0x0002
 IFF_NO_PI: Final = 0x1000
 IFF_VNET_HDR: Final = 0x4000
 
@@ -40,6 +44,8 @@ MAX_PACKET: Final = 65535
 MAX_READ: Final = VNET_HEADER_SIZE + MAX_PACKET + 1
 """A buffer of this size holds anything that a device gives."""
 TX_QUEUE_LENGTH: Final = 4000
+_NUMBERS: Final = (10, 200)
+"""Of the character device, misc major and minor."""
 
 
 class TunUnavailable(Exception):
@@ -75,6 +81,23 @@ def open_tun(name: str, vnet: bool, offloads: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def fault(fd: int, vnet: bool) -> str:
+    """Why a descriptor isn't a TUN device that packets framed so can be exchanged with; empty where it is one."""
+    status = os.fstat(fd)
+    if not stat.S_ISCHR(status.st_mode) or (os.major(status.st_rdev), os.minor(status.st_rdev)) != _NUMBERS:
+        return "it isn't a TUN device"
+    try:
+        request = fcntl.ioctl(fd, TUNGETIFF, bytes(40))
+        (size,) = struct.unpack("=i", fcntl.ioctl(fd, TUNGETVNETHDRSZ, bytes(4)))
+    except OSError as error:
+        return f"it isn't attached to an interface ({error.strerror})"
+    (flags,) = struct.unpack_from("=H", request, 16)
+    wanted = IFF_TUN | IFF_NO_PI | (IFF_VNET_HDR if vnet else 0)
+    if flags & (IFF_TUN | IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) != wanted or (vnet and size != VNET_HEADER_SIZE):
+        return f"it must be a layer 3 device without packet information, {'with' if vnet else 'without'} a 10-byte virtio-net header"
+    return ""
 
 
 def _unavailable(error: OSError) -> TunUnavailable:

@@ -32,7 +32,12 @@ async def serve(shell: Shell, settings: Settings) -> None:
     replica = ResourceReplica(
         "resources", shell.data("onramp") / "replica", client.channel(shell, "registry"), KINDS, parent.on_change
     )
-    service = OnrampService(parent, Grants(settings.grants()), replica, lambda: [server.process(), *parent.processes()])
+    service = OnrampService(
+        parent,
+        Grants(settings.grants(), settings.device_uids()),
+        replica,
+        lambda: [server.process(), *parent.processes()],
+    )
     server.add(
         onramp_service_pb2_grpc.add_OnrampServiceServicer_to_server, service, "falkirk.api.onramp.v1.OnrampService"
     )

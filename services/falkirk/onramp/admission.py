@@ -19,7 +19,7 @@ import msgspec
 
 from falkirk.onramp.context import Code, ContextRequest, Refusal, shown
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Tables, TenantRow
-from falkirk.wire.context import TunnelContext
+from falkirk.wire.context import Transport, TunnelContext
 
 ANY: Final = "*"
 _REVIEWED: Final = ("device_id", "virtual_network_id", "addresses", "user_id", "groups", "posture")
@@ -28,8 +28,9 @@ _REVIEWED: Final = ("device_id", "virtual_network_id", "addresses", "user_id", "
 class Grants:
     """Which uid may speak for which tenants."""
 
-    def __init__(self, by_uid: Iterable[tuple[int, Iterable[str]]]) -> None:
-        """Several entries of one uid add up; the tenant "*" is every tenant."""
+    def __init__(self, by_uid: Iterable[tuple[int, Iterable[str]]], devices: Iterable[int] = ()) -> None:
+        """Several entries of one uid add up; the tenant "*" is every tenant. `devices`: uids that may hand a device over."""
+        self._devices = frozenset(devices)
         self._by_uid: dict[int, frozenset[str]] = {}
         for uid, tenants in by_uid:
             self._by_uid[uid] = self._by_uid.get(uid, frozenset()) | frozenset(tenants)
@@ -43,12 +44,17 @@ class Grants:
         if uid not in self._by_uid:
             raise Refusal(Code.UID_FORBIDDEN, f"uid {uid} may not open tunnels here; see the setting onramp.tunnels")
 
-    def check(self, uid: int, tenant: str) -> None:
-        """Raises Refusal where the uid may not speak for a tenant of this name."""
+    def check(self, uid: int, tenant: str, transport: Transport = Transport.SOCKET) -> None:
+        """Raises Refusal where the uid may not speak for a tenant of this name, or not by this transport."""
         self.check_uid(uid)
         granted = self._by_uid[uid]
         if ANY not in granted and tenant not in granted:
             raise Refusal(Code.TENANT_FORBIDDEN, f"uid {uid} may not speak for tenant {shown(tenant)}")
+        if transport is Transport.DEVICE and uid not in self._devices:
+            raise Refusal(
+                Code.TRANSPORT_FORBIDDEN,
+                f"uid {uid} may not hand a device over; see the setting onramp.tunnels[].devices",
+            )
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -70,7 +76,8 @@ def admit(tables: Tables, request: ContextRequest) -> Admission:
     if network is None:
         name = request.virtual_network or device.virtual_network or "default"
         raise Refusal(Code.UNKNOWN_VIRTUAL_NETWORK, f"tenant {tenant.name} has no virtual network {shown(name)}")
-    return Admission(_context(tables, tenant, device, network, request.attributes), bool(request.virtual_network))
+    context = _context(tables, tenant, device, network, request.attributes, packed=request.packed)
+    return Admission(context, bool(request.virtual_network))
 
 
 def review(tables: Tables, admission: Admission) -> str:
@@ -103,7 +110,13 @@ def resumed(tables: Tables, context: TunnelContext) -> Admission:
 
 
 def _context(
-    tables: Tables, tenant: TenantRow, device: DeviceRow, network: NetworkRow, attributes: Mapping[str, str]
+    tables: Tables,
+    tenant: TenantRow,
+    device: DeviceRow,
+    network: NetworkRow,
+    attributes: Mapping[str, str],
+    *,
+    packed: bool = False,
 ) -> TunnelContext:
     if device.disabled:
         raise Refusal(Code.DEVICE_DISABLED, f"device {device.name} is disabled")
@@ -127,11 +140,14 @@ def _context(
         attributes=dict(attributes),
         device_max_flows=device.max_flows,
         tenant_max_flows=tenant.max_flows,
+        packed=packed,
     )
 
 
-def greeting(tunnel: int, context: TunnelContext, mtu: int, framing: str) -> bytes:
+def greeting(tunnel: int, context: TunnelContext, mtu: int, framing: str, transport: str = Transport.SOCKET) -> bytes:
     """The datagram that tells the producer that it was admitted."""
     addresses = [str(ip_address(address)) for address in context.addresses]
     admitted = {"tunnel_id": tunnel, "addresses": addresses, "mtu": mtu, "framing": framing}
+    if transport != Transport.SOCKET:
+        admitted["transport"] = transport
     return msgspec.json.encode({"admitted": admitted})

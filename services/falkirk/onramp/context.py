@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from falkirk.wire.context import Framing
+from falkirk.wire.context import Framing, Transport
 
 MAX_CONTEXT: Final = 16 * 1024
 VERSION: Final = 1
@@ -37,6 +37,8 @@ class Code(StrEnum):
     """The peer's uid may not connect at all."""
     TENANT_FORBIDDEN = "TENANT_FORBIDDEN"
     """The peer's uid may not speak for this tenant, whether there is one of that name or not."""
+    TRANSPORT_FORBIDDEN = "TRANSPORT_FORBIDDEN"
+    """The peer's uid may not hand a device over."""
     UNKNOWN_TENANT = "UNKNOWN_TENANT"
     UNKNOWN_DEVICE = "UNKNOWN_DEVICE"
     DEVICE_DISABLED = "DEVICE_DISABLED"
@@ -76,6 +78,9 @@ class ContextRequest(msgspec.Struct, frozen=True):
     """Empty takes the device's selected one, else the tenant's default."""
     framing: Framing = Framing.RAW
     attributes: Mapping[str, str] = {}
+    packed: bool = False
+    """Several packets in one datagram are welcome; with raw framing only."""
+    transport: Transport = Transport.SOCKET
 
 
 def shown(name: object) -> str:
@@ -91,6 +96,10 @@ def checked(request: ContextRequest) -> ContextRequest:
             raise Refusal(Code.INVALID_CONTEXT, f"{name} is missing")
     if not isinstance(request.framing, Framing):
         raise Refusal(Code.INVALID_CONTEXT, "framing must be raw or vnet")
+    if not isinstance(request.transport, Transport):
+        raise Refusal(Code.INVALID_CONTEXT, "transport must be socket or device")
+    if request.packed and (request.framing is not Framing.RAW or request.transport is not Transport.SOCKET):
+        raise Refusal(Code.INVALID_CONTEXT, "packed is for raw framing over the socket")
     try:
         for text in (request.tenant, request.device, request.virtual_network):
             text.encode()

@@ -1,8 +1,10 @@
 """The default context format: one JSON object. PURE.
 
-    {"v":1,"tenant":"acme","device":"laptop","virtual_network":"default","framing":"raw"|"vnet","attributes":{"k":"v"}}
+    {"v":1,"tenant":"acme","device":"laptop","virtual_network":"default","framing":"raw"|"vnet","packed":false,
+     "transport":"socket"|"device","attributes":{"k":"v"}}
 
-`v`, `tenant` and `device` are required. A version that isn't 1 is told before anything else is looked at, since a later
+`v`, `tenant` and `device` are required. `packed` with raw framing says that the producer takes several packets in one datagram, one behind
+another; it may send so in any case. A version that isn't 1 is told before anything else is looked at, since a later
 version may have other keys. Stricter than RFC 8259 asks: no duplicate keys, no NaN or Infinity, UTF-8 without a mark.
 """
 
@@ -12,10 +14,10 @@ import json
 from typing import Any, Final
 
 from falkirk.onramp.context import VERSION, Code, ContextRequest, Refusal, checked, shown
-from falkirk.wire.context import Framing
+from falkirk.wire.context import Framing, Transport
 
-_STRINGS: Final = ("tenant", "device", "virtual_network", "framing")
-_KEYS: Final = {"v", "attributes", *_STRINGS}
+_STRINGS: Final = ("tenant", "device", "virtual_network", "framing", "transport")
+_KEYS: Final = {"v", "attributes", "packed", *_STRINGS}
 
 
 def parse(data: bytes) -> ContextRequest:
@@ -38,13 +40,18 @@ def parse(data: bytes) -> ContextRequest:
     framing = texts.pop("framing", Framing.RAW.value)
     if framing not in list(Framing):
         raise Refusal(Code.INVALID_CONTEXT, f'framing must be "raw" or "vnet", not {shown(framing)}')
+    transport = texts.pop("transport", Transport.SOCKET.value)
+    if transport not in list(Transport):
+        raise Refusal(Code.INVALID_CONTEXT, f'transport must be "socket" or "device", not {shown(transport)}')
     return checked(
         ContextRequest(
             tenant=texts.get("tenant", ""),
             device=texts.get("device", ""),
             virtual_network=texts.get("virtual_network", ""),
             framing=Framing(framing),
+            transport=Transport(transport),
             attributes=_attributes(value.get("attributes", {})),
+            packed=_packed(value.get("packed", False)),
         )
     )
 
@@ -55,6 +62,12 @@ def _version(value: dict[str, Any]) -> None:
         raise Refusal(Code.INVALID_CONTEXT, "v is missing" if version is None else "v must be an integer")
     if version != VERSION:
         raise Refusal(Code.UNSUPPORTED_VERSION, f"v must be {VERSION}, not {shown(version)}")
+
+
+def _packed(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise Refusal(Code.INVALID_CONTEXT, "packed must be true or false")
+    return value
 
 
 def _attributes(value: object) -> dict[str, str]:

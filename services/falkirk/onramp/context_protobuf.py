@@ -12,12 +12,17 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 
 from falkirk.api.net.v1 import net_pb2
 from falkirk.onramp.context import VERSION, Code, ContextRequest, Refusal, checked
-from falkirk.wire.context import Framing
+from falkirk.wire.context import Framing, Transport
 
 _FRAMINGS: Final = {
     net_pb2.FRAMING_UNSPECIFIED: Framing.RAW,
     net_pb2.FRAMING_RAW: Framing.RAW,
     net_pb2.FRAMING_VNET: Framing.VNET,
+}
+_TRANSPORTS: Final = {
+    net_pb2.TRANSPORT_UNSPECIFIED: Transport.SOCKET,
+    net_pb2.TRANSPORT_SOCKET: Transport.SOCKET,
+    net_pb2.TRANSPORT_DEVICE: Transport.DEVICE,
 }
 
 
@@ -35,12 +40,17 @@ def parse(data: bytes) -> ContextRequest:
     framing = _FRAMINGS.get(message.framing)
     if framing is None:
         raise Refusal(Code.INVALID_CONTEXT, f"unknown framing {message.framing}")
+    transport = _TRANSPORTS.get(message.transport)
+    if transport is None:
+        raise Refusal(Code.INVALID_CONTEXT, f"unknown transport {message.transport}")
     return checked(
         ContextRequest(
             tenant=message.tenant,
             device=message.device,
             virtual_network=message.virtual_network,
             framing=framing,
+            transport=transport,
             attributes=dict(message.attributes),
+            packed=message.packed,
         )
     )

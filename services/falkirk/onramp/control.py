@@ -19,7 +19,7 @@ import msgspec
 
 from falkirk.onramp.context import Code
 from falkirk.onramp.tables import Row, chunks
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.context import Framing, Transport, TunnelContext
 
 COUNTERS: Final = ("admitted", "closed", *(code.value for code in Code))
 """Names of the shared counters: tunnels admitted and closed, refusals by code."""
@@ -40,6 +40,7 @@ class Setup(Message, frozen=True, tag=True):
     peer_uids: tuple[int, ...]
     """Uids that a flow worker may have."""
     grants: tuple[tuple[int, tuple[str, ...]], ...]
+    device_uids: tuple[int, ...]
     """(uid, tenant names) of producers."""
     parser: str
     mtu: int
@@ -90,6 +91,7 @@ class Opened(Message, frozen=True, tag=True):
     admitted_at: int
     """Wall-clock nanoseconds."""
     resumed: bool = False
+    transport: Transport = Transport.SOCKET
 
 
 class Ended(Message, frozen=True, tag=True):

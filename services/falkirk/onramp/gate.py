@@ -143,7 +143,7 @@ class Gate:
         try:
             self._grants.check_uid(pending.peer.uid)
             request = self._read(data, len(descriptors))
-            self._grants.check(pending.peer.uid, request.tenant)
+            self._grants.check(pending.peer.uid, request.tenant, request.transport)
         except Refusal as refusal:
             self._refuse(sock, refusal)
             return

@@ -120,6 +120,7 @@ class Parent:
             flow_workers=shell.workers,
             peer_uids=tuple(sorted({0, os.getuid(), *shell.mesh_uids})),
             grants=settings.grants(),
+            device_uids=settings.device_uids(),
             parser=settings.context_parser,
             mtu=settings.mtu,
             first_tunnel=self._ids.first(),

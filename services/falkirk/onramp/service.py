@@ -17,12 +17,16 @@ from falkirk.onramp.parent import Parent, WorkerAway
 from falkirk.runtime.contexts import context_proto
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.replica import ResourceReplica
-from falkirk.wire.context import Framing
+from falkirk.wire.context import Framing, Transport
 
 DEFAULT_PAGE: Final = 100
 MAX_PAGE: Final = 1000
 MAX_REASON: Final = 200
 _FRAMINGS: Final = {Framing.RAW: net_pb2.FRAMING_RAW, Framing.VNET: net_pb2.FRAMING_VNET}
+_TRANSPORTS: Final = {
+    Transport.SOCKET: net_pb2.TRANSPORT_SOCKET,
+    Transport.DEVICE: net_pb2.TRANSPORT_DEVICE,
+}
 
 
 class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
@@ -127,6 +131,7 @@ def _tunnel(opened: Opened) -> pb.Tunnel:
         id=opened.tunnel,
         context=context_proto(opened.context),
         framing=_FRAMINGS[opened.framing],
+        transport=_TRANSPORTS[opened.transport],
         mtu=opened.mtu,
         flow_worker=opened.flow_worker,
         peer_uid=opened.uid,

@@ -15,6 +15,9 @@ class TunnelGrant(Section, frozen=True, kw_only=True):
     """The producer's uid, as the kernel tells it (SO_PEERCRED)."""
     tenants: tuple[str, ...] = (ANY,)
     """Tenants by name; "*" is every tenant."""
+    devices: bool = False
+    """Whether it may hand a TUN device over instead of sending packets itself. What is written to that device passes through the network
+    stack of its owner's namespace, on the packet worker's time: for programs that are trusted with that."""
 
 
 class Settings(Section, frozen=True, kw_only=True):
@@ -56,6 +59,12 @@ class Settings(Section, frozen=True, kw_only=True):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+
+    def device_uids(self) -> tuple[int, ...]:
+        """Uids that may hand a device over, the default filled in."""
+        if self.tunnels is None:
+            return tuple(uid for uid, _ in self.grants())
+        return tuple(grant.uid for grant in self.tunnels if grant.devices)
 
     def grants(self) -> tuple[tuple[int, tuple[str, ...]], ...]:
         """(uid, tenants), the default filled in."""

@@ -23,11 +23,11 @@ from zlib import crc32
 from falkirk.linux.seqpacket import Peer
 from falkirk.onramp import admission, gate
 from falkirk.onramp.admission import Admission
-from falkirk.onramp.context import Code, Refusal
+from falkirk.onramp.context import Code, ContextRequest, Refusal
 from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor, Timer
 from falkirk.onramp.tables import Tables, Touched
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.context import Framing, Transport, TunnelContext
 from falkirk.wire.handover import Adopt, Held, TunnelClosed
 
 _LAST_ID: Final = (1 << 32) - 1
@@ -48,6 +48,7 @@ class Tunnel:
         "peer",
         "sock",
         "timer",
+        "transport",
         "worker",
     )
 
@@ -58,11 +59,12 @@ class Tunnel:
         peer: Peer,
         context: TunnelContext,
         framing: Framing,
+        transport: Transport,
         mtu: int,
         worker: int,
     ) -> None:
         self.id, self.sock, self.peer, self.context = number, sock, peer, context
-        self.framing, self.mtu, self.worker = framing, mtu, worker
+        self.framing, self.transport, self.mtu, self.worker = framing, transport, mtu, worker
         self.admission: Admission | None = None
         """None where it was admitted by an earlier on-ramp and hasn't been reviewed."""
         self.admitted_at = 0
@@ -101,7 +103,7 @@ class TunnelTable:
     def __len__(self) -> int:
         return len(self._tunnels)
 
-    def admit(self, sock: socket.socket, peer: Peer, admitted: Admission, framing: Framing, now: int) -> None:
+    def admit(self, sock: socket.socket, peer: Peer, admitted: Admission, request: ContextRequest, now: int) -> None:
         """A new tunnel; `now` is wall-clock nanoseconds. Raises Refusal, and the socket stays the caller's."""
         device_id = admitted.context.device_id
         if len(self._tunnels) >= self._max_tunnels:
@@ -109,9 +111,11 @@ class TunnelTable:
         if len(self._by_device.get(device_id, ())) >= self._max_per_device:
             raise Refusal(Code.LIMIT, f"device {admitted.context.device} has {self._max_per_device} tunnels")
         worker = crc32(device_id.encode()) % len(self._links)
-        tunnel = Tunnel(self._new_id(), sock, peer, admitted.context, framing, self._mtu, worker)
+        tunnel = Tunnel(
+            self._new_id(), sock, peer, admitted.context, request.framing, request.transport, self._mtu, worker
+        )
         tunnel.admission, tunnel.admitted_at = admitted, now
-        tunnel.greeting = admission.greeting(tunnel.id, tunnel.context, self._mtu, framing)
+        tunnel.greeting = admission.greeting(tunnel.id, tunnel.context, self._mtu, request.framing, request.transport)
         tunnel.timer = self._reactor.later(self._adopt_timeout_s, lambda: self._on_adopt_timeout(tunnel))
         self._insert(tunnel)
         self._adopt(tunnel)
@@ -123,7 +127,7 @@ class TunnelTable:
             sock.close()
             self.adopted(number, generation)
             return
-        tunnel = Tunnel(number, sock, peer, what.context, what.framing, what.mtu, worker)
+        tunnel = Tunnel(number, sock, peer, what.context, what.framing, what.transport, what.mtu, worker)
         tunnel.generation, tunnel.admitted_at = generation, now
         self._next_id = max(self._next_id, number + 1)
         self._insert(tunnel)
@@ -216,7 +220,7 @@ class TunnelTable:
             tunnel.timer.cancel()
 
     def _adopt(self, tunnel: Tunnel) -> None:
-        message = Adopt(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.greeting)
+        message = Adopt(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.greeting, tunnel.transport)
         self._links[tunnel.worker].send(message, tunnel.sock)
 
     def _on_adopt_timeout(self, tunnel: Tunnel) -> None:

@@ -96,7 +96,7 @@ class Worker:
             reactor,
             listener,
             parsers.load(setup.parser),
-            Grants(setup.grants),
+            Grants(setup.grants, setup.device_uids),
             self._admit,
             self._on_refused,
             timeout_s=setup.context_timeout_ms / 1000,
@@ -181,7 +181,7 @@ class Worker:
             if len(self._reports) > MAX_REPORTS:
                 raise Refusal(Code.NOT_READY, "the on-ramp's parent doesn't answer; try again")
             admitted = admission.admit(self._tables, request)
-            self._tunnels.admit(sock, peer, admitted, request.framing, time.time_ns())
+            self._tunnels.admit(sock, peer, admitted, request, time.time_ns())
         except Refusal as refusal:
             self._on_refused(refusal.code)
             gate.refuse(sock, refusal.answer())
@@ -227,6 +227,7 @@ class Worker:
                 context=tunnel.context,
                 framing=tunnel.framing,
                 mtu=tunnel.mtu,
+                transport=tunnel.transport,
                 flow_worker=tunnel.worker,
                 uid=tunnel.peer.uid,
                 pid=tunnel.peer.pid,

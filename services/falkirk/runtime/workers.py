@@ -44,6 +44,8 @@ BUDGET: Final = 64
 GRACE_SECONDS: Final = 3.0
 SEND_BUFFER: Final = 4 * 1024 * 1024
 """Bytes asked of the kernel, which gives at most net.core.wmem_max."""
+ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+"""Packet processes have one thread; the linear algebra that numpy brings along would start one a core."""
 
 OnMessage = Callable[[int, bytes, list[int]], None]
 OnStart = Callable[[int, int], None]
@@ -221,6 +223,7 @@ class _Place:
                     self._command(self._worker, theirs.fileno()),
                     stdin=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(), *self._pass_fds()),
+                    env=os.environ | ONE_THREAD,
                 )
             except BaseException:
                 ours.close()

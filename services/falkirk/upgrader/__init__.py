@@ -16,9 +16,9 @@ Faithfulness: FIN, half-close and RST pass each way, each as what it is. Both so
 never looks complete.
 
 Modules, in the order in which a stream meets them: `pairing` (the pair to flow), `dial`, `worker` (accept, pair up),
-`relay`, `stream` and `deadlines` (the rules, pure), `control` (worker and parent), `namespace` and `parent` (who owns
+`sessions` (sockets of UDP and echo, which are flow's from then on), `relay`, `stream` and `deadlines` (the rules, pure), `control` (worker and parent), `namespace` and `parent` (who owns
 the descriptors), `service` (gRPC), `settings`.
 
-Limits: TCP only; treatment "l4" only; a worker holds at most (RLIMIT_NOFILE - 64) / 2 streams and refuses more with
+Limits: streams of TCP only; treatment "l4" only; a worker holds at most (RLIMIT_NOFILE - 64) / 2 streams and refuses more with
 EMFILE; a worker's death costs its streams.
 """

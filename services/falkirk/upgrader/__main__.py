@@ -17,7 +17,7 @@ from falkirk.upgrader.settings import Settings
 
 
 async def serve(shell: Shell, settings: Settings) -> None:
-    """Serve until told to stop; ready once the namespace is made and every worker listens."""
+    """Serve until told to stop; ready once the namespaces are made and every worker listens."""
     server = Server("upgrader", shell)
     uids = frozenset({os.geteuid(), 0, *shell.mesh_uids})
     lock = Lock(shell, settings, uids, server.set_ready)
@@ -27,7 +27,7 @@ async def serve(shell: Shell, settings: Settings) -> None:
         UpgraderService(lock, shell.workers, time.time_ns()),
         "falkirk.api.upgrader.v1.UpgraderService",
     )
-    await server.run(lock.namespace.run, lock.run)
+    await server.run(lock.namespace.run, lock.lowering.run, lock.run)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """What the upgrader's parent and its workers say to each other over their inherited SEQPACKET pair.
 
 The parent says `Setup` once, first; the worker answers `Ready` when flow workers can reach it, and reports `SpanEnded`
-for sampled flows from then on. Numbers go through shared memory (`COUNTERS`), which the parent owns, so that they
+for sampled flows from then on. `HelperPair` follows whenever the lowering namespace's helper was replaced. `Lower` asks for a way to a device for a
+stream that the parent has in hand; it is answered by `LowerOver`, before which comes `LowerOpened` where there is a way. Numbers go through shared memory (`COUNTERS`), which the parent owns, so that they
 outlive a worker. The pair's end is the worker's end.
 
 Limit: spans are lost, and counted, where the parent doesn't read fast enough.
@@ -34,6 +35,14 @@ COUNTERS: Final = (
     "dial_no_descriptors",
     "dial_unsupported",
     "dial_failed",
+    "socket_opened",
+    "socket_not_permitted",
+    "socket_unreachable",
+    "socket_no_address",
+    "socket_no_port",
+    "socket_no_descriptors",
+    "socket_unsupported",
+    "socket_failed",
     "opened",
     "slot_replaced",
     "closed_finished",
@@ -43,6 +52,8 @@ COUNTERS: Final = (
     "closed_aborted",
     "closed_never_opened",
     "closed_relay_error",
+    "lower_asked",
+    "lower_refused",
     "bytes_up",
     "bytes_down",
 )
@@ -54,7 +65,8 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Setup(Message, frozen=True, tag=True):
-    """All that a worker must know. Descriptors: counters, vnet TUN, raw TUN, IPv4 listener and, with IPv6, IPv6 listener."""
+    """All that a worker must know. Descriptors: counters; vnet TUN and raw TUN that lift; the same two that lower; the pair to the lowering namespace's
+    helper; IPv4 listener and, with IPv6, IPv6 listener."""
 
     worker: int
     workers: int
@@ -75,6 +87,40 @@ class Setup(Message, frozen=True, tag=True):
     log_format: str
 
 
+class HelperPair(Message, frozen=True, tag=True):
+    """The pair to the lowering namespace's new helper. One descriptor."""
+
+
+class Lower(Message, frozen=True, tag=True):
+    """Somebody wants a stream to a port of a device. One descriptor: the worker's end of it. The fields are those of
+    `handover.LowerWanted`."""
+
+    request: int
+    tenant: str
+    device: str
+    version: int
+    port: int
+    actor: str
+
+
+class LowerOpened(Message, frozen=True, tag=True):
+    """The device has accepted: bytes pass from now on."""
+
+    request: int
+    flow_id: bytes
+
+
+class LowerOver(Message, frozen=True, tag=True):
+    """The stream is over, or was never opened: a reason of `handover.Closed`, the errno's name of a dial that failed, or why flow
+    refused. Bytes are payload, up is towards the device."""
+
+    request: int
+    reason: str
+    why: str = ""
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
 class Ready(Message, frozen=True, tag=True):
     """Flow workers can connect now."""
 
@@ -92,8 +138,8 @@ class SpanEnded(Message, frozen=True, tag=True):
     """Empty: no error."""
 
 
-ToWorker = Setup
-FromWorker = Ready | SpanEnded
+ToWorker = Setup | HelperPair | Lower
+FromWorker = Ready | SpanEnded | LowerOpened | LowerOver
 
 TO_WORKER: Final = msgspec.msgpack.Decoder(ToWorker)
 FROM_WORKER: Final = msgspec.msgpack.Decoder(FromWorker)

@@ -45,6 +45,7 @@ _GAUGE_HELP = {
 }
 _FAMILIES = (
     ("dial", "outcome", "Dials by outcome."),
+    ("socket", "outcome", "Sockets of UDP and echo sessions by outcome."),
     ("closed", "reason", "Streams that ended, by reason."),
     ("bytes", "direction", "Payload bytes relayed; up is towards the upstream."),
 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
 
@@ -22,13 +22,17 @@ log = structlog.get_logger()
 
 
 class PrivateNamespace:
-    """One namespace with every worker's devices and listeners. `ready` is set from the first complete hand-over on."""
+    """One namespace with every worker's devices and listeners. `ready` is set from the first complete hand-over on; `on_helper` hears of every
+    helper that can be asked, the first and its successors."""
 
-    def __init__(self, settings: messages.HelperSettings) -> None:
+    def __init__(
+        self, name: str, settings: messages.HelperSettings, on_helper: Callable[[], None] = lambda: None
+    ) -> None:
+        """`name` is its helper's as a process."""
+        self._name = name
         self._settings = settings
-        self.helper = Child(
-            "upgrader.helper", self._command, self._hear, self._started, self._exited, pass_fds=self._join
-        )
+        self._on_helper = on_helper
+        self.helper = Child(name, self._command, self._hear, self._started, self._exited, pass_fds=self._join)
         self.made: messages.Made | None = None
         self.devices: dict[int, messages.WorkerDevices] = {}
         self.ready = asyncio.Event()
@@ -43,7 +47,7 @@ class PrivateNamespace:
             self._close()
 
     def descriptors(self, worker: int) -> list[int]:
-        """A worker's vnet TUN, raw TUN, IPv4 listener and, with IPv6, IPv6 listener; they stay the namespace's own."""
+        """A worker's vnet TUN, raw TUN and, where the namespace lifts, IPv4 listener and (with IPv6) IPv6 listener; they stay the namespace's own."""
         return self._descriptors[worker]
 
     def _join(self) -> Sequence[int]:
@@ -54,10 +58,10 @@ class PrivateNamespace:
         return command
 
     def _started(self, generation: int) -> None:
-        log.info("helper_started", generation=generation, joins=self.ready.is_set())
+        log.info("helper_started", helper=self._name, generation=generation, joins=self.ready.is_set())
 
     def _exited(self, status: int) -> None:
-        log.warning("helper_exited", status=status)
+        log.warning("helper_exited", helper=self._name, status=status)
         if not self.ready.is_set():
             self._close()
 
@@ -71,10 +75,17 @@ class PrivateNamespace:
                 self._descriptors[message.worker] = fds
             case messages.Ready():
                 self.ready.set()
+                self._on_helper()
             case messages.Joined():
-                log.info("helper_joined", network_namespace=message.network_namespace)
+                log.info("helper_joined", helper=self._name, network_namespace=message.network_namespace)
             case messages.Failed():
-                log.error("helper_failed", code=message.code, message=message.message, remedy=message.remedy)
+                log.error(
+                    "helper_failed",
+                    helper=self._name,
+                    code=message.code,
+                    message=message.message,
+                    remedy=message.remedy,
+                )
 
     def _close(self) -> None:
         for fd in (*self._namespaces, *(fd for fds in self._descriptors.values() for fd in fds)):

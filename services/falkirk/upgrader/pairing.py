@@ -3,13 +3,15 @@
 One flow worker is paired at a time. A new one of an equal or newer generation takes the place of the old, whose pair is closed;
 an older one is refused (it is a process that was replaced). What the upgrader says within a turn goes out as one datagram at its end;
 what the pair doesn't take waits here, in order: at most an answer and an end for each slot, so the number of
-slots bounds it. When the flow worker is gone, what waits for it is gone too: its successor begins with AbortAll.
+slots bounds it, and an answer for each socket that was asked for. When the flow worker is gone, what waits for it is gone too: its
+successor begins with AbortAll. Sockets ride beside their messages and are closed here once they are sent.
 
 Limits: at most `MAX_STRANGERS` connections that haven't said Hello; the oldest gives way.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -22,7 +24,7 @@ import msgspec
 
 from falkirk.linux import seqpacket
 from falkirk.wire import handover
-from falkirk.wire.handover import Devices, Hello, Message
+from falkirk.wire.handover import Devices, Hello, Message, SocketFailed, SocketOpened
 
 MAX_STRANGERS: Final = 4
 BUDGET: Final = 16
@@ -57,6 +59,8 @@ class Pairing:
         self._peer_fd = -1
         self._newest = 0
         self._outgoing: deque[Message] = deque()
+        self._sockets: deque[socket.socket] = deque()
+        """Those of the `SocketOpened` in there, in order."""
         self._full = False
         epoll.register(listener, select.EPOLLIN)
 
@@ -161,6 +165,9 @@ class Pairing:
             self._epoll.unregister(self._peer_fd)
             self._bury(self._peer)
         self._peer, self._peer_fd = None, -1
+        for sock in self._sockets:
+            sock.close()
+        self._sockets.clear()
         self._outgoing.clear()
         self._full = False
 
@@ -169,13 +176,24 @@ class Pairing:
         if self._peer is not None:
             self._outgoing.append(message)
 
+    def give(self, message: SocketOpened, sock: socket.socket) -> None:
+        """The same with a socket, which is the flow worker's from then on."""
+        if self._peer is None:
+            sock.close()
+            return
+        self._outgoing.append(message)
+        self._sockets.append(sock)
+
     def flush(self) -> None:
         """Send what was said, as far as the pair takes it."""
         while self._outgoing and not self._full and self._peer is not None:
-            batch = list(islice(self._outgoing, handover.MAX_MESSAGES))
+            batch, fds = self._batch()
             try:
-                sent = seqpacket.send(self._peer, handover.encode(batch))
-            except OSError:
+                sent = seqpacket.send(self._peer, handover.encode(batch), fds)
+            except OSError as error:
+                if error.errno == errno.ETOOMANYREFS and fds:
+                    self._refuse_one(error.errno)
+                    continue
                 self._drop_peer()
                 return
             if not sent:
@@ -184,6 +202,28 @@ class Pairing:
                 return
             for _ in batch:
                 self._outgoing.popleft()
+            for _ in fds:
+                self._sockets.popleft().close()
+
+    def _batch(self) -> tuple[list[Message], list[int]]:
+        """What goes in the next datagram, and the descriptors beside it."""
+        batch: list[Message] = []
+        fds: list[int] = []
+        for message in islice(self._outgoing, handover.MAX_MESSAGES):
+            if isinstance(message, SocketOpened):
+                if len(fds) == handover.MAX_DESCRIPTORS:
+                    break
+                fds.append(self._sockets[len(fds)].fileno())
+            batch.append(message)
+        return batch, fds
+
+    def _refuse_one(self, code: int) -> None:
+        """More descriptors are on their way than this user may have open (unix(7)): the next one isn't sent."""
+        at = next(index for index, message in enumerate(self._outgoing) if isinstance(message, SocketOpened))
+        opened = self._outgoing[at]
+        assert isinstance(opened, SocketOpened)
+        self._outgoing[at] = SocketFailed(opened.token, code)
+        self._sockets.popleft().close()
 
     def close(self) -> None:
         """Everything; the socket's path stays, for the parent to replace."""

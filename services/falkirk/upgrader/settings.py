@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from falkirk.linux.namespace_messages import HelperSettings
+from falkirk.linux.namespace_messages import HelperSettings, Purpose
 from falkirk.runtime.settings import Section
 
 
@@ -12,7 +12,7 @@ class Settings(Section, frozen=True, kw_only=True):
     mtu: int = 1500
     """Of the TUN devices, in bytes; bounds the segments that clients are offered. 1280 to 65535."""
     congestion: str = "cubic"
-    """TCP congestion control towards clients; "reno" where the kernel hasn't it."""
+    """TCP congestion control towards clients, and towards devices to which streams are lowered; "reno" where the kernel hasn't it."""
     upstream_congestion: str = "cubic"
     """TCP congestion control towards upstreams; empty keeps the machine's own, and so does one that the machine doesn't grant.
     Set because the machine's own may be BBR, whose pacing costs a relay twice the CPU time a byte."""
@@ -37,9 +37,10 @@ class Settings(Section, frozen=True, kw_only=True):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie between {low} and {high}")
 
-    def helper(self, workers: int) -> HelperSettings:
-        """What the namespace helper must know."""
+    def helper(self, workers: int, purpose: Purpose) -> HelperSettings:
+        """What a namespace helper must know."""
         return HelperSettings(
+            purpose=purpose,
             workers=workers,
             congestion=self.congestion,
             vnet_mtu=self.mtu,

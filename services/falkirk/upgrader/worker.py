@@ -4,6 +4,9 @@ A turn of its loop: wait; then for each ready descriptor take what flow says (di
 pair them with their upstreams by slot, relay; then end what is overdue, send flow one datagram of answers, and
 close what is over.
 
+An upstream that is a device is dialled inside the lowering namespace (`lowering`); from its socket on there is no difference. A stream whose client
+is in hand already (`callers`) is open as soon as its upstream is connected.
+
 A client that comes from a slot where none is expected gets a RST. An upstream that resets while its client is awaited ends
 the slot at once; what it sends or ends before stays with the kernel until the client is there.
 
@@ -32,13 +35,15 @@ from typing import Final
 from falkirk.linux import scheduling, seqpacket, sockets
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
-from falkirk.upgrader import control, dial
+from falkirk.upgrader import control, dial, sessions
+from falkirk.upgrader.callers import Callers
 from falkirk.upgrader.deadlines import Deadlines
+from falkirk.upgrader.lowering import Asked, Lowering
 from falkirk.upgrader.pairing import Pairing
 from falkirk.upgrader.relay import MAX_PIPES, Relay, TcpStream
 from falkirk.upgrader.stream import Phase, Reason, Stream
 from falkirk.wire import handover
-from falkirk.wire.handover import Closed, Connected, DialFailed, Prepare
+from falkirk.wire.handover import Closed, Connected, DialFailed, OpenSocket, Prepare, SocketFailed, SocketOpened
 from falkirk.wire.slots import SlotPlan
 
 ACCEPTS: Final = 64
@@ -63,7 +68,7 @@ class Worker:
         flow_listener: socket.socket,
         device_fds: Sequence[int],
         counters: Counters,
-        report: Callable[[control.SpanEnded], bool],
+        report: Callable[[control.FromWorker], bool],
         capacity: int,
     ) -> None:
         self._setup = setup
@@ -77,8 +82,12 @@ class Worker:
         self._epoll = select.epoll()
         self._relay = Relay(self._epoll, self._over)
         self._slots: dict[int, TcpStream] = {}
+        self._asked: dict[int, Asked] = {}
+        """Slots whose upstream's socket is still to come."""
+        self._lowering = Lowering(self._epoll)
+        self._callers = Callers(report)
         self._dialling = 0
-        self._deadlines: Deadlines[TcpStream] = Deadlines(time.monotonic())
+        self._deadlines: Deadlines[TcpStream | Asked] = Deadlines(time.monotonic())
         self._listeners = {listener.fileno(): listener for listener in listeners}
         for listener in listeners:
             # Clients' sockets inherit these, which spares two calls a stream.
@@ -104,10 +113,19 @@ class Worker:
         """Also wake up for a descriptor that isn't the worker's own; `turn` returns those that are ready."""
         self._epoll.register(fd, select.EPOLLIN)
 
+    def helper(self, pair: socket.socket) -> None:
+        """The pair to the lowering namespace's (new) helper."""
+        self._lowering.attach(pair)
+
+    def lower(self, message: control.Lower, caller: socket.socket) -> None:
+        """Somebody with a stream in hand wants a way to a device."""
+        self._add("lower_asked")
+        self._pairing.say(self._callers.wanted(message, caller))
+
     @property
     def idle(self) -> bool:
         """Nothing is left that a drain should wait for."""
-        return not self._slots or not self._pairing.paired
+        return not (self._slots or self._asked) or not self._pairing.paired
 
     def turn(self, timeout: float = -1.0) -> list[int]:
         """Wait for at most `timeout` seconds (negative: for anything), and do what there is; descriptors of others."""
@@ -130,10 +148,15 @@ class Worker:
             elif self._pairing.owns(fd):
                 for message in self._pairing.on_event(fd, events):
                     self._obey(message, now)
+            elif self._lowering.owns(fd):
+                for asked, result in self._lowering.on_event(events):
+                    self._answered(asked, result, now)
             else:
                 others.append(fd)
-        for stream in self._deadlines.expire(now):
-            self._expire(stream, now)
+        for overdue in self._deadlines.expire(now):
+            self._expire(overdue, now)
+        if self._callers.asking and not self._pairing.paired:
+            self._callers.lost()
         self._pairing.flush()
         self._relay.close_buried()
         self._publish()
@@ -143,30 +166,70 @@ class Worker:
         if isinstance(message, Prepare):
             self._prepare(message, now)
         elif isinstance(message, handover.Abort):
-            stream = self._slots.get(message.slot)
-            if stream is not None:
-                self._relay.reset(stream, Reason.ABORTED)
+            self._abort(message.slot)
+        elif isinstance(message, OpenSocket):
+            self._open_socket(message)
         elif isinstance(message, handover.AbortAll):
-            for stream in list(self._slots.values()):
-                self._relay.reset(stream, Reason.ABORTED)
+            for slot in (*self._asked, *self._slots):
+                self._abort(slot)
+            self._callers.lost()
+        elif isinstance(message, handover.LowerRefused):
+            self._add("lower_refused")
+            self._callers.refused(message)
+
+    def _abort(self, slot: int) -> None:
+        asked, stream = self._asked.get(slot), self._slots.get(slot)
+        if asked is not None:
+            self._forget_asked(asked)
+            self._ended(slot, Reason.ABORTED, 0, 0)
+        elif stream is not None:
+            self._relay.reset(stream, Reason.ABORTED)
 
     def _prepare(self, wish: Prepare, now: float) -> None:
-        old = self._slots.get(wish.slot)
+        old = self._slots.get(wish.slot) or self._asked.get(wish.slot)
         if old is not None:
             # Flow owns the slots: it has forgotten this one, and expects no end of it.
             self._add("slot_replaced")
-            self._forget(old)
+            self._callers.over(wish.slot, Reason.ABORTED)
+            if isinstance(old, Asked):
+                self._forget_asked(old)
+            else:
+                self._forget(old)
         try:
+            if wish.request and not self._callers.prepared(wish):
+                raise OSError(errno.ECONNABORTED, "nobody asked")
             if self.draining:
                 raise OSError(errno.ESHUTDOWN, "draining")
             if wish.treatment != "l4":
                 raise OSError(errno.EPROTONOSUPPORT, "treatment isn't built")
-            if len(self._slots) >= self._capacity:
+            if len(self._slots) + len(self._asked) >= self._capacity:
                 raise OSError(errno.EMFILE, "no descriptors")
-            upstream = dial.start(wish.destination, wish.port, wish.egress, self._congestion)
+            if not wish.lower:
+                self._dial(wish, dial.start(wish.destination, wish.port, wish.egress, self._congestion), now)
+                return
         except OSError as error:
             self._fail(wish.slot, error.errno or errno.EIO, 0)
             return
+        asked = self._asked[wish.slot] = self._lowering.ask(wish, now)
+        self._dialling += 1
+        self._deadlines.add(asked)
+
+    def _answered(self, asked: Asked, result: socket.socket | int, now: float) -> None:
+        """A socket of the lowering namespace has come, or doesn't."""
+        self._forget_asked(asked)
+        if isinstance(result, int):
+            self._fail(asked.wish.slot, result, int((now - asked.since) * 1e9))
+        else:
+            self._dial(asked.wish, result, asked.since)
+
+    def _forget_asked(self, asked: Asked) -> None:
+        self._lowering.forget(asked)
+        self._deadlines.remove(asked)
+        del self._asked[asked.wish.slot]
+        self._dialling -= 1
+
+    def _dial(self, wish: Prepare, upstream: socket.socket, now: float) -> None:
+        """Await the outcome of a socket that connects since `now`."""
         stream: TcpStream = Stream(
             wish.slot,
             wish.flow_id,
@@ -181,6 +244,24 @@ class Worker:
         self._dialling += 1
         self._relay.dial(stream)
         self._deadlines.add(stream)
+
+    def _open_socket(self, wish: OpenSocket) -> None:
+        begun = time.time_ns() if wish.span_id else 0
+        code = 0
+        try:
+            if self.draining:
+                raise OSError(errno.ESHUTDOWN, "draining")
+            sock, local, raw = sessions.start(wish)
+        except OSError as error:
+            code = error.errno or errno.EIO
+            self._pairing.say(SocketFailed(wish.token, code))
+        else:
+            self._pairing.give(SocketOpened(wish.token, local, raw), sock)
+        self._add(sessions.kind(code))
+        if wish.span_id:
+            status = os.strerror(code) if code else ""
+            attributes: dict[str, str | int] = {"worker": self._setup.worker, "errno": code}
+            self._tell(control.SpanEnded("dial", wish.flow_id, wish.span_id, begun, time.time_ns(), attributes, status))
 
     def _dialled(self, stream: TcpStream, events: int, now: float) -> None:
         code = dial.outcome(stream.upstream.handle, events)
@@ -198,6 +279,9 @@ class Worker:
         stream.connected(now, self._setup.open_timeout_s)
         self._deadlines.add(stream)
         self._pairing.say(Connected(stream.slot, took))
+        caller = self._callers.connected(stream.slot)
+        if caller is not None:
+            self._open(stream, caller, now)
 
     def _accept(self, listener: socket.socket, now: float) -> None:
         for _ in range(ACCEPTS):
@@ -215,13 +299,20 @@ class Worker:
                 client.close()
                 continue
             client.setblocking(False)
-            if stream.span_id:
-                stream.started_wall_ns = time.time_ns()
-            self._relay.open(stream, client, now)
-            self._deadlines.add(stream)
-            self._add("opened")
+            self._open(stream, client, now)
 
-    def _expire(self, stream: TcpStream, now: float) -> None:
+    def _open(self, stream: TcpStream, client: socket.socket, now: float) -> None:
+        if stream.span_id:
+            stream.started_wall_ns = time.time_ns()
+        self._relay.open(stream, client, now)
+        self._deadlines.add(stream)
+        self._add("opened")
+
+    def _expire(self, stream: TcpStream | Asked, now: float) -> None:
+        if isinstance(stream, Asked):
+            self._forget_asked(stream)
+            self._fail(stream.wish.slot, errno.ETIMEDOUT, int((now - stream.since) * 1e9))
+            return
         if stream.phase is not Phase.DIALLING:
             self._relay.reset(stream, stream.expired())
             return
@@ -232,6 +323,7 @@ class Worker:
 
     def _fail(self, slot: int, code: int, took_ns: int) -> None:
         self._add(dial.kind(code))
+        self._callers.over(slot, errno.errorcode.get(code, str(code)))
         self._pairing.say(DialFailed(slot, code, took_ns))
 
     def _forget(self, stream: TcpStream) -> None:
@@ -245,12 +337,16 @@ class Worker:
         self._deadlines.remove(stream)
         del self._slots[stream.slot]
         self._dialling -= stream.phase is Phase.DIALLING
-        self._add("closed_" + reason)
         up, down = stream.relayed()
-        self._pairing.say(Closed(stream.slot, reason, up, down))
+        self._ended(stream.slot, reason, up, down)
         if stream.span_id and stream.phase is Phase.OPEN:
             status = "" if reason == Reason.FINISHED else reason
             self._span("relay", stream, status, reason=reason, bytes_up=up, bytes_down=down)
+
+    def _ended(self, slot: int, reason: str, up: int, down: int) -> None:
+        self._add("closed_" + reason)
+        self._callers.over(slot, reason, up, down)
+        self._pairing.say(Closed(slot, reason, up, down))
 
     def _span(self, name: str, stream: TcpStream, status: str, **attributes: str | int) -> None:
         span = control.SpanEnded(
@@ -262,6 +358,9 @@ class Worker:
             {"slot": stream.slot, "worker": self._setup.worker, **attributes},
             status,
         )
+        self._tell(span)
+
+    def _tell(self, span: control.SpanEnded) -> None:
         if not self._report(span):
             self._add("span_dropped")
 
@@ -274,7 +373,7 @@ class Worker:
 
     def _publish(self) -> None:
         count, index, relay = self._count, self._index, self._relay
-        count[index["streams"]] = len(self._slots) - self._dialling
+        count[index["streams"]] = len(self._slots) + len(self._asked) - self._dialling
         count[index["dialling"]] = self._dialling
         count[index["paired"]] = self._pairing.paired
         if relay.bytes_up:
@@ -286,10 +385,12 @@ class Worker:
 
     def close(self) -> None:
         """Reset every stream and close what is the worker's own."""
-        for stream in list(self._slots.values()):
-            self._relay.reset(stream, Reason.ABORTED)
+        for slot in (*self._asked, *self._slots):
+            self._abort(slot)
         self._pairing.flush()
         self._pairing.close()
+        self._lowering.close()
+        self._callers.close()
         self._relay.close()
         for listener in self._listeners.values():
             listener.close()
@@ -325,7 +426,8 @@ def run(parent: socket.socket) -> None:
         return
     setup = control.TO_WORKER.decode(data)
     counters = Counters.attach(fds[0], control.COUNTERS)
-    listeners = [socket.socket(fileno=fd) for fd in fds[3:]]
+    devices, helper = fds[1:5], socket.socket(fileno=fds[5])
+    listeners = [socket.socket(fileno=fd) for fd in fds[6:]]
     for listener in listeners:
         listener.setblocking(False)
     path = Path(setup.path)
@@ -334,11 +436,12 @@ def run(parent: socket.socket) -> None:
         listeners,
         slots_of(setup.worker, setup.workers),
         seqpacket.listen(path, setup.mode),
-        fds[1:3],
+        devices[:2],
         counters,
-        lambda span: seqpacket.send(parent, control.encode(span)),
+        lambda said: seqpacket.send(parent, control.encode(said)),
         raise_descriptor_limit(),
     )
+    worker.helper(helper)
     woken, wake = socket.socketpair()
     with woken, wake:
         for sock in (woken, wake):
@@ -358,13 +461,27 @@ def run(parent: socket.socket) -> None:
                 woken.recv(64)
                 worker.draining = True
                 deadline = time.monotonic() + DRAIN_S
-            if parent.fileno() in ready:
-                message = seqpacket.receive(parent, control.MAX_DATAGRAM)
-                if message is not None and not message[0]:
-                    break
+            if parent.fileno() in ready and not _listen(worker, parent):
+                break
     # While the listener lives nobody else can have bound there; a moment later a successor may.
     path.unlink(missing_ok=True)
     worker.close()
+
+
+def _listen(worker: Worker, parent: socket.socket) -> bool:
+    """One message of the parent's; False where it is gone."""
+    received = seqpacket.receive(parent, control.MAX_DATAGRAM)
+    if received is None:
+        return True
+    data, fds = received
+    if not data:
+        return False
+    match control.TO_WORKER.decode(data):
+        case control.HelperPair():
+            worker.helper(socket.socket(fileno=fds[0]))
+        case control.Lower() as message:
+            worker.lower(message, socket.socket(fileno=fds[0]))
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

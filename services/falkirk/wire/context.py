@@ -20,6 +20,15 @@ class Framing(StrEnum):
     """One packet or super-packet behind a 10-byte virtio-net header."""
 
 
+class Transport(StrEnum):
+    """What carries a connected tunnel's packets."""
+
+    SOCKET = "socket"
+    """The SEQPACKET connection itself, a datagram at a time."""
+    DEVICE = "device"
+    """The producer's own TUN device, whose descriptor it hands over once it is admitted: no process of its own has to move packets."""
+
+
 class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
     """Identity of a tunnel; `addresses` are packed (4 or 16 bytes) and are the only ones that it may speak from."""
 
@@ -39,3 +48,5 @@ class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
     """Flows that the device may have at once; 0 takes the node's default."""
     tenant_max_flows: int = 0
     """Flows that the tenant may have at once on this node; 0 takes the node's default."""
+    packed: bool = False
+    """A `raw` tunnel whose producer takes several packets in a datagram, as the flow tracker does from everyone."""

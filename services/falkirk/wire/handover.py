@@ -9,7 +9,7 @@ than one already seen in that role is refused (it is a process that was replaced
 nanoseconds at start.
 
     onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
-    flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll / Hello Devices Connected DialFailed Closed
+    flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll LowerRefused OpenSocket / Hello Devices Connected DialFailed Closed LowerWanted SocketOpened SocketFailed
     parent         <-> worker       inherited socket pair         see `falkirk.flow.control` and its siblings
 
 Limit: 64 messages and 16 descriptors a datagram, and 128 KiB.
@@ -22,9 +22,9 @@ from typing import Final
 
 import msgspec
 
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.context import Framing, Transport, TunnelContext
 
-PROTOCOL: Final = 1
+PROTOCOL: Final = 3
 """Version of these messages; raised by any change that an older peer would misread."""
 MAX_MESSAGES: Final = 64
 MAX_DESCRIPTORS: Final = 16
@@ -58,6 +58,8 @@ class Adopt(Message, frozen=True, tag=True):
     framing: Framing
     mtu: int
     greeting: bytes = b""
+    transport: Transport = Transport.SOCKET
+    """With `device` the producer is asked for its device, on this descriptor, after the greeting."""
     descriptors: int = 1
 
 
@@ -83,6 +85,7 @@ class Held(Message, frozen=True, tag=True):
     context: TunnelContext
     framing: Framing
     mtu: int
+    transport: Transport = Transport.SOCKET
     descriptors: int = 1
 
 
@@ -138,6 +141,12 @@ class Prepare(Message, frozen=True, tag=True):
     """"l4"; others are refused with EPROTONOSUPPORT until they are built."""
     span_id: bytes = b""
     """8 bytes where the flow is sampled: parent of the upgrader's spans. Empty: not sampled."""
+    lower: int = 0
+    """Not 0: the upstream is a device, and this is the slot (`LOWERED` included) to which a client socket of the lowering namespace connects, from
+    `source_port` to `port`. `destination` and `egress` only tell the family then."""
+    source_port: int = 0
+    request: int = 0
+    """Not 0: no client comes from a slot, as whoever asked by this number (`LowerWanted`) has the other end. `slot` is `lower` then."""
 
 
 class Connected(Message, frozen=True, tag=True):
@@ -175,10 +184,74 @@ class Closed(Message, frozen=True, tag=True):
     bytes_down: int
 
 
+class LowerWanted(Message, frozen=True, tag=True):
+    """Upgrader worker to flow worker: somebody with a stream in hand asks for a way to a port of a device. Answered by
+    `Prepare` with this number, or by `LowerRefused`."""
+
+    request: int
+    tenant: str
+    device: str
+    """Both by name."""
+    version: int
+    """4 or 6; 0 leaves it to the device's addresses."""
+    port: int
+    actor: str
+    """Who asks, as far as the service knows; for audit."""
+
+
+class LowerRefused(Message, frozen=True, tag=True):
+    """Flow worker to upgrader worker: there is no way. `reason` is "no_tunnel" where no tunnel of this worker is the device's."""
+
+    request: int
+    reason: str
+    why: str
+
+
+class OpenSocket(Message, frozen=True, tag=True):
+    """Open a connected datagram socket for one session and hand it over. Answered by `SocketOpened` or `SocketFailed`; the upgrader
+    keeps nothing of it, so its end costs no session."""
+
+    token: int
+    """The flow worker's own number of this wish."""
+    protocol: int
+    """17 for UDP, 1 or 58 for ICMP echo."""
+    destination: bytes
+    """4 or 16 bytes."""
+    port: int
+    """0 for echo."""
+    egress: bytes
+    """Address to send from, of the destination's family; empty lets the kernel choose."""
+    local: int
+    """UDP: the external port of the client's address and port, which all its sessions share (RFC 4787 REQ-1); 0 where it has none yet.
+    Echo: the identifier to use where the kernel doesn't choose one."""
+    flow_id: bytes
+    """16 bytes."""
+    span_id: bytes = b""
+    """8 bytes where the flow is sampled: parent of the upgrader's span. Empty: not sampled."""
+
+
+class SocketOpened(Message, frozen=True, tag=True):
+    """The socket. One descriptor."""
+
+    token: int
+    local: int
+    """Its external port or its identifier."""
+    raw: bool
+    """Echo: a raw socket, whose packets have their IPv4 header and need a checksum."""
+    descriptors: int = 1
+
+
+class SocketFailed(Message, frozen=True, tag=True):
+    """There is no socket; `errno` says why."""
+
+    token: int
+    errno: int
+
+
 OnrampToFlow = Hello | Adopt | TunnelClosed
 FlowToOnramp = Hello | Adopted | AdoptRefused | Held | TunnelClosed | Traced
-FlowToUpgrader = Hello | Prepare | Abort | AbortAll
-UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed
+FlowToUpgrader = Hello | Prepare | Abort | AbortAll | LowerRefused | OpenSocket
+UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed | LowerWanted | SocketOpened | SocketFailed
 
 ONRAMP_TO_FLOW: Final = msgspec.msgpack.Decoder(list[OnrampToFlow])
 FLOW_TO_ONRAMP: Final = msgspec.msgpack.Decoder(list[FlowToOnramp])

@@ -5,6 +5,9 @@ for `raw` ones. IPv4 addresses come from 10.0.0.0/8: worker, kind and index from
 carry the same 24-bit number in the low bits of fd66:616c:6b69:726b::/64. Host number 1 of each (worker, kind) prefix is
 the device's own address, where the listener waits; indices below `FIRST_INDEX` and the last one are never slots.
 
+There are two private namespaces with the same arithmetic. In the one that lifts, a slot's address is the *source* of a stream's first packet; in the
+one that lowers it is the destination. Where flow and upgrader speak of both, those of the second have `LOWERED` added.
+
 Limit: 64 workers; with W workers (rounded up to a power of two) a kind has 2^23 / W addresses.
 """
 
@@ -17,6 +20,8 @@ from falkirk.wire.context import Framing
 BASE4: Final = 10 << 24
 BASE6: Final = 0xFD66616C6B69726B << 64
 FIRST_INDEX: Final = 16
+LOWERED: Final = 1 << 24
+"""Added to the number of a slot in the lowering namespace."""
 KIND: Final = {Framing.VNET: 0, Framing.RAW: 1}
 
 

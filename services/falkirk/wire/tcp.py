@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import Final, NamedTuple
 
-from falkirk.wire.checksum import Buffer
+from falkirk.wire.checksum import Buffer, update
 from falkirk.wire.malformed import MalformedPacket
 
 MINIMUM: Final = 20
@@ -85,3 +85,37 @@ def maximum_segment_size(data: Buffer, at: int, header_length: int) -> int | Non
         if kind == MAXIMUM_SEGMENT_SIZE and length == 2:
             return data[offset] << 8 | data[offset + 1]
     return None
+
+
+def clamp_segment_size(data: bytearray | memoryview, at: int, end: int, most: int, *, partial: bool) -> bool:
+    """Lowers the MSS option of the SYN at `at`, whose segment ends at `end`, to what a path takes; whether it was larger.
+
+    `most` is the path's MTU less 40 (IPv4) or 60 (IPv6): RFC 6691 2, options of IP and TCP are the sender's to subtract. The
+    checksum follows by RFC 1624, unless it is `partial`: then it covers no option yet. A SYN without the option stays
+    without: its sender takes 536 or 1,220 bytes (RFC 9293 3.7.1), which every path does. Limit: only whole headers.
+    """
+    header_end = at + (data[at + 12] >> 4 << 2)
+    if header_end > end:
+        return False
+    lowered = False
+    for kind, offset, length in options(data, at + MINIMUM, header_end):
+        if kind != MAXIMUM_SEGMENT_SIZE or length != 2:
+            continue
+        size = data[offset] << 8 | data[offset + 1]
+        if size <= most:
+            continue
+        data[offset : offset + 2] = most.to_bytes(2, "big")
+        lowered = True
+        if not partial:
+            old, new = size, most
+            if (offset - at) & 1:
+                # It lies across two words of the sum.
+                old, new = _swapped(old), _swapped(new)
+            field = at + CHECKSUM_OFFSET
+            check = update(data[field] << 8 | data[field + 1], old, new)
+            data[field : field + 2] = check.to_bytes(2, "big")
+    return lowered
+
+
+def _swapped(word: int) -> int:
+    return (word & 0xFF) << 8 | word >> 8

@@ -27,7 +27,7 @@ from falkirk.wire.checksum import Buffer
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.nat import Rewrite
 from falkirk.wire.packet import Packet, verify
-from falkirk.wire.protocol import TCP, UDP
+from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
 
 CARRIED4: Final = frozenset((icmp.UNREACHABLE4, icmp.TIME_EXCEEDED4, icmp.PARAMETER_PROBLEM4))
 CARRIED6: Final = frozenset((icmp.UNREACHABLE6, icmp.PACKET_TOO_BIG6, icmp.TIME_EXCEEDED6, icmp.PARAMETER_PROBLEM6))
@@ -48,6 +48,8 @@ class Quoted(NamedTuple):
     destination_port: int
     sequence: int
     """TCP only: whose connection it is may be checked by it (RFC 5927 4.1)."""
+    identifier: int = 0
+    """Of an ICMP echo or its reply."""
 
 
 def quoted(data: Buffer, packet: Packet) -> Quoted:
@@ -78,8 +80,18 @@ def quoted(data: Buffer, packet: Packet) -> Quoted:
         destination_port = data[upper + 2] << 8 | data[upper + 3]
     if head.protocol == TCP:
         sequence = int.from_bytes(data[upper + 4 : upper + 8], "big")
+    identifier = 0
+    if head.protocol == (ICMP if packet.version == 4 else ICMPV6) and icmp.is_echo(packet.version, data[upper]):
+        identifier = data[upper + 4] << 8 | data[upper + 5]
     return Quoted(
-        head.header_length, head.protocol, head.source, head.destination, source_port, destination_port, sequence
+        head.header_length,
+        head.protocol,
+        head.source,
+        head.destination,
+        source_port,
+        destination_port,
+        sequence,
+        identifier,
     )
 
 

@@ -1,13 +1,14 @@
 """The virtio-net header in front of packets on `vnet` tunnels and TUN devices (virtio 1.2, 5.1.6; host byte order).
 
 A client's header is untrusted: it would have the kernel cut and sum what it says, where it says. So it must describe
-exactly the packet behind it: gso_type the packet's family and TCP, csum_start and csum_offset the place of the checksum
-that parsing found, gso_size between 536 and the MTU; the only flag is NEEDS_CSUM. What is passed on is *normal*: hdr_len
+exactly the packet behind it: gso_type the packet's family and TCP, or UDP_L4 for UDP (either family's), csum_start and csum_offset
+the place of the checksum that parsing found, gso_size between 536 and the MTU for TCP, and for UDP so that no more than
+`MAXIMUM_DATAGRAMS` come out and each fits the MTU; the only flag is NEEDS_CSUM. What is passed on is *normal*: hdr_len
 computed here, DATA_VALID (a claim that a check may be skipped) cleared, fields that mean nothing zero.
 
 `validate` is for parsed packets. `admit_tcp4` and `admit_tcp6` are the same for the packet loop: 0.6 us, in place.
 
-Limit: offloads of TCP only; a UDP packet may have a partial checksum but isn't a super-packet (no USO yet).
+Limit: offloads of TCP and UDP only; UFO (gso_type 3), which asks for IP fragments, is refused.
 """
 
 from __future__ import annotations
@@ -28,11 +29,16 @@ DATA_VALID: Final = 2
 GSO_NONE: Final = 0
 GSO_TCPV4: Final = 1
 GSO_TCPV6: Final = 4
+GSO_UDP_L4: Final = 5
+"""USO: one UDP header in front of several datagrams of equal length, the last maybe shorter."""
 GSO_ECN: Final = 0x80
 """With a TCP type: the first segment has CWR, the others must not."""
 
 MINIMUM_GSO_SIZE: Final = 536
 """RFC 9293 3.7.1: the default MSS; smaller ones would turn one datagram into thousands of packets."""
+
+MAXIMUM_DATAGRAMS: Final = 128
+"""UDP_MAX_SEGMENTS of Linux: datagrams of one USO super-packet."""
 
 STRUCT: Final = Struct("=BBHHHH")
 _read: Final = STRUCT.unpack_from
@@ -87,6 +93,8 @@ def validate(header: Header, packet: Packet, mtu: int) -> Header:
         if not partial:
             return Header()
         return Header(NEEDS_CSUM, GSO_NONE, packet.payload_offset, 0, csum_start, csum_offset)
+    if packet.protocol == UDP:
+        return _validate_uso(header, packet, mtu)
     right_type = GSO_TCPV4 if packet.version == 4 else GSO_TCPV6
     if gso_type & ~GSO_ECN != right_type or packet.protocol != TCP:
         raise MalformedPacket("vnet_gso_type")
@@ -94,6 +102,17 @@ def validate(header: Header, packet: Packet, mtu: int) -> Header:
     if not partial:
         raise MalformedPacket("vnet_checksum")
     if not MINIMUM_GSO_SIZE <= gso_size <= mtu:
+        raise MalformedPacket("vnet_gso_size")
+    return Header(NEEDS_CSUM, gso_type, packet.payload_offset, gso_size, csum_start, csum_offset)
+
+
+def _validate_uso(header: Header, packet: Packet, mtu: int) -> Header:
+    flags, gso_type, _, gso_size, csum_start, csum_offset = header
+    if gso_type != GSO_UDP_L4:
+        raise MalformedPacket("vnet_gso_type")
+    if not flags & NEEDS_CSUM:
+        raise MalformedPacket("vnet_checksum")
+    if not 0 < gso_size <= mtu - packet.payload_offset or packet.payload_length > MAXIMUM_DATAGRAMS * gso_size:
         raise MalformedPacket("vnet_gso_size")
     return Header(NEEDS_CSUM, gso_type, packet.payload_offset, gso_size, csum_start, csum_offset)
 

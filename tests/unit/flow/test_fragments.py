@@ -251,11 +251,10 @@ def test_a_flood_of_fragments_costs_a_bounded_amount_and_no_one_else(tmp_path: P
 def test_a_packet_that_is_cut_for_its_tunnel(way: Way) -> None:
     rig = way.rig
     tunnel = next(iter(rig.worker.tunnels.values()))
-    reply = samples.ip4 if way.version == 4 else samples.ip6
     body = bytes(at % 251 for at in range(4000))
     packets = []
     for _ in range(2):
-        packet = reply(253, body, source=way.destination, destination=way.source)
+        packet = _reply(way, body)
         assert rig.worker.fragments.say(tunnel, packet)
         got = [data[len(way.head) :] for data in read(way.sock)]
         parsed = [parse(data, 0, len(data), fragments=True) for data in got]
@@ -268,9 +267,24 @@ def test_a_packet_that_is_cut_for_its_tunnel(way: Way) -> None:
     # A path that takes less than the tunnel.
     assert rig.worker.fragments.say(tunnel, packet, 1280)
     assert max(len(data) - len(way.head) for data in read(way.sock)) <= 1280
-    small = reply(253, b"x", source=way.destination, destination=way.source)
+    small = _reply(way, b"x")
     assert rig.worker.fragments.say(tunnel, small)
     assert read(way.sock) == [way.head + small]
+
+
+def _reply(way: Way, body: bytes) -> bytes:
+    """From a sender that doesn't want it to be fragmented, and so hasn't given it an identification."""
+    if way.version == 6:
+        return samples.ip6(253, body, source=way.destination, destination=way.source)
+    return samples.ip4(253, body, source=way.destination, destination=way.source, identification=0)
+
+
+def test_what_has_an_identification_keeps_it(rig: FlowRig) -> None:
+    way = Way(rig, Framing.RAW, 4)
+    packet = samples.ip4(253, bytes(3000), identification=0xABCD, fragment=0)
+    tunnel = next(iter(rig.worker.tunnels.values()))
+    assert {part[4:6] for part in rig.worker.fragments.parts(tunnel, packet)} == {b"\xab\xcd"}
+    way.sock.close()
 
 
 def test_identifications_of_two_tunnels_have_nothing_to_do_with_each_other(rig: FlowRig) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from falkirk.flow.live import HEADER_SIZE, MAGIC, RECORD_SIZE, LiveReader, LiveTable
+from falkirk.flow.live import HEADER_SIZE, MAGIC, RECORD_SIZE, LiveReader, LiveTable, kind_of
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6
 
 KEY4 = DEVICE4 + SERVER4 + bytes.fromhex("9c4001bb")
@@ -52,6 +52,19 @@ def test_a_flow_reads_back(path: Path) -> None:
     # A rule that is cut in the middle of a letter is still text.
     assert six.rule.startswith("öäüöäü")
     reader.close()
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("forwarded", [False, True])
+def test_the_kind_says_how_the_tunnel_is_framed_and_whether_it_leads_to_a_device(
+    path: Path, raw: bool, forwarded: bool
+) -> None:
+    table = LiveTable(path, 1, epoch=1)
+    index = table.claim()
+    assert index is not None
+    table.begin(index, 3, kind_of(raw, forwarded), 7, 0, KEY4 + b"\x06", b"\1" * 16, 1, 1, b"", b"")
+    (record,) = LiveReader(path)
+    assert (record.raw, record.forwarded, record.key) == (raw, forwarded, KEY4 + b"\x06")
 
 
 @pytest.mark.parametrize("key", [KEY4, KEY6])

@@ -28,7 +28,7 @@ from tests.unit.wire.samples import C4, C6, S4, S6
 ROOMY = Limits(worker_bytes=1 << 24, tunnel_bytes=1 << 20, tunnel_packets=256, seconds=15)
 NO_HEADER = 253
 """RFC 3692: for experiments."""
-WAITS = Taken(None, ())
+WAITS = Taken(None, "", ())
 
 
 def read(packet: bytes) -> Piece:
@@ -43,7 +43,16 @@ def fragment(start: int, stop: int, *, more: bool = True, number: int = 7, fill:
 
 
 def dropped(reason: str, count: int = 1) -> Taken:
-    return Taken(None, ((reason, count),))
+    """This one, and `count` less one that waited."""
+    return Taken(None, reason, ((reason, count - 1),) if count > 1 else ())
+
+
+def lost(taken: Taken) -> Counter[str]:
+    """Fragments by the reason for which they are dropped."""
+    counts = Counter([taken.refused] if taken.refused else [])
+    for reason, count in taken.dropped:
+        counts[reason] += count
+    return counts
 
 
 def settle(table: Reassembly, pieces: Sequence[Piece], tunnel: int = 1, now: int = 0) -> list[Taken]:
@@ -63,7 +72,7 @@ def test_whole_in_any_order(version: int, order: tuple[int, ...]) -> None:
     table = Reassembly(ROOMY)
     *before, last = settle(table, pieces)
     assert before == [WAITS] * len(before)
-    assert last == Taken(Whole(packet, len(pieces), max(len(each.packet) for each in pieces)), ())
+    assert last == Taken(Whole(packet, len(pieces), max(len(each.packet) for each in pieces)), "", ())
     assert (table.bytes, table.waiting) == (0, 0)
 
 
@@ -183,7 +192,7 @@ def test_a_tunnel_at_its_number_of_packets_loses_its_own_oldest() -> None:
     for number in (1, 2, 3):
         table.take(1, fragment(0, 8, number=number), 0)
     table.take(1, fragment(8, 16, number=1), 0)
-    assert table.take(1, fragment(0, 8, number=4), 0) == dropped("fragment_packets", 2)
+    assert table.take(1, fragment(0, 8, number=4), 0) == Taken(None, "", (("fragment_packets", 2),))
     # 2 is the oldest now; it is still whole when its rest comes.
     assert table.take(1, fragment(8, 10, number=2, more=False), 0).whole is not None
     assert table.take(2, fragment(8, 10, more=False), 0).whole is not None
@@ -195,14 +204,12 @@ def test_a_tunnel_at_its_bytes_loses_its_own_oldest_but_not_the_packet_at_hand()
     for number in (1, 2, 3):
         assert table.take(1, fragment(0, 1000, number=number), 0) == WAITS
     assert table.bytes == 3 * each
-    assert table.take(1, fragment(1000, 2000, number=1), 0) == dropped("fragment_memory", 1)
+    assert table.take(1, fragment(1000, 2000, number=1), 0) == Taken(None, "", (("fragment_memory", 1),))
     assert table.take(1, fragment(1000, 1010, number=3, more=False), 0).whole is not None
     # One that alone is too much is given up, and so is what follows of it.
     table = Reassembly(Limits(1 << 24, 3 * each, 256, 15))
     taken = settle(table, [fragment(at, at + 1000) for at in range(0, 10000, 1000)])
-    assert Counter(reason for one in taken for reason, count in one.dropped for _ in range(count)) == {
-        "fragment_memory": 10
-    }
+    assert sum(map(lost, taken), Counter()) == {"fragment_memory": 10}
     assert table.bytes == PACKET_COST
 
 
@@ -227,14 +234,14 @@ def test_a_worker_without_room_drops_what_comes() -> None:
 
 def test_a_flood_of_first_fragments_stays_within_its_bounds() -> None:
     table = Reassembly(Limits(1 << 20, 1 << 16, 64, 15))
-    lost = 0
+    gone = 0
     for number in range(20_000):
         taken = table.take(number % 3, fragment(0, 8, number=number & 0xFFFF), number // 1000)
-        lost += sum(count for _, count in taken.dropped)
-        lost += sum(each.fragments for each in table.expire(number // 1000))
+        gone += lost(taken).total()
+        gone += sum(each.fragments for each in table.expire(number // 1000))
         assert table.bytes <= 3 << 16
         assert table.waiting <= 3 * 64
-    assert lost + table.waiting == 20_000
+    assert gone + table.waiting == 20_000
 
 
 VERSIONS = st.sampled_from((4, 6))
@@ -291,8 +298,7 @@ def test_a_packet_is_what_nobody_has_contradicted(data: st.DataObject) -> None:
     pieces = data.draw(st.lists(PIECES, min_size=1, max_size=30))
     for each in pieces:
         taken = table.take(1, each, 0)
-        for reason, count in taken.dropped:
-            ended[reason] += count
+        ended += lost(taken)
         if refused:
             assert taken.whole is None
             continue
@@ -302,7 +308,7 @@ def test_a_packet_is_what_nobody_has_contradicted(data: st.DataObject) -> None:
         arrived.append(each)
         if any(_contradict(each, other) for other in arrived[:-1]):
             assert taken.whole is None
-            assert sum(count for _, count in taken.dropped) == len(arrived)
+            assert lost(taken).total() == len(arrived)
             refused = True
             continue
         total = next((one.end for one in arrived if not one.more), None)

@@ -20,6 +20,7 @@ from falkirk.wire import icmp, vnet
 from falkirk.wire.build import segment, too_big
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import (
+    PROTOCOL,
     Abort,
     Adopt,
     Adopted,
@@ -177,7 +178,7 @@ def test_a_datagram_that_is_not_the_protocol_is_skipped_and_its_descriptors_clos
     [
         TunnelClosed(1, "forged"),
         Hello("upgrader", 0, 1 << 62),
-        Hello("onramp", 0, 1 << 62, protocol=2),
+        Hello("onramp", 0, 1 << 62, protocol=PROTOCOL + 1),
         Hello("onramp", 0, 1),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from falkirk.linux.lower.admission import Admitted, context, read_answer
 from falkirk.linux.lower.request import Exit, LowerRequest, Stopped
-from falkirk.wire.context import Framing
+from falkirk.wire.context import Framing, Transport
 
 REQUEST = LowerRequest(tunnel="t.sock", tenant="acme", device="laptop", command=("true",))
 
@@ -32,6 +32,17 @@ def test_context_carries_what_was_given() -> None:
         "tenant": "acme",
         "device": "laptop",
         "framing": "raw",
+        "virtual_network": "lab",
+        "packed": True,
+        "attributes": {"app": "x"},
+    }
+    # A device takes a packet at a time, whatever its framing.
+    assert json.loads(context(request, Transport.DEVICE)) == {
+        "v": 1,
+        "tenant": "acme",
+        "device": "laptop",
+        "framing": "raw",
+        "transport": "device",
         "virtual_network": "lab",
         "attributes": {"app": "x"},
     }

@@ -11,7 +11,7 @@ from falkirk.onramp import admission
 from falkirk.onramp.admission import Grants, admit, review
 from falkirk.onramp.context import Code, ContextRequest, Refusal
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Row, Tables, TenantRow, UserRow
-from falkirk.wire.context import TunnelContext
+from falkirk.wire.context import Transport, TunnelContext
 
 LAPTOP = DeviceRow(
     "d",
@@ -116,6 +116,15 @@ def test_grants(uid: int, tenant: str, code: Code | None) -> None:
     with pytest.raises(Refusal) as caught:
         grants.check(uid, tenant)
     assert caught.value.code is code
+
+
+def test_a_device_is_handed_over_by_leave_only() -> None:
+    grants = Grants([(0, ["*"]), (1, ["*"])], devices=[0])
+    grants.check(0, "acme", Transport.DEVICE)
+    grants.check(1, "acme", Transport.SOCKET)
+    with pytest.raises(Refusal) as caught:
+        grants.check(1, "acme", Transport.DEVICE)
+    assert caught.value.code == Code.TRANSPORT_FORBIDDEN
 
 
 @pytest.mark.parametrize(

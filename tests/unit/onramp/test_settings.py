@@ -21,12 +21,14 @@ def read(tmp_path: Path, section: str) -> Settings:
 
 def test_defaults_let_in_the_own_uid_and_root(tmp_path: Path) -> None:
     assert dict(read(tmp_path, "").grants()) == {0: ("*",), os.getuid(): ("*",)}
+    assert set(read(tmp_path, "").device_uids()) == {0, os.getuid()}
 
 
 def test_grants(tmp_path: Path) -> None:
     section = "onramp:\n  tunnels:\n  - {uid: 1000, tenants: [acme]}\n  - {uid: 1001}\n  mtu: 9000\n"
     found = read(tmp_path, section)
     assert found.grants() == ((1000, ("acme",)), (1001, ("*",)))
+    assert found.device_uids() == ()
     assert found.mtu == 9000
 
 

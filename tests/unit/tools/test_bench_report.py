@@ -19,7 +19,7 @@ BASELINE = {
     "kernel": "6",
     "cpus": 2,
 }
-SHAPE = {"rules": 1000, "routes": 10_000, "framing": "vnet", "rounds": 3, "seconds": 3.0}
+SHAPE = {"rules": 1000, "routes": 10_000, "framing": "vnet", "transport": "device", "rounds": 3, "seconds": 3.0}
 
 
 def test_ratios_are_of_the_veth_and_of_loopback() -> None:

@@ -21,11 +21,14 @@ from falkirk.wire.handover import (
     DialFailed,
     Held,
     Hello,
+    LowerRefused,
+    LowerWanted,
     Message,
     Prepare,
     Traced,
     TunnelClosed,
 )
+from falkirk.wire.slots import LOWERED
 
 CONTEXT = TunnelContext(
     tenant_id="t-1",
@@ -57,11 +60,25 @@ ROADS: list[tuple[msgspec.msgpack.Decoder[Any], list[Message]]] = [
     ),
     (
         handover.FLOW_TO_UPGRADER,
-        [HELLO, Prepare(16, bytes(16), bytes(4), 443, b"", 5000, 7440, "l4"), Abort(16), AbortAll()],
+        [
+            HELLO,
+            Prepare(16, bytes(16), bytes(4), 443, b"", 5000, 7440, "l4"),
+            Prepare(16, bytes(16), bytes(4), 22, b"", 5000, 7440, "l4", lower=LOWERED | 16, source_port=40000),
+            Abort(16),
+            AbortAll(),
+            LowerRefused(1, "no_tunnel", "device laptop has none here"),
+        ],
     ),
     (
         handover.UPGRADER_TO_FLOW,
-        [HELLO, Devices(3, 1026, 1500), Connected(16, 99), DialFailed(16, 111, 99), Closed(16, "idle", 1, 2)],
+        [
+            HELLO,
+            Devices(3, 1026, 1500),
+            Connected(16, 99),
+            DialFailed(16, 111, 99),
+            Closed(16, "idle", 1, 2),
+            LowerWanted(1, "acme", "laptop", 0, 22, "root (uid 0)"),
+        ],
     ),
 ]
 

@@ -10,12 +10,14 @@ from falkirk.wire import vnet
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import parse
 from falkirk.wire.vnet import Header
-from tests.unit.wire.samples import C4, S4, icmp4, ip4, tcp4, tcp6, udp
+from tests.unit.wire.samples import C4, C6, S4, S6, icmp4, ip4, ip6, tcp4, tcp6, udp
 
 MTU = 1500
 TCP4 = tcp4(payload=b"x" * 3000, options=b"\x01" * 12)
 TCP6 = tcp6(payload=b"x" * 3000)
 UDP4 = ip4(17, udp(C4, S4))
+USO4 = ip4(17, udp(C4, S4, b"x" * 3000))
+USO6 = ip6(17, udp(C6, S6, b"x" * 3000))
 ICMP4 = ip4(1, icmp4(8))
 FRAGMENT4 = ip4(17, udp(C4, S4), fragment=0x2000)
 
@@ -27,6 +29,9 @@ GOOD = [
     (TCP4, Header(1, 0x81, 0, 536, 20, 16), Header(1, 0x81, 52, 536, 20, 16)),
     (TCP6, Header(1, 4, 0, 1500, 40, 16), Header(1, 4, 60, 1500, 40, 16)),
     (UDP4, Header(1, 0, 0, 0, 20, 6), Header(1, 0, 28, 0, 20, 6)),
+    (USO4, Header(1, 5, 0, 1472, 20, 6), Header(1, 5, 28, 1472, 20, 6)),
+    (USO4, Header(3, 5, 9, 24, 20, 6), Header(1, 5, 28, 24, 20, 6)),
+    (USO6, Header(1, 5, 0, 1452, 40, 6), Header(1, 5, 48, 1452, 40, 6)),
     (ICMP4, Header(), Header()),
 ]
 BAD = [
@@ -44,6 +49,14 @@ BAD = [
     (UDP4, Header(1, 0, 0, 0, 20, 16), "vnet_checksum"),
     (UDP4, Header(1, 3, 0, 1448, 20, 6), "vnet_gso_type"),
     (UDP4, Header(1, 1, 0, 1448, 20, 6), "vnet_gso_type"),
+    (TCP4, Header(1, 5, 0, 1448, 20, 16), "vnet_gso_type"),
+    (USO4, Header(1, 0x85, 0, 1448, 20, 6), "vnet_gso_type"),
+    (USO4, Header(0, 5, 0, 1448), "vnet_checksum"),
+    (USO4, Header(1, 5, 0, 1448, 20, 16), "vnet_checksum"),
+    (USO4, Header(1, 5, 0, 1473, 20, 6), "vnet_gso_size"),
+    (USO6, Header(1, 5, 0, 1453, 40, 6), "vnet_gso_size"),
+    (USO4, Header(1, 5, 0, 23, 20, 6), "vnet_gso_size"),
+    (USO4, Header(1, 5, 0, 0, 20, 6), "vnet_gso_size"),
     (ICMP4, Header(1, 0, 0, 0, 20, 2), "vnet_checksum"),
     (FRAGMENT4, Header(1, 0, 0, 0, 20, 6), "vnet_checksum"),
 ]

@@ -2,8 +2,8 @@
 
 The tool connects to the on-ramp's socket, says whom it speaks for (`admission`), moves itself into a new user and
 network namespace whose only way out is a TUN device with the admitted addresses (`namespace`), starts the command
-there, and moves packets between the device and the tunnel until the command has ended (`pump`, `run`). The command's
-connections are ordinary kernel TCP: what leaves by the tunnel is what any client would send.
+there, and either hands the device over to the flow worker (`carried`) or moves packets between it and the tunnel's socket itself (`pump`), until
+the command has ended (`run`). The command's connections are ordinary kernel TCP: what leaves by the tunnel is what any client would send.
 
 It runs in a process of its own (`python -m falkirk.linux.lower`), exec'ed by the CLI: only a process of one thread may
 make a user namespace, and the pump needs none of the CLI's memory.

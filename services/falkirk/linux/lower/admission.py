@@ -15,10 +15,12 @@ import msgspec
 
 from falkirk.linux import seqpacket
 from falkirk.linux.lower.request import Exit, LowerRequest, Stopped
-from falkirk.wire.context import Framing
+from falkirk.wire.context import Framing, Transport
 
 TIMEOUT_S: Final = 10.0
 MAX_ANSWER: Final = 16 * 1024
+FORBIDDEN: Final = "TRANSPORT_FORBIDDEN"
+"""The on-ramp's code for a uid that may not hand a device over."""
 
 
 class Admitted(msgspec.Struct, frozen=True):
@@ -29,6 +31,7 @@ class Admitted(msgspec.Struct, frozen=True):
     """The only ones that the tunnel may speak from."""
     mtu: int
     framing: Framing
+    transport: Transport = Transport.SOCKET
 
     def packed(self) -> list[bytes]:
         """The addresses as 4 or 16 bytes each. Raises ValueError."""
@@ -49,7 +52,7 @@ class Answer(msgspec.Struct, frozen=True):
     error: Refusal | None = None
 
 
-def context(request: LowerRequest) -> bytes:
+def context(request: LowerRequest, transport: Transport = Transport.SOCKET) -> bytes:
     """The first datagram."""
     fields: dict[str, object] = {
         "v": 1,
@@ -57,8 +60,12 @@ def context(request: LowerRequest) -> bytes:
         "device": request.device,
         "framing": request.framing.value,
     }
+    if transport is not Transport.SOCKET:
+        fields["transport"] = transport
     if request.virtual_network:
         fields["virtual_network"] = request.virtual_network
+    if request.packed and request.framing is Framing.RAW and transport is Transport.SOCKET:
+        fields["packed"] = True
     if request.attributes:
         fields["attributes"] = request.attributes
     return msgspec.json.encode(fields)
@@ -86,13 +93,24 @@ def read_answer(data: bytes, framing: Framing) -> Admitted:
 
 def admit(request: LowerRequest) -> tuple[socket.socket, Admitted]:
     """Connect and be admitted; the tunnel from now on carries packets. Raises Stopped."""
+    if request.transport is not None:
+        return _admit(request, request.transport)
+    try:
+        return _admit(request, Transport.DEVICE)
+    except Stopped as stopped:
+        if stopped.code != FORBIDDEN:
+            raise
+    return _admit(request, Transport.SOCKET)
+
+
+def _admit(request: LowerRequest, transport: Transport) -> tuple[socket.socket, Admitted]:
     try:
         tunnel = seqpacket.connect(request.tunnel)
     except OSError as error:
         reason = f"no on-ramp answers at {request.tunnel} ({error.strerror or error})"
         raise Stopped(Exit.REFUSED, "TUNNEL_UNAVAILABLE", reason) from error
     try:
-        return tunnel, _exchange(tunnel, request)
+        return tunnel, _exchange(tunnel, request, transport)
     except OSError as error:
         tunnel.close()
         raise Stopped(Exit.REFUSED, "TUNNEL_UNAVAILABLE", f"the on-ramp hung up ({error.strerror})") from error
@@ -101,8 +119,8 @@ def admit(request: LowerRequest) -> tuple[socket.socket, Admitted]:
         raise
 
 
-def _exchange(tunnel: socket.socket, request: LowerRequest) -> Admitted:
-    seqpacket.send(tunnel, context(request))
+def _exchange(tunnel: socket.socket, request: LowerRequest, transport: Transport) -> Admitted:
+    seqpacket.send(tunnel, context(request, transport))
     if not select.select([tunnel], [], [], TIMEOUT_S)[0]:
         raise Stopped(Exit.REFUSED, "TIMEOUT", f"the on-ramp didn't answer within {TIMEOUT_S:g} s")
     received = seqpacket.receive(tunnel, MAX_ANSWER, max_descriptors=0)

@@ -36,12 +36,14 @@ _GONE: Final = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN)
 class Pump:
     """Moves packets until told to stop, or the tunnel ends (`closed`)."""
 
-    def __init__(self, device: int, tunnel: socket.socket, framing: Framing, mtu: int) -> None:
-        """Both must be non-blocking, and stay the caller's. `mtu`: the device's, bytes."""
+    def __init__(self, device: int, tunnel: socket.socket, framing: Framing, mtu: int, *, packed: bool = True) -> None:
+        """Both must be non-blocking, and stay the caller's. `mtu`: the device's, bytes. `packed`: with raw framing, send
+        several packets in a datagram."""
         sockets.raise_buffers(tunnel, TUNNEL_BUFFER)
         self._device = device
         self._tunnel = tunnel
-        self._mtu = mtu
+        self._last = PACKED - mtu if packed else 0
+        """Where in a raw datagram the last packet may begin."""
         self._out = bytearray(max(tun.MAX_READ, PACKED))
         self._out_view = memoryview(self._out)
         self._in = bytearray(2 * tun.MAX_READ)
@@ -104,7 +106,7 @@ class Pump:
                 self.sent_datagrams += 1
 
     def _take_raw(self) -> None:
-        readv, device, view, last = os.readv, self._device, self._out_view, PACKED - self._mtu
+        readv, device, view, last = os.readv, self._device, self._out_view, self._last
         for _ in range(BUDGET):
             length = 0
             more = True

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from falkirk.wire.context import Framing
+from falkirk.wire.context import Framing, Transport
 
 PROGRAM: Final = "falkirk lower"
 
@@ -31,6 +31,7 @@ class Stopped(Exception):
     def __init__(self, exit_code: Exit, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
         self.exit_code = exit_code
+        self.code = code
 
 
 class LowerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -45,6 +46,10 @@ class LowerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     virtual_network: str = ""
     """Name; empty takes the device's own."""
     framing: Framing = Framing.VNET
+    transport: Transport | None = None
+    """None: a device where this uid may hand one over, else the socket."""
+    packed: bool = True
+    """With raw framing: several packets in one datagram, each way. Off, each has its own."""
     attributes: dict[str, str] = {}
     mtu: int = 0
     """Bytes; 0 takes what the on-ramp admits, and more than that is never used."""

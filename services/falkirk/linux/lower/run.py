@@ -19,18 +19,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 from falkirk.linux import scheduling
 from falkirk.linux.lower.admission import admit
-from falkirk.linux.lower.namespace import device_mtu, enter
+from falkirk.linux.lower.carried import Carried
+from falkirk.linux.lower.namespace import DEVICE, device_mtu, enter
 from falkirk.linux.lower.pump import Pump
 from falkirk.linux.lower.request import PROGRAM, Exit, LowerRequest, Stopped
+from falkirk.wire.context import Transport
 
 _PR_SET_PDEATHSIG: Final = 1
 _HANG_UP_STEPS: Final = ((signal.SIGHUP, 2.0), (signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0))
 """Signals to a command whose tunnel is gone, each with the seconds that it is given."""
+_FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP)
 _ORPHANS_TURN_S: Final = 0.01
 _CLOSING_STATES: Final = frozenset({"04", "09", "0B"})
 """FIN-WAIT-1, LAST-ACK and CLOSING: RFC 9293 3.3.2, our FIN (and what precedes it) isn't acknowledged."""
@@ -48,7 +50,11 @@ def run(request: LowerRequest) -> int:
 def _run(request: LowerRequest) -> int:
     tunnel, admitted = admit(request)
     device = enter(request, admitted)
-    pump = Pump(device, tunnel, request.framing, device_mtu(request, admitted))
+    pump: Pump | Carried
+    if admitted.transport is Transport.DEVICE:
+        pump = Carried(device, tunnel, DEVICE)
+    else:
+        pump = Pump(device, tunnel, request.framing, device_mtu(request, admitted), packed=request.packed)
     command = _start(request.command)
     # After the start: the command is none of ours.
     scheduling.batch()
@@ -76,29 +82,25 @@ def _run(request: LowerRequest) -> int:
 def _start(command: tuple[str, ...]) -> subprocess.Popen[bytes]:
     # Loaded here: between fork and exec nothing should be.
     prctl = ctypes.CDLL(None).prctl
-    started: list[subprocess.Popen[bytes]] = []
-
-    def forward(number: int, _: FrameType | None) -> None:
-        if not started:
-            sys.exit(128 + number)
-        started[0].send_signal(number)
-
-    # Handlers, not SIG_IGN: a command starts with the default where we have a handler.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, forward)
-    for number in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, lambda *_: None)
+    # Until there is a command to send them to, they wait.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     try:
-        started.append(subprocess.Popen(command, preexec_fn=_tie_to(os.getpid(), prctl)))
+        started = subprocess.Popen(command, preexec_fn=_tie_to(os.getpid(), prctl))
     except FileNotFoundError as error:
         raise Stopped(Exit.NOT_FOUND, "COMMAND_NOT_FOUND", f"{command[0]}: no such command") from error
     except OSError as error:
         raise Stopped(Exit.NOT_EXECUTABLE, "COMMAND_NOT_EXECUTABLE", f"{command[0]}: {error.strerror}") from error
-    return started[0]
+    for number in _FORWARDED:
+        signal.signal(number, lambda got, _: started.send_signal(got))
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+    return started
 
 
 def _tie_to(parent: int, prctl: Callable[[int, int], int]) -> Callable[[], None]:
     def tie() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGHUP)
@@ -116,7 +118,7 @@ def _hang_up(command: subprocess.Popen[bytes]) -> None:
         return
 
 
-def _linger(pump: Pump, seconds: float) -> None:
+def _linger(pump: Pump | Carried, seconds: float) -> None:
     """Go on while closed connections have something unacknowledged, and until the device has nothing to read."""
     end = time.monotonic() + seconds
     while not pump.closed and time.monotonic() < end:
@@ -140,7 +142,7 @@ def unacknowledged() -> int:
     return count
 
 
-def _counters(pump: Pump) -> dict[str, object]:
+def _counters(pump: Pump | Carried) -> dict[str, object]:
     return {
         "sent_datagrams": pump.sent_datagrams,
         "received_datagrams": pump.received_datagrams,

@@ -1,0 +1,310 @@
+"""UDP sessions: headers off on the way out, headers on on the way back. See `falkirk.flow.session` for what they share with echo.
+
+Mapping: all sessions of one client's address and port leave by one external port, whomever they are with (RFC 4787 REQ-1: endpoint-independent),
+and each takes datagrams of its own peer only (REQ-8: address and port-dependent filtering). The first session of a client's port has the
+kernel choose the external one; sessions that begin meanwhile wait for that. The external address is the route's (REQ-2: paired, where
+all routes of a device name the same).
+
+Offloads: a USO super-packet of a `vnet` tunnel leaves with one call (UDP_SEGMENT), and a train that the kernel joined (UDP_GRO) comes back as one
+super-packet; to a `raw` tunnel it goes as plain packets.
+
+A checksum is verified before the headers that carry it are taken off, so that what was damaged before stays known as damaged; a partial one
+(virtio NEEDS_CSUM) can't be. IPv4 may do without one (RFC 768), IPv6 may not (RFC 8200 8.1).
+
+Timers: RFC 4787 REQ-5 (5 minutes, at least 2), shorter towards port 53, where a question has one answer. A reply that is larger than its tunnel's
+MTU is fragmented: the session's headers are made here, so this is where it leaves from (RFC 8200 5).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from falkirk.flow.counters import FORWARDED, RECEIVED
+from falkirk.flow.keys import key_of
+from falkirk.flow.lane import HEADER
+from falkirk.flow.session import Opening, Session, Sessions
+from falkirk.flow.table import State, Tunnel
+from falkirk.linux import datagrams
+from falkirk.wire import vnet
+from falkirk.wire.checksum import pseudo_header, residue
+from falkirk.wire.context import Framing
+from falkirk.wire.datagram import Heads
+from falkirk.wire.malformed import MalformedPacket
+from falkirk.wire.packet import Packet, verify
+from falkirk.wire.protocol import UDP
+
+if TYPE_CHECKING:
+    from falkirk.flow.lane import Lane
+    from falkirk.flow.worker import Worker
+
+DNS: Final = 53
+CHUNK: Final = 64
+"""Datagrams of one send; older kernels take no more (UDP_MAX_SEGMENTS)."""
+MAX_PAYLOAD: Final = 65507
+_PROTOCOL: Final = bytes([UDP])
+_ROOM: Final = HEADER + 48
+_TTL: Final = ((0, datagrams.IP_TTL), (41, datagrams.IPV6_HOPLIMIT))
+_CLASS: Final = ((0, datagrams.IP_TOS), (41, datagrams.IPV6_TCLASS))
+_TRAIN: Final = (datagrams.SOL_UDP, datagrams.UDP_GRO)
+
+
+class UdpSession(Session):
+    """A UDP session."""
+
+    __slots__ = ("heads", "mapping", "pseudo")
+
+    def __init__(self, owner: Sessions[UdpSession], tunnel: Tunnel, key: bytes) -> None:
+        super().__init__(owner, tunnel, key)
+        self.heads = Heads(self.destination, self.source, self.destination_port, self.source_port)
+        """Of packets to the client."""
+        self.pseudo = pseudo_header(self.source, self.destination, UDP, 0)
+        self.mapping: Mapping | None = None
+
+
+class Mapping:
+    """An external port and the sessions that leave by it."""
+
+    __slots__ = ("asking", "key", "port", "sessions", "waiting")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self.port = 0
+        self.sessions = 0
+        self.asking: UdpSession | None = None
+        """The session whose socket will have the port chosen."""
+        self.waiting: list[UdpSession] = []
+
+
+class UdpSessions(Sessions[UdpSession]):
+    """UDP of one worker."""
+
+    def __init__(self, worker: Worker, opening: Opening) -> None:
+        super().__init__(worker, opening)
+        self._mappings: dict[bytes, Mapping] = {}
+        self._buffer = bytearray(_ROOM + 65536)
+        self._view = memoryview(self._buffer)
+        self._into = {4: [self._view[HEADER + 28 :]], 6: [self._view[_ROOM:]]}
+
+    # from a tunnel
+
+    def up4(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
+        """An IPv4 packet without options, of at least 28 bytes, at [10, end) of the lane's buffer."""
+        buffer, view = lane.buffer, lane.view
+        session = tunnel.flows.get(view[22:34].tobytes() + _PROTOCOL)
+        if (
+            not isinstance(session, UdpSession)
+            or session.state is not State.ESTABLISHED
+            or end - 10 != buffer[12] << 8 | buffer[13]
+            or end - 30 != buffer[34] << 8 | buffer[35]
+            or buffer[16] & 0x3F
+            or buffer[17]
+            or buffer[18] < 2
+            or int.from_bytes(view[10:30], "little") % 0xFFFF
+            or view[:10] != session.vnet_ok
+        ):
+            self._worker.ingress.packet(lane, tunnel, end)
+        elif (
+            not buffer[0] & 1
+            and (buffer[36] or buffer[37])
+            and (residue(view[30:end]) + session.pseudo + end - 30) % 0xFFFF
+        ):
+            self._worker.drop("bad_l4_checksum")
+        else:
+            self._up(session, lane, 38, end, buffer[18], buffer[11], buffer[16] & 0x40 != 0)
+
+    def up6(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
+        """The same for IPv6 without extension headers, of at least 48 bytes."""
+        buffer, view = lane.buffer, lane.view
+        session = tunnel.flows.get(view[18:54].tobytes() + _PROTOCOL)
+        if (
+            not isinstance(session, UdpSession)
+            or session.state is not State.ESTABLISHED
+            or end - 50 != buffer[14] << 8 | buffer[15]
+            or end - 50 != buffer[54] << 8 | buffer[55]
+            or buffer[17] < 2
+            or not (buffer[56] or buffer[57])
+            or view[:10] != session.vnet_ok
+        ):
+            self._worker.ingress.packet(lane, tunnel, end)
+        elif not buffer[0] & 1 and (residue(view[50:end]) + session.pseudo + end - 50) % 0xFFFF:
+            self._worker.drop("bad_l4_checksum")
+        else:
+            traffic_class = (buffer[10] & 15) << 4 | buffer[11] >> 4
+            self._up(session, lane, 58, end, buffer[17], traffic_class, True)
+
+    def packet(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> None:
+        """Any UDP packet; its virtio-net header is true."""
+        worker = self._worker
+        buffer = lane.buffer
+        upper = HEADER + packet.header_length
+        stop = upper + (buffer[upper + 4] << 8 | buffer[upper + 5])
+        try:
+            if buffer[1] and stop != end:
+                raise MalformedPacket("bad_udp_length")
+            if not buffer[0] & 1:
+                verify(buffer, packet)
+        except MalformedPacket as error:
+            worker.drop(error.reason)
+            return
+        ports = packet.source_port, packet.destination_port
+        flow = tunnel.flows.get(key_of(UDP, packet.source, packet.destination, *ports))
+        if flow is None:
+            self.begin(lane, tunnel, packet, end, ports)
+        elif not isinstance(flow, UdpSession):
+            worker.drop("protocol_not_built")
+        elif flow.held is not None:
+            self.hold(lane, flow, end)
+        else:
+            if packet.header_length == (20 if packet.version == 4 else 40):
+                flow.vnet_ok = lane.view[:HEADER].tobytes()
+            # What is longer than its tunnel's MTU came in fragments: that its sender wants none can't be meant.
+            dont_fragment = packet.dont_fragment and (buffer[1] != 0 or packet.total_length <= tunnel.mtu)
+            self._up(flow, lane, upper + 8, stop, packet.ttl, packet.traffic_class, dont_fragment)
+
+    def _up(
+        self, session: UdpSession, lane: Lane, start: int, stop: int, ttl: int, traffic_class: int, dont_fragment: bool
+    ) -> None:
+        """The payload at [start, stop) of the lane's buffer; with a virtio-net header that says so it is a train."""
+        buffer = lane.buffer
+        size = stop - start
+        gso_size = int.from_bytes(buffer[4:6], "little") if buffer[1] else 0
+        if gso_size:
+            if size > vnet.MAXIMUM_DATAGRAMS * gso_size:
+                self._worker.drop("vnet_gso_size")
+                return
+            if gso_size != session.segment:
+                self._segment(session, gso_size)
+        elif session.segment and size > session.segment:
+            self._segment(session, 0)
+        length = stop - HEADER
+        data = lane.view[start:stop]
+        if not gso_size or size <= CHUNK * gso_size:
+            code = self.send(session, data, ttl - 1, traffic_class, dont_fragment, length)
+        else:
+            half = CHUNK * gso_size
+            code = self.send(session, data[:half], ttl - 1, traffic_class, dont_fragment, length)
+            self._worker.counts[FORWARDED] -= not code
+            code = code or self.send(session, data[half:], ttl - 1, traffic_class, dont_fragment, 0)
+        if code:
+            self.unsent(session, lane.view[:stop].tobytes(), code)
+
+    @staticmethod
+    def _segment(session: UdpSession, size: int) -> None:
+        assert session.sock is not None
+        datagrams.set_segment(session.sock, size)
+        session.segment = size
+
+    # from the world
+
+    def receive(self, session: UdpSession) -> None:
+        """One datagram or a train from the socket to the tunnel. Raises OSError where there is none."""
+        sock, heads, worker = session.sock, session.heads, self._worker
+        assert sock is not None
+        size, ancillary, _, _ = sock.recvmsg_into(self._into[4 if heads.four else 6], datagrams.ANCILLARY)
+        ttl, traffic_class, segment = 64, 0, 0
+        for level, kind, data in ancillary:
+            place = (level, kind)
+            if place in _TTL:
+                ttl = data[0]
+            elif place in _CLASS:
+                traffic_class = data[0]
+            elif place == _TRAIN:
+                segment = int.from_bytes(data[:4], "little")
+        ttl = ttl - 1 or 1
+        at = HEADER if heads.four else _ROOM - heads.size
+        if segment >= size:
+            segment = 0
+        tunnel = session.tunnel
+        large = heads.size + (segment or size) > session.mtu
+        if tunnel.framing is Framing.VNET and not large:
+            heads.put(self._buffer, at, size, ttl, traffic_class, partial=True)
+            heads.put_vnet(self._buffer, at - HEADER, segment)
+            worker.counts[RECEIVED] += 1
+            self.delivered(session, heads.size + size)
+            if worker.tunnels.deliver(tunnel, self._view[at - HEADER : at + heads.size + size]):
+                worker.counts[FORWARDED] += 1
+            return
+        start, end = at + heads.size, at + heads.size + size
+        step = segment or size or 1
+        for begin in range(start, end, step) if size else (start,):
+            # The headers overwrite the end of the datagram before, which has left.
+            length = min(step, end - begin)
+            at = begin - heads.size
+            heads.put(self._buffer, at, length, ttl, traffic_class)
+            packet = self._view[at : begin + length]
+            worker.counts[RECEIVED] += 1
+            self.delivered(session, len(packet))
+            if large:
+                sent = worker.fragments.say(tunnel, bytes(packet), session.mtu)
+            else:
+                sent = worker.tunnels.deliver(tunnel, packet)
+            worker.counts[FORWARDED] += sent
+
+    def quote(self, session: UdpSession, quoted: bytes) -> bytes | None:
+        """The client's datagram as far as an error quotes it."""
+        heads = Heads(session.source, session.destination, session.source_port, session.destination_port)
+        packet = bytearray(heads.size) + quoted
+        heads.put(packet, 0, len(quoted), 1, 0)
+        return bytes(packet)
+
+    # begun and ended
+
+    def make(self, tunnel: Tunnel, key: bytes) -> UdpSession:
+        """A session."""
+        return UdpSession(self, tunnel, key)
+
+    def idle_s(self, session: UdpSession) -> int:
+        """By the destination's port."""
+        settings = self._worker.settings
+        return settings.udp_dns_idle_s if session.destination_port == DNS else settings.udp_idle_s
+
+    def wish(self, session: UdpSession) -> None:
+        """By the external port of the client's address and port; the first one of these has it chosen, and others wait for that."""
+        decision = session.decision
+        assert decision is not None
+        route = decision.route
+        assert route is not None
+        egress = route.egress4 if session.family == 4 else route.egress6
+        key = b"%d/%b%d/%b" % (session.tunnel.id, session.source, session.source_port, egress)
+        mapping = self._mappings.get(key)
+        if mapping is None:
+            mapping = self._mappings[key] = Mapping(key)
+        session.mapping = mapping
+        mapping.sessions += 1
+        if mapping.port or mapping.asking is None:
+            self._ask(session, mapping)
+        else:
+            mapping.waiting.append(session)
+
+    def _ask(self, session: UdpSession, mapping: Mapping) -> None:
+        if not mapping.port:
+            mapping.asking = session
+        self._opening.ask(session, session.destination_port, mapping.port)
+
+    def opened(self, session: UdpSession, fd: int, local: int, raw: bool) -> None:
+        """The socket is there, and with it the external port, where others wait for that."""
+        mapping = session.mapping
+        assert mapping is not None
+        if mapping.asking is session:
+            mapping.asking = None
+            mapping.port = local
+            waiting, mapping.waiting = mapping.waiting, []
+            for other in waiting:
+                self._ask(other, mapping)
+        super().opened(session, fd, local, raw)
+
+    def release(self, flow: UdpSession, reason: str) -> None:
+        """The external port is free with its last session."""
+        super().release(flow, reason)
+        mapping = flow.mapping
+        if mapping is None:
+            return
+        mapping.sessions -= 1
+        if flow in mapping.waiting:
+            mapping.waiting.remove(flow)
+        if mapping.asking is flow:
+            mapping.asking = None
+            if mapping.waiting:
+                self._ask(mapping.waiting.pop(0), mapping)
+        if not mapping.sessions:
+            del self._mappings[mapping.key]
