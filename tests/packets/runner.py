@@ -16,15 +16,15 @@ from typing import Final, Protocol
 
 from tests.packets import craft
 from tests.packets.craft import Endpoints, pattern
-from tests.packets.read import Seen
-from tests.packets.script import Case, Step
+from tests.packets.read import Seen, seen
+from tests.packets.script import Case, Key, Step
 from tests.packets.server import Server
 from tools.netlab import wait_for
 
 DEADLINE_S: Final = 10.0
 """For what takes no time on an idle machine."""
-_BACKGROUND: Final = ("no_flow", "not_tcp", "ended")
-"""Counted at any time: what the private namespace's kernel still says of earlier cases, and their ends."""
+_BACKGROUND: Final = ("no_flow", "not_tcp", "ended", "fragment_timeout")
+"""Counted at any time: what the private namespace's kernel still says of earlier cases, their ends, their fragments."""
 _BARE: Final = Step(0, "", "", (), (), None)
 _PORTS: Final = itertools.count(20000)
 
@@ -89,15 +89,27 @@ class Connection:
 class Run:
     """One case on one road and family."""
 
-    def __init__(self, case: Case, road: Road, family: str, server: Server, deadline: float = DEADLINE_S) -> None:
+    def __init__(
+        self,
+        case: Case,
+        road: Road,
+        family: str,
+        server: Server,
+        deadline: float = DEADLINE_S,
+        peer: Road | None = None,
+    ) -> None:
+        self.peer = peer
+        self.peer_seen: Seen | None = None
         self.deadline = deadline
         self.case, self.road, self.family, self.server = case, road, family, server
         self.transcript: list[str] = []
         self.port = next(_PORTS) % 40000 + 20000
         self.connections: dict[str, Connection] = {}
+        self.peer_port = next(_PORTS) % 40000 + 20000
         self.last_sent = b""
         self.last_seen: Seen | None = None
         self.inbox: list[Seen] = []
+        self.pieces: dict[int, Seen] = {}
         self.defined: dict[str, tuple[Step, int, bytes]] = {}
         self.drops: dict[str, int] | None = None
 
@@ -152,7 +164,7 @@ class Run:
             self._resolve(step.value("src")) if step.has("src") else self.road.address(self.family),
             self._resolve(host),
             step.number("sport", connection.port),
-            step.number("dport", self.server.udp_port if kind == "udp" else self.server.port),
+            step.number("dport", self._port(host, kind)),
         )
         if kind == "udp":
             return 17, craft.udp(step, ends, self._bytes(step)), ends
@@ -165,6 +177,11 @@ class Run:
         if kind == "proto":
             return int(step.words[1]), self._bytes(step), ends
         return 6, self._segment(step, ends, connection), ends
+
+    def _port(self, host: str, kind: str) -> int:
+        if host == "peer":
+            return self.peer_port
+        return self.server.udp_port if kind == "udp" else self.server.port
 
     def _segment(self, step: Step, ends: Endpoints, connection: Connection) -> bytes:
         flags = step.words[0]
@@ -229,10 +246,26 @@ class Run:
         body = upper[begin:end] + bytes(max(0, end - len(upper)))
         if step.has("flip"):
             body = bytes(byte ^ 0x55 for byte in body)
-        at = step.number("at", begin)
+        self._put_part(step, whole, protocol, body, step.number("at", begin), bool(more))
+
+    def _put_part(self, step: Step, whole: Step, protocol: int, body: bytes, at: int, more: bool) -> None:
         word = (at >> 3 | more << 13) if self.family == "ipv4" else (at & 0xFFF8 | more)
         ends = Endpoints(self._resolve(step.value("src", "client")), self._resolve(whole.value("dst", "server")), 0, 0)
         self.road.send(craft.ip(step, ends, self.family, protocol, body, word), whole=True)
+
+    def _flood_parts(self, step: Step) -> None:
+        """`flood-parts NAME N`: the first fragment of N packets."""
+        whole, protocol, upper = self.defined[step.words[0]]
+        for number in range(int(step.words[1])):
+            self._put_part(
+                replace(whole, keys=(Key("ipid", "=", str(30000 + number)),)), whole, protocol, upper[:1480], 0, True
+            )
+
+    def _flood_pieces(self, step: Step) -> None:
+        """`flood-pieces NAME N`: one packet in N fragments of eight bytes, the last of which never comes."""
+        whole, protocol, upper = self.defined[step.words[0]]
+        for number in range(int(step.words[1])):
+            self._put_part(step, whole, protocol, upper[8 * number : 8 * number + 8], 8 * number, True)
 
     # packets out
 
@@ -254,6 +287,9 @@ class Run:
             wrong = self._difference(step, packet)
             if not wrong:
                 return packet
+            if packet.fields.get("type") == "reassembly":
+                # An earlier case's fragments whose time is up.
+                continue
             bare = packet.kind == "tcp" and packet.flags == "." and not packet.payload
             if not (anything or (acknowledgments and bare)):
                 raise self._wrong(step, f"{wrong}; came: {packet}")
@@ -268,7 +304,8 @@ class Run:
         """Follow the connection that a packet belongs to."""
         connection = next((c for c in self.connections.values() if c.port == packet.destination_port), None)
         said = str(packet)
-        if packet.kind == "tcp" and connection is not None:
+        ours = packet.source_port in (self.server.port, self.peer_port)
+        if packet.kind == "tcp" and connection is not None and ours:
             if "S" in packet.flags:
                 connection.base = packet.sequence
             if "." in packet.flags:
@@ -311,12 +348,15 @@ class Run:
         if step.has("from") and packet.source != self._resolve(step.value("from")):
             return f"it comes from {packet.source}"
         wrong = self._tcp_difference(step, packet) if expected == "tcp" else self._other_difference(step, packet)
-        if wrong:
-            return wrong
+        return wrong or self._field_difference(step, packet)
+
+    def _field_difference(self, step: Step, packet: Seen) -> str:
         if step.data is not None and packet.payload != step.data:
             return f"it carries {packet.payload[:60]!r}"
         fields = dict(packet.fields)
         for key in step.keys:
+            if key.name in ("src", "dst", "proto") and packet.kind != "fragment":
+                continue
             if key.name in ("from", "quote", "port", "conn", "dport", "stream", "sport"):
                 continue
             if not key.holds(fields.get(key.name)):
@@ -330,7 +370,7 @@ class Run:
         connection = self._connection(step)
         if packet.destination_port != connection.port:
             return f"it goes to port {packet.destination_port}"
-        if packet.source_port != step.number("sport", self.server.port):
+        if packet.source_port != step.number("sport", self._port(step.value("from"), "tcp")):
             return f"it comes from port {packet.source_port}"
         flags = step.words[0].replace("P", "") or "-"
         # RFC 9293 3.9.1: PSH is a hint, and when it is set is the sender's choice.
@@ -363,6 +403,10 @@ class Run:
                 return f"it goes to port {packet.destination_port}"
             if step.data is None and packet.payload != pattern(0, len(packet.payload)):
                 return "its bytes aren't those that were sent"
+        if kind == "fragment":
+            self.pieces[int(packet.fields["off"] or 0)] = packet
+        if step.value("quote") == "flow":
+            return self._quote_difference(packet)
         if step.value("quote") == "sent":
             quoted = packet.payload
             if self.last_sent[: len(quoted)] != quoted:
@@ -371,10 +415,116 @@ class Run:
                 return f"it quotes {len(quoted)} bytes only"
         return ""
 
+    def _quote_difference(self, packet: Seen) -> str:
+        """Whether an error quotes what was sent last: addresses, protocol, ports or identifier, and how its data begins."""
+        sent, quoted, four = self.last_sent, packet.payload, self.family == "ipv4"
+        least = 28 if four else 48
+        if len(quoted) < least:
+            return f"it quotes {len(quoted)} bytes only"
+        addresses, protocol = (slice(12, 20), 9) if four else (slice(8, 40), 6)
+        if sent[addresses] != quoted[addresses] or sent[protocol] != quoted[protocol]:
+            return f"it quotes {quoted.hex()} of {sent.hex()}"
+        upper = 20 if four else 40
+        mine, theirs = sent[upper:], quoted[upper:]
+        echo = sent[protocol] in (1, 58)
+        same = mine[4:8] == theirs[4:8] if echo else mine[:4] == theirs[:4]
+        head = 8 if echo or sent[protocol] == 17 else 20
+        length = min(len(mine), len(theirs))
+        if not same or mine[head:length] != theirs[head:length]:
+            return f"it quotes {quoted.hex()} of {sent.hex()}"
+        return ""
+
+    def _whole(self, step: Step) -> None:
+        """`whole udp len=3000`: the fragments that came are this packet, and nothing is missing or twice."""
+        upper = b""
+        for at in sorted(self.pieces):
+            if at != len(upper):
+                raise self._wrong(step, f"a hole or an overlap at {at}")
+            upper += self.pieces[at].payload
+        last = self.pieces[max(self.pieces)]
+        if last.fields["mf"]:
+            raise self._wrong(step, "the last fragment hasn't come")
+        head = bytearray(last.data[:20] if self.family == "ipv4" else last.data[:40])
+        if self.family == "ipv4":
+            head[2:4], head[6:8], head[10:12] = (20 + len(upper)).to_bytes(2, "big"), b"\0\0", b"\0\0"
+            head[10:12] = craft.checksum(bytes(head)).to_bytes(2, "big")
+        else:
+            head[4:6], head[6] = len(upper).to_bytes(2, "big"), int(last.fields["proto"] or 0)
+        self.pieces.clear()
+        packet = seen(bytes(head) + upper)
+        wrong = self._field_difference(step, packet)
+        kind = {"udp": "udp", "tcp": "tcp"}.get(step.words[0], "icmp")
+        if wrong or packet.kind != kind or (kind == "udp" and packet.payload != pattern(0, len(packet.payload))):
+            raise self._wrong(step, f"{wrong}; came: {packet}")
+
+    # the other device
+
+    def _peer_inject(self, step: Step) -> None:
+        """`peer> ...`: a packet of the other device to the client; its numbers are meant as they stand."""
+        assert self.peer is not None
+        ends = Endpoints(
+            self._resolve(step.value("src", "peer")),
+            self._resolve(step.value("dst", "client")),
+            step.number("sport", self.peer_port),
+            step.number("dport", self.port),
+        )
+        kind = step.words[0]
+        if kind == "udp":
+            protocol, upper = 17, craft.udp(step, ends, self._bytes(step))
+        elif kind in ("echo", "echo-reply"):
+            protocol = 1 if self.family == "ipv4" else 58
+            upper = craft.icmp(step, ends, self.family, kind, self._bytes(step))
+        elif kind == "icmp":
+            protocol = 1 if self.family == "ipv4" else 58
+            assert self.peer_seen is not None
+            quoted = self.peer_seen.data[: step.number("quoted", 548)]
+            upper = craft.icmp(step, ends, self.family, step.words[1], quoted)
+        elif kind == "proto":
+            protocol, upper = int(step.words[1]), self._bytes(step)
+        else:
+            payload = step.data if step.data is not None else pattern(0, step.number("len"))
+            protocol, upper = 6, craft.tcp(step, ends, kind, int(step.words[1]), step.number("ack"), payload)
+        self.peer.send(craft.ip(step, ends, self.family, protocol, upper))
+
+    def _peer_demand(self, step: Step) -> None:
+        """`peer< ...`: the next packet out of the other device's tunnel."""
+        assert self.peer is not None
+        packet = self.peer.receive(time.monotonic() + self.deadline)
+        if packet is None:
+            raise self._wrong(step, f"nothing came to the peer within {self.deadline:g} s")
+        self.transcript.append(f"    {'':4} the peer got: {packet}")
+        self.peer_seen = packet
+        kind = step.words[0]
+        if packet.kind == "fragment":
+            self.pieces[int(packet.fields["off"] or 0)] = packet
+        wrong = self._field_difference(step, packet)
+        if packet.kind != {"echo": "icmp", "echo-reply": "icmp", "proto": step.words[-1]}.get(
+            kind, kind if kind in ("udp", "icmp", "fragment") else "tcp"
+        ):
+            wrong = "it isn't of that kind"
+        elif packet.source != self.road.address(self.family) or packet.destination != self.peer.address(self.family):
+            wrong = "it isn't from the client to the peer"
+        elif packet.kind == "tcp" and (packet.flags.replace("P", ""), packet.sequence) != (
+            kind.replace("P", ""),
+            int(step.words[1]),
+        ):
+            wrong = "flags or sequence number differ"
+        if wrong:
+            raise self._wrong(step, f"{wrong}; came: {packet}")
+
+    def _peer_silence(self, step: Step) -> None:
+        """`peer-silence`: the other device gets nothing on account of what the client has sent."""
+        assert self.peer is not None
+        self._silence(step)
+        rest = self.peer.settle()
+        if rest:
+            raise self._wrong(step, f"the peer got: {rest[0]}")
+
     def _silence(self, step: Step) -> None:
         rest, self.inbox = [*self.inbox, *self.road.settle()], []
         for packet in rest:
             self._note(packet)
+        rest = [packet for packet in rest if packet.fields.get("type") != "reassembly"]
         if rest:
             raise self._wrong(step, f"came: {rest[0]}")
 
@@ -556,6 +706,9 @@ class Run:
     def _resolve(self, name: str) -> str:
         if name == "client":
             return self.road.address(self.family)
+        if name == "peer":
+            assert self.peer is not None
+            return self.peer.address(self.family)
         return self.server.host(name, self.family)
 
     def _clean_up(self) -> None:
@@ -569,6 +722,8 @@ class Run:
                 self.road.send(craft.ip(_BARE, ends, self.family, 6, segment))
         self.server.end()
         self.road.settle()
+        if self.peer is not None and any(step.verb.startswith("peer") for step in self.case.steps(self.family)):
+            self.peer.settle()
 
     _verbs: Final = {
         ">": _inject,
@@ -579,9 +734,15 @@ class Run:
         "silence": _silence,
         "drop": _drop,
         "ended": _ended,
+        "whole": _whole,
+        "peer>": _peer_inject,
+        "peer<": _peer_demand,
+        "peer-silence": _peer_silence,
         "open": _open,
         "push": _push,
         "flood": _flood,
+        "flood-parts": _flood_parts,
+        "flood-pieces": _flood_pieces,
         "fetch": _fetch,
         "take": _take,
         "close": _close,
