@@ -209,7 +209,7 @@ def test_translated_errors(six: bool, down: bool) -> None:
         inner = ip(six, *(a for a, _ in (inner_from, inner_to))) / TCP(sport=inner_from[1], dport=inner_to[1])
         message = ICMPv6PacketTooBig(mtu=1280) if six else ICMP(type=3, code=4, nexthopmtu=1280)
         outer = ip(six, source, inner_from[0], hops=hops, **({} if six else {"id": 0}))
-        return bytes(outer / message / Raw(bytes(inner / Raw(b"payload"))))
+        return bytes(outer / message / Raw(bytes(inner / Raw(bytes(1300)))))
 
     router = "fd00::99" if six else "100.96.9.9"
     at_client, at_slot = ((server, 443), (client, 40000)), ((device, 1024), (slot, 40000))

@@ -29,6 +29,9 @@ def explain(
     sources = [address for address in context.addresses if len(address) == len(destination)]
     texts = ", ".join(map(address_text, sources))
     detail = f"may speak from {texts}" if sources else "the device has no address of the destination's family"
+    own = fleet.roster.find(context.tenant_id, context.device_id, context.virtual_network_id)
+    if own is not None and sources:
+        detail += f", by tunnel {own.tunnel} ({own.framing}, MTU {own.mtu})"
     _stage(response, "source", bool(sources), detail, "" if sources else "spoofed_source")
     if not sources:
         response.outcome = "drop"

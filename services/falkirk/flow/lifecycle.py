@@ -79,7 +79,6 @@ class Lifecycle:
         flow.flow_id = self._random(16)
         flow.decision = decision
         flow.start = worker.now
-        flow.start_wall = worker.wall
         flow.tick = worker.second
         if int.from_bytes(flow.flow_id[8:12], "big") < self._sampled_below:
             flow.span_id = self._random(8)
@@ -91,7 +90,8 @@ class Lifecycle:
         worker.flow_count += 1
         worker.counts[STARTED] += 1
         worker.wheel.place(flow, worker.second + idle_s)
-        flow.sequence = worker.write_record(
+        wall = worker.wall
+        sequence = worker.write_record(
             "started",
             flow.flow_id,
             tunnel.audit + records.of_key(flow.key) + decision.audit + records.of_trace(flow.span_id, *timing),
@@ -104,13 +104,13 @@ class Lifecycle:
             flow.slot,
             flow.key,
             flow.flow_id,
-            flow.sequence,
-            flow.start_wall,
+            sequence,
+            wall,
             decision.route_bytes,
             decision.rule_bytes,
         )
         if flow.span_id:
-            worker.tunnels.trace(flow)
+            worker.tunnels.trace(flow, wall)
 
     # meanwhile
 
@@ -128,7 +128,7 @@ class Lifecycle:
         """Write the counts of flows that had packets since the last one."""
         worker = self._worker
         for flow in worker.dirty:
-            if flow.bucket:
+            if flow.bucket and flow.index >= 0:
                 worker.live.counts(
                     flow.index, worker.wall, flow.bytes_up, flow.bytes_down, flow.packets_up, flow.packets_down
                 )

@@ -28,6 +28,7 @@ Reason = Literal[
     "bad_l4_checksum",
     "icmp_not_error",
     "bad_icmp_quote",
+    "icmp_mtu",
     "vnet_too_short",
     "vnet_flags",
     "vnet_gso_type",

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from falkirk.wire import icmp, ipv4, ipv6, tcp
+from falkirk.wire import icmp, ipv4, ipv6, path_mtu, tcp
 from falkirk.wire.build import icmp_packet
 from falkirk.wire.checksum import Buffer
 from falkirk.wire.malformed import MalformedPacket
@@ -55,8 +55,9 @@ class Quoted(NamedTuple):
 def quoted(data: Buffer, packet: Packet) -> Quoted:
     """What the ICMP error `packet` quotes.
 
-    Raises MalformedPacket: icmp_not_error for a message that isn't carried, bad_l4_checksum (RFC 5508 REQ-3), or
-    bad_icmp_quote where the quotation doesn't hold an IP header (right checksum, REQ-3 a) and eight bytes more.
+    Raises MalformedPacket: icmp_not_error for a message that isn't carried, bad_l4_checksum (RFC 5508 REQ-3), bad_icmp_quote
+    where the quotation doesn't hold an IP header (right checksum, REQ-3 a) and eight bytes more, or icmp_mtu where it says
+    of a path what none is.
     """
     if packet.icmp_type not in (CARRIED4 if packet.version == 4 else CARRIED6):
         raise MalformedPacket("icmp_not_error")
@@ -73,6 +74,7 @@ def quoted(data: Buffer, packet: Packet) -> Quoted:
         raise MalformedPacket("bad_icmp_quote") from error
     if head.fragment_offset or length < head.header_length + _PORTS_AND_SEQUENCE:
         raise MalformedPacket("bad_icmp_quote")
+    path_mtu.check(data, packet, head.total_length)
     upper = at + head.header_length
     source_port = destination_port = sequence = 0
     if head.protocol in (TCP, UDP):

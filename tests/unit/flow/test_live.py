@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from falkirk.flow.live import HEADER_SIZE, MAGIC, RECORD_SIZE, LiveReader, LiveTable, kind_of
+from falkirk.wire.slots import LOWERED
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6
 
 KEY4 = DEVICE4 + SERVER4 + bytes.fromhex("9c4001bb")
@@ -49,8 +50,12 @@ def test_a_flow_reads_back(path: Path) -> None:
     )
     assert (four.route_id, four.rule, four.protocol, four.kind) == (b"r" * 16, "main/all", 6, 0)
     assert (six.family, six.source, six.destination, six.source_port) == (6, DEVICE6, SERVER6, 40001)
+    assert (four.lower_slot, four.lower_tunnel) == (0, 0)
     # A rule that is cut in the middle of a letter is still text.
     assert six.rule.startswith("öäüöäü")
+    table.lowered(six.index, LOWERED | 16, 8)
+    assert [(record.lower_slot, record.lower_tunnel) for record in reader] == [(0, 0), (LOWERED | 16, 8)]
+    assert next(reader.records(1)).rule == six.rule
     reader.close()
 
 
@@ -91,12 +96,12 @@ def test_counts_states_and_cursors(path: Path) -> None:
     index = fill(table)
     table.state(index, 3)
     table.counts(index, 5000, 10, 20, 1, 2)
-    table.cursors(11, 12)
+    table.cursors((11, 12, 13, 14))
     reader = LiveReader(path)
     (record,) = reader
     assert (record.state, record.last) == (3, 5000)
     assert (record.bytes_up, record.bytes_down, record.packets_up, record.packets_down) == (10, 20, 1, 2)
-    assert reader.cursors == (11, 12)
+    assert reader.cursors == (11, 12, 13, 14)
     reader.close()
 
 

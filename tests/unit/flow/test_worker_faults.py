@@ -67,8 +67,9 @@ def test_a_slot_whose_path_mtu_was_told_rests_until_the_kernel_has_forgotten_it(
 ) -> None:
     client = Client(rig, Framing.RAW, family)
     _, slot = established(client)
-    client.kernel(slot, ACK, 9001)
-    (data,) = read(client.sock)
+    body = samples.tcp(client.server, client.address, sport=80, dport=40000, payload=bytes(1400))
+    build = samples.ip4 if family == 4 else samples.ip6
+    data = build(6, body, source=client.server, destination=client.address)
     error = too_big(data, parse(data, 0, len(data)), 1280, client.address)
     assert error is not None
     client.sock.send(error)
@@ -217,12 +218,12 @@ def test_devices_that_cannot_be_are_refused_whole(rig: FlowRig, devices: Devices
     assert rig.upgrader is not None
     before = descriptors()
     ours, theirs = seqpacket.pair()
-    say(rig, rig.upgrader, [devices], [theirs.fileno(), theirs.fileno()])
-    say(rig, rig.upgrader, [Devices(1, PORT, 1500)], [theirs.fileno()])
+    say(rig, rig.upgrader, [devices], [theirs.fileno()] * 4)
+    say(rig, rig.upgrader, [Devices(1, PORT, 1500)], [theirs.fileno()] * 3)
     say(rig, rig.upgrader, [Devices(1, PORT, 1500)], [])
-    say(rig, rig.upgrader, [Devices(2, PORT, 1500)], [theirs.fileno(), theirs.fileno()])
+    say(rig, rig.upgrader, [Devices(2, PORT, 1500)], [theirs.fileno()] * 4)
     reader, writer = os.pipe()
-    say(rig, rig.upgrader, [Devices(1, PORT, 1500)], [reader, writer])
+    say(rig, rig.upgrader, [Devices(1, PORT, 1500)], [reader, writer] * 2)
     os.close(reader)
     os.close(writer)
     ours.close()

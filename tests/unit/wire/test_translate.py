@@ -20,7 +20,9 @@ UP4, DOWN4 = pair((C4, 40000), (S4, 443), (A4, 40000), (D4, 1024))
 UP6, DOWN6 = pair((C6, 40000), (S6, 443), (A6, 40000), (D6, 1024))
 
 
-def flow_packet(source: bytes, destination: bytes, sport: int, dport: int, *, hops: int = 60, size: int = 600) -> bytes:
+def flow_packet(
+    source: bytes, destination: bytes, sport: int, dport: int, *, hops: int = 60, size: int = 1400
+) -> bytes:
     segment = tcp(source, destination, sport=sport, dport=dport, payload=bytes(range(256)) * (size // 256 + 1))
     make = ip4 if len(source) == 4 else ip6
     return make(6, segment, source=source, destination=destination, ttl=hops)
@@ -104,10 +106,11 @@ def test_a_packet_through_the_nat_and_its_error_back() -> None:
 def test_options_in_the_quotation_and_in_the_outer_header() -> None:
     """RFC 5508 REQ-3 b: past the options of the quoted packet."""
     nops = b"\x01" * 8
-    quote4 = ip4(6, tcp(S4, C4, sport=443, dport=40000), source=S4, destination=C4, options=nops)
+    payload = bytes(1300)
+    quote4 = ip4(6, tcp(S4, C4, sport=443, dport=40000, payload=payload), source=S4, destination=C4, options=nops)
     data = ip4(1, icmp4(3, 4, 1280, quote4), source=ROUTER4, destination=S4, options=nops)
     packet = parse(data, 0, len(data))
-    inner = ip4(6, tcp(D4, A4, sport=1024, dport=40000), source=D4, destination=A4, options=nops)
+    inner = ip4(6, tcp(D4, A4, sport=1024, dport=40000, payload=payload), source=D4, destination=A4, options=nops)
     assert translate(data, packet, quoted(data, packet), UP4) == error(inner, A4, D4, (3, 4), 1280, ttl=63)
 
 
@@ -154,6 +157,9 @@ BAD_SUM = BAD_SUM[:-1] + bytes([BAD_SUM[-1] ^ 1])
         (ip4(1, icmp4(3, 4, 1280, ip4(6, b"middle of it", fragment=2))), "bad_icmp_quote"),
         (ip6(58, icmp6(2, 0, 1280, flow_packet(S6, C6, 443, 40000)[:47])), "bad_icmp_quote"),
         (ip6(58, icmp6(2, 0, 1280, QUOTE)), "bad_icmp_quote"),
+        (ip4(1, icmp4(3, 4, 67, QUOTE)), "icmp_mtu"),
+        (ip4(1, icmp4(3, 4, len(QUOTE), QUOTE)), "icmp_mtu"),
+        (ip6(58, icmp6(2, 0, 1279, flow_packet(S6, C6, 443, 40000))), "icmp_mtu"),
     ],
 )
 def test_what_is_not_carried(data: bytes, reason: str) -> None:
