@@ -27,8 +27,9 @@ from typing import Final
 from falkirk.linux import netns
 from tests.netns.conftest import ServerNamespace, in_namespace
 from tests.packets.craft import packed
+from tests.packets.ground import Mismatch
 from tests.packets.read import Seen, seen
-from tests.packets.runner import Mismatch, Run
+from tests.packets.runner import Run
 from tests.packets.script import FAMILIES, Case, read_all
 from tests.packets.server import HOSTS, Server
 from tools.netlab import LabError, run, wait_for
@@ -224,13 +225,13 @@ def judge(case: Case, wrong: dict[str, str]) -> str:
 
 def table(cases: Sequence[Case]) -> str:
     """The differences as README has them."""
-    lines = ["| Case | Falkirk | pasta |", "|---|---|---|"]
+    rows: dict[str, list[str]] = {}
     for case in cases:
         if case.pasta.startswith("differs: "):
-            lines.append(
-                f"| {case.file.partition('_')[2]}: {case.name} | {case.why} | {case.pasta.removeprefix('differs: ')} |"
-            )
-    return "\n".join(lines)
+            rows.setdefault(case.pasta.removeprefix("differs: "), []).append(f"`{case.name}`")
+    return "\n".join(
+        ["| pasta | Cases |", "|---|---|", *(f"| {how} | {', '.join(names)} |" for how, names in rows.items())]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

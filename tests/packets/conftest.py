@@ -67,9 +67,10 @@ def special_routes(server: ServerNamespace) -> Iterator[None]:
         for host in (server.host4(HOSTS["narrow"]), server.host6(HOSTS["narrow"])):
             server.add_there(host)
         # Never the source of what the server sends by itself.
-        host = f"{server.host6(HOSTS['narrow'])}/{server.prefix6.prefixlen}"
-        change = ["ip", "address", "change", host, "dev", "eth0", "preferred_lft", "0"]
-        server.run(change, timeout=10).check_returncode()
+        for name in ("slow", "narrow"):
+            host = f"{server.host6(HOSTS[name])}/{server.prefix6.prefixlen}"
+            change = ["ip", "address", "change", host, "dev", "eth0", "preferred_lft", "0"]
+            server.run(change, timeout=10).check_returncode()
         yield
     finally:
         for route in made:
