@@ -66,6 +66,13 @@ def context(
     )
 
 
+def route(
+    number: str, name: str, prefix: str, target: route_table.Target = "internet", egress4: bytes = b""
+) -> route_table.RouteEntry:
+    """A route of the device's network; `number` ends its id."""
+    return route_table.RouteEntry(f"00000000-0000-4000-8000-0000000000{number}", name, prefix, target, egress4)
+
+
 class FlowRig:
     """The worker and its surroundings; `close` gives everything back."""
 
@@ -131,15 +138,17 @@ class FlowRig:
     def hand_over(self, before: Sequence[handover.Message] = ()) -> None:
         """Hand (new) devices over, behind other messages."""
         self.tun: dict[Framing, socket.socket] = {}
+        self.lower_tun: dict[Framing, socket.socket] = {}
         fds = []
-        for framing in Framing:
-            ours, theirs = seqpacket.pair()
-            for end in (ours, theirs):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-            self.tun[framing] = ours
-            fds.append(theirs)
+        for namespace in (self.tun, self.lower_tun):
+            for framing in (Framing.VNET, Framing.RAW):
+                ours, theirs = seqpacket.pair()
+                for end in (ours, theirs):
+                    end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+                namespace[framing] = ours
+                fds.append(theirs)
         assert self.upgrader is not None
-        order = [fds[list(Framing).index(framing)].fileno() for framing in (Framing.VNET, Framing.RAW)]
+        order = [end.fileno() for end in fds]
         seqpacket.send(self.upgrader, handover.encode([*before, handover.Devices(self.workers, PORT, 1500)]), order)
         for end in fds:
             end.close()
@@ -155,30 +164,44 @@ class FlowRig:
 
     def load(self) -> None:
         """Give it routes (everything to the internet) and rules."""
-        entries = [
-            route_table.RouteSource(
-                NETWORK,
-                route_table.RouteEntry("00000000-0000-4000-8000-0000000000f4", "default4", "0.0.0.0/0", "internet"),
-            ),
-            route_table.RouteSource(
-                NETWORK, route_table.RouteEntry("00000000-0000-4000-8000-0000000000f6", "default6", "::/0", "internet")
-            ),
-            route_table.RouteSource(
-                NETWORK,
-                route_table.RouteEntry("00000000-0000-4000-8000-0000000000bb", "hole", "198.51.100.0/24", "blackhole"),
-            ),
-        ]
-        entries += self.routes
-        for name, data in (("routes", route_table.compile(entries)), ("rules", rule_table.compile(self.policies))):
-            path = self.directory / f"{name}.{self.number}.bin"
-            blob.save(path, blob.Blob("epoch", 1, data))
-            seqpacket.send(self._parent, handover.encode([control.Load(name, str(path), "epoch", 1)]))
+        self.change_routes(
+            route("f4", "default4", "0.0.0.0/0"),
+            route("f6", "default6", "::/0"),
+            route("bb", "hole", "198.51.100.0/24", "blackhole"),
+            *self.routes,
+        )
+        self.change_rules(self.policies)
         self.until(lambda: self.worker.pair.ready)
+
+    def change_rules(self, policies: Sequence[rule_table.PolicySource]) -> None:
+        """Have these rules decide, and flows reviewed by them."""
+        self._snapshot("rules", rule_table.compile(policies))
+
+    def change_routes(self, *routes: route_table.RouteEntry | route_table.RouteSource) -> None:
+        """Have these routes decide, and flows reviewed by them. An entry alone is one of the device's network."""
+        sources = (
+            one if isinstance(one, route_table.RouteSource) else route_table.RouteSource(NETWORK, one) for one in routes
+        )
+        self._snapshot("routes", route_table.compile(sources))
+
+    def _snapshot(self, name: str, data: bytes) -> None:
+        path = self.directory / f"{name}.{self.number}.bin"
+        blob.save(path, blob.Blob("epoch", 1, data))
+        self.say_parent(control.Load(name, str(path), "epoch", 1))
+        self.until(lambda: not self.worker.snapshots.loading and not self.worker.review.pending)
 
     def say_parent(self, message: handover.Message, fds: Sequence[int] = ()) -> None:
         """Speak as the parent."""
         seqpacket.send(self._parent, handover.encode([message]), fds)
         self.step()
+
+    def said_to_parent(self) -> list[handover.Message]:
+        """What the worker said to its parent since the last call."""
+        self.step()
+        said: list[handover.Message] = []
+        while (received := seqpacket.receive(self._parent, handover.MAX_DATAGRAM)) is not None and received[0]:
+            said.extend(control.TO_PARENT.decode(received[0]))
+        return said
 
     def say_onramp(self, message: handover.Message, fds: Sequence[int] = ()) -> None:
         """Speak as the on-ramp."""
@@ -277,6 +300,7 @@ class FlowRig:
             self.upgrader,
             self._upgrader_listener,
             *getattr(self, "tun", {}).values(),
+            *getattr(self, "lower_tun", {}).values(),
         ):
             if sock is not None:
                 sock.close()

@@ -36,6 +36,7 @@ def _contestant(of: Mapping[str, float], medians: Medians) -> dict[str, Any]:
         "connections": {
             "per_s": None if connections is None else round(connections),
             "of_loopback": _ratio(connections, loopback["connections"]),
+            "cpu_us": {key[4:]: round(value, 1) for key, value in of.items() if key.startswith("cpu:")},
         },
         "rtt_us": {
             "p50": None if p50 is None else round(p50, 1),
@@ -61,15 +62,19 @@ def report(
     peers = {
         name: _contestant(of, medians) for name, of in medians.items() if name not in {"veth", "loopback", "falkirk"}
     }
+    against = _against(medians.get("falkirk", {}), peers)
+    own = _contestant(medians.get("falkirk", {}), medians)
+    for direction in ("forward", "reverse"):
+        own[direction]["of_best_peer"] = against.get(direction)
     return {
         "veth_gbit_s": round(veth["forward_1"], 3),
-        **_contestant(medians.get("falkirk", {}), medians),
+        **own,
         "peers": peers,
         "veth": {key: round(value, 1) for key, value in veth.items()},
         "loopback": {key: round(value, 1) for key, value in loopback.items()},
         "failed_connections": dict(failed),
         "failed_measurements": dict(gave_up),
-        "against_best_peer": _against(medians.get("falkirk", {}), peers),
+        "against_best_peer": against,
         "baseline": dict(baseline),
         "configuration": dict(shape),
     }
@@ -124,6 +129,13 @@ def _row(name: str, of: Mapping[str, Any]) -> tuple[Any, ...]:
     )
 
 
+def interpreter(baseline: Mapping[str, Any]) -> str:
+    """The Python that it ran on, and the processor."""
+    python = baseline["python"]
+    how = "" if python["optimised"] else ", built WITHOUT optimisation (half the speed)"
+    return f"{baseline['cpu_model']}; Python {python['version']}{how}"
+
+
 def show(result: Mapping[str, Any]) -> str:
     """For people."""
     baseline, shape, veth, loopback = (result[key] for key in ("baseline", "configuration", "veth", "loopback"))
@@ -142,12 +154,16 @@ def show(result: Mapping[str, Any]) -> str:
         "",
         f"Gbit/s of payload, connections and 64-byte messages a second, round trips in microseconds; medians of {shape['rounds']} rounds.",
         f"baseline: veth, MTU {baseline['mtu']}, {baseline['congestion_control']}, offloads {', '.join(on) or 'unknown'}; "
-        f"kernel {baseline['kernel']}, {baseline['cpus']} processors",
+        f"kernel {baseline['kernel']}, {baseline['cpus']} processors; " + interpreter(baseline),
         f"falkirk: default configuration, {shape['rules']} rules, {shape['routes']} routes, {shape['framing']} framing by {shape['transport']}",
     ]
     if result["against_best_peer"]:
         against = ", ".join(f"{key} {value}" for key, value in result["against_best_peer"].items())
         lines.append(f"falkirk / best peer: {against}")
+    spent = {name: value for name, value in result["connections"].get("cpu_us", {}).items() if value >= 1}
+    if spent:
+        said = ", ".join(f"{name} {value:.0f}" for name, value in sorted(spent.items(), key=lambda item: -item[1]))
+        lines.append(f"processor time of a connection, us: {said}")
     failures = {name: count for name, count in result["failed_connections"].items() if count}
     if failures:
         lines.append(f"failed connections: {failures}")

@@ -81,6 +81,12 @@ class Mesh:
             raise LabError(f"{error}; {self.services()}; the log ends:\n{self._log_end()}") from None
         return self._up.pid
 
+    @property
+    def pid(self) -> int:
+        """Of `falkirk up`, or what stands around it; every service is below."""
+        assert self._up is not None
+        return self._up.pid
+
     def stop(self) -> None:
         """End `falkirk up` and wait for it."""
         if self._up is not None and self._up.poll() is None:
@@ -131,10 +137,11 @@ class Mesh:
         tenant: str = "acme",
         framing: str = "device",
         congestion: str = "",
+        options: Sequence[str] = (),
     ) -> list[str]:
         """The command line that runs `command` as that device. `framing`: "raw" or "vnet" over the tunnel's socket, or "device", the
-        default of the tool: super-packets by a TUN device that is handed over."""
-        options = ["--congestion", congestion] if congestion else []
+        default of the tool: super-packets by a TUN device that is handed over. `options` are further ones of the tool."""
+        more = [*(["--congestion", congestion] if congestion else []), *options]
         tunnel = [
             "--tunnel",
             str(self.run_dir / "tunnel.sock"),
@@ -147,7 +154,7 @@ class Mesh:
             "--transport",
             "device" if framing == "device" else "socket",
         ]
-        return [*self._prefix, *self._falkirk, "lower", *tunnel, *options, "--", *command]
+        return [*self._prefix, *self._falkirk, "lower", *tunnel, *more, "--", *command]
 
 
 def _dumper() -> Any:

@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,6 +91,10 @@ class Lab:
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    def directory(self) -> Path:
+        """A directory that is removed with everything else."""
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="falkirk-lab-")))
 
     def on_exit(self, callback: Callable[[], Any]) -> None:
         """Call it at the end, before what was started earlier is stopped."""

@@ -20,7 +20,7 @@ from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Connected, OpenSocket, Prepare, SocketFailed
-from tests import forward_rig
+from tests import forward_rig, lower_rig
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context
 from tests.unit.wire import samples
 
@@ -251,6 +251,36 @@ def _sibling_full(rig: FlowRig) -> object:
     return sock, other
 
 
+def _to_lower(rig: FlowRig) -> tuple[Any, Any]:
+    """The laptop and the NAS, with a rule that lifts and lowers between them."""
+    rig.policies, rig.routes = lower_rig.POLICIES, forward_rig.ROUTES
+    rig.load()
+    rig.until(lambda: rig.worker.routes.routes > 3)
+    laptop, nas = (
+        rig.tunnel(who=forward_rig.who(name, list(addresses.values())))
+        for name, addresses in (("laptop", forward_rig.LAPTOP), ("nas", forward_rig.NAS))
+    )
+    return laptop, nas
+
+
+def _lower_slots_exhausted(rig: FlowRig) -> object:
+    laptop, nas = _to_lower(rig)
+    while rig.worker.lowering.lanes[Framing.RAW].pool.claim(rig.worker.second) is not None:
+        pass
+    laptop.send(tcp4(destination=forward_rig.NAS[4], flags=SYN))
+    return laptop, nas
+
+
+def _ports_in_use(rig: FlowRig) -> object:
+    """The NAS talks to the laptop's newer tunnel, and the laptop by the older one to the same ports of the NAS."""
+    laptop, nas = _to_lower(rig)
+    newer = rig.tunnel(who=forward_rig.who("laptop", list(forward_rig.LAPTOP.values())))
+    nas.send(tcp4(source=forward_rig.NAS[4], destination=DEVICE4, sport=2000, dport=40000, flags=SYN))
+    assert len(rig.asked()) == 1
+    laptop.send(tcp4(destination=forward_rig.NAS[4], sport=40000, dport=2000, flags=SYN))
+    return laptop, nas, newer
+
+
 DIRECTED: dict[str, Callable[[FlowRig], object]] = {
     "not_ready": _not_ready,
     "audit_unwritable": _audit_unwritable,
@@ -262,6 +292,8 @@ DIRECTED: dict[str, Callable[[FlowRig], object]] = {
     "icmp_error_taken": _icmp_error_taken,
     "no_flow": _stray(samples.tcp4()),
     "not_tcp": _stray(samples.ip4(2, bytes(8))),
+    "lower_slots_exhausted": _lower_slots_exhausted,
+    "ports_in_use": _ports_in_use,
     "sibling_full": _sibling_full,
     "tunnel_full": _tunnel_full,
     "tunnel_closed": _tunnel_closed,

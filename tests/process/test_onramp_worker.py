@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -14,11 +15,11 @@ from zlib import crc32
 import msgspec
 import pytest
 
-from falkirk.onramp.control import Close, Opened, State, Traced
-from falkirk.onramp.tables import DeviceRow, NetworkRow, TenantRow, UserRow
+from falkirk.onramp.control import Changed, Close, Opened, State, Traced
+from falkirk.onramp.tables import DeviceRow, NetworkRow, Row, TenantRow, UserRow
 from falkirk.wire import handover
 from falkirk.wire.context import Framing, TunnelContext
-from falkirk.wire.handover import AdoptRefused, Held, TunnelClosed
+from falkirk.wire.handover import AdoptRefused, Held, Recontext, TunnelClosed
 from tests.process.onramp_rig import CONTEXT, ROWS, FlowFake, Rig, datagram, eventually, rig
 
 LAPTOP = next(row for row in ROWS if isinstance(row, DeviceRow) and row.id == "d-laptop")
@@ -97,10 +98,8 @@ def test_producer_that_leaves_is_told_to_flow(parts: Parts) -> None:
         ([], ("n-default",), "virtual_network_removed"),
         ([msgspec.structs.replace(LAPTOP, disabled=True)], (), "device_disabled"),
         ([msgspec.structs.replace(ANN, disabled=True)], (), "user_disabled"),
-        ([msgspec.structs.replace(ANN, groups=())], (), "context_changed"),
         ([msgspec.structs.replace(LAPTOP, addresses=(b"\x01\x02\x03\x04",))], (), "context_changed"),
         ([msgspec.structs.replace(LAPTOP, virtual_network="lab")], (), "context_changed"),
-        ([msgspec.structs.replace(LAPTOP, posture={"disk": "clear"})], (), "context_changed"),
         (
             [NetworkRow("n-default", "t-acme", "default"), NetworkRow("n-lab", "t-acme", "lab", True)],
             (),
@@ -108,7 +107,7 @@ def test_producer_that_leaves_is_told_to_flow(parts: Parts) -> None:
         ),
     ],
 )
-def test_a_change_that_concerns_the_context_closes_the_tunnel(
+def test_a_change_that_leaves_no_such_context_closes_the_tunnel(
     parts: Parts, changed: list[DeviceRow], removed: tuple[str, ...], reason: str
 ) -> None:
     onramp, (flow,) = parts
@@ -121,17 +120,56 @@ def test_a_change_that_concerns_the_context_closes_the_tunnel(
     assert tunnel.recv(10) == b""
 
 
+@pytest.mark.parametrize(
+    ("changed", "fields"),
+    [
+        ([msgspec.structs.replace(ANN, groups=())], {"groups": ("managed",)}),
+        ([msgspec.structs.replace(LAPTOP, groups=("more",))], {"groups": ("eng", "more")}),
+        ([msgspec.structs.replace(LAPTOP, posture={"disk": "clear"})], {"posture": {"disk": "clear"}}),
+        ([msgspec.structs.replace(LAPTOP, user="")], {"user": "", "user_id": "", "groups": ("managed",)}),
+        ([msgspec.structs.replace(LAPTOP, name="renamed", max_flows=9)], {"device": "renamed", "device_max_flows": 9}),
+        ([TenantRow("t-acme", "acme-2", 1)], {"tenant": "acme-2", "tenant_max_flows": 1}),
+    ],
+    ids=["user's groups", "device's groups", "posture", "user", "device", "tenant"],
+)
+def test_a_change_of_the_context_reaches_the_flow_worker(
+    parts: Parts, changed: list[Row], fields: dict[str, object]
+) -> None:
+    onramp, (flow,) = parts
+    producer, message, _ = onramp.opened(flow)
+    onramp.update(*changed)
+    told = flow.expect(Recontext)
+    assert told == Recontext(message.tunnel, msgspec.structs.replace(message.context, **fields))
+    assert onramp.report(Changed) == Changed(message.tunnel, told.context)
+    # The same once more is no change.
+    onramp.update(*changed)
+    onramp.tell(Close(message.tunnel, "by the operator"))
+    assert flow.expect(TunnelClosed) == TunnelClosed(message.tunnel, "by the operator")
+    assert datagram(producer) == b""
+
+
+def test_a_change_while_the_flow_worker_was_away_reaches_it(parts: Parts) -> None:
+    onramp, (flow,) = parts
+    generation = time.time_ns()
+    flow.die()
+    flow.accept(generation)
+    onramp.report(State, lambda state: state.links == (True,))
+    _, message, tunnel = onramp.opened(flow)
+    flow.die()
+    onramp.update(msgspec.structs.replace(LAPTOP, posture={"disk": "clear"}))
+    context = onramp.report(Changed).context
+    flow.accept(generation)
+    flow.send(Held(message.tunnel, message.context, message.framing, message.mtu), fds=(tunnel.fileno(),))
+    assert flow.expect(Recontext) == Recontext(message.tunnel, context)
+
+
 def test_other_changes_leave_tunnels_alone(parts: Parts) -> None:
     onramp, (flow,) = parts
     producer, message, tunnel = onramp.opened(flow)
     pinned, second, _ = onramp.opened(flow, CONTEXT | {"virtual_network": "default"})
-    onramp.update(
-        msgspec.structs.replace(LAPTOP, name="renamed", max_flows=9),
-        TenantRow("t-acme", "acme-2", 1),
-        removed=("d-other", "n-other", "t-other"),
-    )
+    onramp.update(removed=("d-other", "n-other", "t-other"))
     # A new selection concerns only the tunnel that didn't name its virtual network.
-    onramp.update(msgspec.structs.replace(LAPTOP, name="renamed", virtual_network="lab"))
+    onramp.update(msgspec.structs.replace(LAPTOP, virtual_network="lab"))
     assert flow.expect(TunnelClosed) == TunnelClosed(message.tunnel, "context_changed")
     pinned.send(b"still open")
     onramp.tell(Close(second.tunnel, "by the operator"))

@@ -140,7 +140,7 @@ def test_doctor_without_a_mesh(run_dir: Path) -> None:
     report = doctor(run_dir)
     assert report["mesh"] is None
     names = {check["name"] for check in report["checks"]}
-    assert {"settings", "tun", "namespaces", "nofile", "run_dir", "data_dir"} <= names
+    assert {"settings", "tun", "namespaces", "nofile", "python", "run_dir", "data_dir"} <= names
     assert all(check["remedy"] for check in report["checks"] if check["state"] != "ok")
 
 

@@ -31,7 +31,7 @@ def lock(tmp_path: Path) -> Iterator[Chamber]:
 
 def test_a_flow_worker_gets_hello_and_devices(lock: Chamber) -> None:
     assert lock.said == [Hello("upgrader", 0, 5), Devices(1, 1024, 1500)]
-    assert len(lock.fds) == 2
+    assert len(lock.fds) == 4
     assert lock.counters.read("paired") == 1
 
 

@@ -73,7 +73,7 @@ class Chamber:
         self.spans: list[control.SpanEnded] = []
         self.told: list[control.FromWorker] = []
         """What the worker says to its parent but spans."""
-        self._devices = [os.open(os.devnull, os.O_RDWR) for _ in range(2)]
+        self._devices = [os.open(os.devnull, os.O_RDWR) for _ in range(4)]
         setup = control.Setup(
             0,
             1,

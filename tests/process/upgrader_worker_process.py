@@ -24,7 +24,7 @@ def main() -> None:
         [listener],
         lambda address: int.from_bytes(socket.inet_aton(address)[-2:], "big"),
         seqpacket.listen(path),
-        (null, null),
+        (null, null, null, null),
         Counters.create(control.COUNTERS),
         lambda _span: True,
         raise_descriptor_limit(),

@@ -3,6 +3,7 @@
     connections   connect, send 1 byte, read it, close; --parallel at a time, over all targets in turn
     rtt           64 bytes there and back on one connection
     messages      64 bytes there and back on --parallel connections at once: small packets, one a message
+    idle          --parallel connections, opened one after another, a message exchanged on each; then nothing
 
 The first 20 % of the time warm up and aren't counted. The client closes first. TCP_NODELAY is set.
 Limit: one process, so at most one core of load; errors are counted and shown, never hidden in a rate.
@@ -51,7 +52,7 @@ def connections(where: list[Target], seconds: float, parallel: int) -> dict[str,
     """Connections a second."""
     poll = select.epoll()
     live: dict[int, socket.socket] = {}
-    done = failed = turn = 0
+    done = failed = total = turn = 0
     start = time.monotonic()
     begin, end = start + seconds * WARM_UP, start + seconds
     now = start
@@ -73,13 +74,14 @@ def connections(where: list[Target], seconds: float, parallel: int) -> dict[str,
                 good = False
             del live[descriptor]
             sock.close()
+            total += good
             if now >= begin:
                 done += good
                 failed += not good
         now = time.monotonic()
     for sock in live.values():
         sock.close()
-    return {"per_s": done / (now - begin), "failed": failed}
+    return {"per_s": done / (now - begin), "failed": failed, "total": total}
 
 
 def connect(target: Target) -> socket.socket:
@@ -142,10 +144,32 @@ def messages(where: list[Target], seconds: float, parallel: int) -> dict[str, An
     return {"per_s": got / len(MESSAGE) / (now - begin)}
 
 
+def idle(where: list[Target], seconds: float, parallel: int) -> dict[str, Any]:
+    """Open --parallel connections, a few at a time, say so, and hold them for the time, idle."""
+    live = []
+    for number in range(parallel):
+        sock = connect(where[number % len(where)])
+        exchange(sock)
+        live.append(sock)
+    print(f"open {len(live)}", flush=True)
+    time.sleep(seconds)
+    lost = 0
+    for sock in live:
+        sock.setblocking(False)
+        try:
+            lost += not sock.recv(1)
+        except BlockingIOError:
+            pass
+        except OSError:
+            lost += 1
+        sock.close()
+    return {"open": len(live), "lost": lost}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    modes = {"connections": connections, "rtt": rtt, "messages": messages}
+    modes = {"connections": connections, "rtt": rtt, "messages": messages, "idle": idle}
     parser.add_argument("mode", choices=modes)
     parser.add_argument("targets", type=targets)
     parser.add_argument("--seconds", type=float, default=2.0)

@@ -30,8 +30,9 @@ class Answers:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         settings = worker.settings
-        self._source4 = ipaddress.IPv4Address(settings.icmp_source4).packed
-        self._source6 = ipaddress.IPv6Address(settings.icmp_source6).packed
+        self.source4 = ipaddress.IPv4Address(settings.icmp_source4).packed
+        """Falkirk's own address, as devices see it."""
+        self.source6 = ipaddress.IPv6Address(settings.icmp_source6).packed
 
     def reset(self, tunnel: Tunnel, data: bytes) -> None:
         """A RST for the segment in `data` (behind its virtio-net header)."""
@@ -56,10 +57,6 @@ class Answers:
             self.unreachable(tunnel, data, Unreachable.PROHIBITED)
         else:
             self.no_route(tunnel, data)
-
-    def host_unreachable(self, tunnel: Tunnel, data: bytes) -> None:
-        """The destination is known, and isn't there (RFC 1812 5.2.7.1)."""
-        self.unreachable(tunnel, data, Unreachable.HOST)
 
     def no_route(self, tunnel: Tunnel, data: bytes) -> None:
         """There is no way to the destination."""
@@ -115,7 +112,7 @@ class Answers:
             if counted:
                 self._worker.drop("icmp_rate_limit")
             return
-        ours = self._source4 if four else self._source6
+        ours = self.source4 if four else self.source6
         packet = build.icmp_packet(message, source or ours, destination, traffic_class=0xC0 if four else 0)
         if self._worker.tunnels.say(tunnel, packet, counted=counted) and counted:
             self._worker.counts[FORWARDED] += 1
@@ -129,7 +126,7 @@ class Answers:
         self._say(tunnel, build.unreachable(data, packet, kind, self._source(packet)))
 
     def _source(self, packet: Packet) -> bytes:
-        return self._source4 if packet.version == 4 else self._source6
+        return self.source4 if packet.version == 4 else self.source6
 
     def _allowed(self, tunnel: Tunnel) -> bool:
         if tunnel.icmp_tick != self._worker.second:

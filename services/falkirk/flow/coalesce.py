@@ -41,19 +41,15 @@ WORTHWHILE: Final = 3
 MAX_PACKET: Final = 65535
 PARTS: Final = 1000
 """Segments of a run at most: `writev` takes 1,024 parts."""
-_HEAD4: Final = Struct(">HHHIH12sIQHH").unpack_from
-"""Version to TOS, total length, identification, flags to protocol, checksum, signature, sequence number; acknowledgment to window;
-checksum, urgent pointer."""
-_HEAD6: Final = Struct(">IHH36sIQHH").unpack_from
-"""Version to flow label, payload length, next header and hop limit, signature; the rest as in `_HEAD4`."""
-# In the four bytes from an IPv4 header's flags to its protocol:
-_WHOLE: Final = 0x3FFF00FF
-"""Fragment bits and protocol."""
-# In the eight bytes from TCP's acknowledgment to its window:
-_PSH: Final = tcp.PSH << 16
-_FLAGS: Final = 0x0FFF0000
-_ACK: Final = tcp.ACK << 16
-_OPEN_CLOSE: Final = (tcp.FIN | tcp.SYN | tcp.RST) << 16
+_HEAD4: Final = Struct(">HH2xHHH12s8xH2xHH").unpack_from
+"""Version to TOS, total length, fragment bits, TTL and protocol, checksum, signature; offset and flags, checksum, urgent pointer."""
+_HEAD6: Final = Struct(">4xHH36s8xH2xHH").unpack_from
+"""Payload length, next header and hop limit, signature; the rest as in `_HEAD4`."""
+_FLAGS: Final = 0x0FFF
+"""Flags and reserved bits, behind the offset."""
+_ACK: Final = tcp.ACK
+_OPEN_CLOSE: Final = tcp.FIN | tcp.SYN | tcp.RST
+_ESTABLISHED: Final = State.ESTABLISHED
 _APART: Final = (UDP, ICMP, ICMPV6)
 """Protocols whose packets can't belong to a flow that has a run."""
 
@@ -233,7 +229,9 @@ class Coalescer:
         a packet doesn't say where it ends counts as one."""
         arena = self._arena
         runs = self._runs
+        least = self._least
         number = int.from_bytes
+        plainly = self._road.plain
         run = self._last
         count = 0
         while at < end:
@@ -252,14 +250,14 @@ class Coalescer:
             left = end - at
             version = arena[at] >> 4
             if version == 4 and left >= 40:
-                head, size, _, rest, check, key, _, quad, check_l4, urgent = _HEAD4(arena, at)
-                header = 20 + (quad >> 26 & 0x3C)
-                plain = head >> 8 == 0x45 and rest & _WHOLE == TCP and rest & 0xFE00
+                head, size, fragment, life, check, key, bits, check_l4, urgent = _HEAD4(arena, at)
+                header = 20 + (bits >> 10 & 0x3C)
+                plain = head >> 8 == 0x45 and life & 0xFF == TCP and life > 0x1FF and not fragment & 0x3FFF
             elif version == 6 and left >= 60:
-                _, size, rest, key, _, quad, check_l4, urgent = _HEAD6(arena, at)
+                size, life, key, bits, check_l4, urgent = _HEAD6(arena, at)
                 size += 40
-                header = 40 + (quad >> 26 & 0x3C)
-                plain = rest >> 8 == TCP and rest & 0xFE
+                header = 40 + (bits >> 10 & 0x3C)
+                plain = life >> 8 == TCP and life & 0xFE
                 check = 0
             else:
                 plain, size, header = 0, left, 0
@@ -270,19 +268,19 @@ class Coalescer:
             flow = flows.get(key)
             if (
                 flow is None
-                or flow.state is not State.ESTABLISHED
-                or quad & _OPEN_CLOSE
-                or quad >> 28 & 0xF < 5
+                or flow.state is not _ESTABLISHED
+                or bits & _OPEN_CLOSE
+                or bits < 0x5000
                 or (version == 4 and number(arena[at : at + 20]) % 0xFFFF)
             ):
                 if key in runs:
                     self._give(runs.pop(key))
                 self._road.other(at, size)
                 run = None
-            elif key in runs and self._taken(key, at, size):
+            elif runs and key in runs and self._taken(key, at, size):
                 run = runs.get(key)
-            elif quad & _FLAGS != _ACK or size - header < self._least or urgent:
-                self._road.plain(flow, at, size, check, check_l4)
+            elif size - header < least or bits & _FLAGS != _ACK or urgent:
+                plainly(flow, at, size, check, check_l4)
                 run = None
             else:
                 run = runs[key] = Run(flow, arena, at, size, header, counts=version == 4)

@@ -98,7 +98,7 @@ class Loaded(Message, frozen=True, tag=True):
 
 
 class TunnelOpened(Message, frozen=True, tag=True):
-    """A tunnel is read from now on."""
+    """A tunnel is read from now on; or, of one that is, its context has changed."""
 
     tunnel: int
     context: TunnelContext

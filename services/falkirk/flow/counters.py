@@ -35,6 +35,8 @@ DROP_REASONS: Final = (
     "device_held_limit",
     "tenant_limit",
     "slots_exhausted",
+    "lower_slots_exhausted",
+    "ports_in_use",
     "table_full",
     "reset_of_nothing",
     "no_flow",

@@ -9,20 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Final
 
 from falkirk.decide.destination import NO_DEVICE
 from falkirk.decide.routes import RouteEntry, RouteTable, martian
 from falkirk.decide.rules import RuleTable, Verdict
 from falkirk.flow import records
 from falkirk.wire.context import TunnelContext
-from falkirk.wire.protocol import TCP
+from falkirk.wire.protocol import TCP, UDP
+
+LIFTED: Final = frozenset((TCP, UDP))
+"""Protocols that have a layer 4 here. Between two devices others are forwarded whatever treatment a rule asks for."""
 
 
 class Outcome(StrEnum):
     """What is done with the first packet."""
 
     LIFT = "lift"
-    """Held, dialled, lifted to a stream or a session."""
+    """Held, dialled, lifted to a stream or a session; where its route leads to a device it is lowered again there."""
     FORWARD = "forward"
     """Sent as packets into the tunnel of the device that its route leads to."""
     DENY = "answer_rst"
@@ -99,12 +103,13 @@ def authorise(
     if device is not None and device.device_id == context.device_id:
         why = f"route {route.name} leads back to device {device.device}"
         return Decision(Outcome.UNREACHABLE, "leads_back", why, route, verdict, protocol)
-    if verdict.treatment not in ("", "l4" if device is None else "l3"):
+    lowered = device is not None and verdict.treatment == "l4" and protocol in LIFTED
+    if verdict.treatment not in (("", "l4") if device is None else ("", "l3", "l4")) or (lowered and protocol != TCP):
         why = f"rule {verdict.rule} asks for treatment {verdict.treatment}, which this version doesn't build"
         if device is not None:
             why += " towards devices"
         return Decision(deny, "treatment_not_built", why, route, verdict, protocol)
-    outcome = Outcome.LIFT if device is None else Outcome.FORWARD
+    outcome = Outcome.LIFT if device is None or lowered else Outcome.FORWARD
     return Decision(outcome, "allowed", verdict.why, route, verdict, protocol)
 
 
@@ -116,3 +121,32 @@ def decide(
     if isinstance(route, Decision):
         return route
     return authorise(rules, route, context, destination, port, protocol)
+
+
+def superseded(before: Decision, now: Decision, family: int, *, device_changed: bool = False) -> str:
+    """Why a flow that goes on by `before` must end where `now` holds; empty where it may go on as it is.
+
+    `family` is the flow's, 4 or 6. A flow may go on by another rule or another route as long as both lead it the same way.
+    """
+    if now.outcome not in (Outcome.LIFT, Outcome.FORWARD):
+        if now.reason in ("denied", "treatment_not_built"):
+            return f"{'device' if device_changed else 'policy'}_changed: {now.rule or 'default deny'}"
+        return f"route_changed: {now.reason}"
+    assert before.route is not None
+    assert now.route is not None
+    if _way(before.route, family) != _way(now.route, family):
+        return f"route_changed: {now.route.name}"
+    if _treatment(before) != _treatment(now):
+        return f"policy_changed: {now.rule}"
+    return ""
+
+
+def _way(route: RouteEntry, family: int) -> tuple[str, bytes, str]:
+    """Where a route leads: its target, the address that it leaves from, the device."""
+    return route.target, route.egress4 if family == 4 else route.egress6, route.device.device_id if route.device else ""
+
+
+def _treatment(decision: Decision) -> tuple[Outcome, str]:
+    """What is done with a flow's packets; an empty treatment is the outcome's own."""
+    said = decision.verdict.treatment if decision.verdict else ""
+    return decision.outcome, said or ("l4" if decision.outcome is Outcome.LIFT else "l3")

@@ -54,6 +54,10 @@ class Directory:
         if not numbers:
             del self._devices[attachment.device_id]
 
+    def get(self, tunnel: int) -> Attachment | None:
+        """An open tunnel, by its number."""
+        return self._tunnels.get(tunnel)
+
     def lost(self, worker: int) -> None:
         """A worker has ended, and nobody reads its tunnels until its successor says so."""
         for attachment in [found for found in self._tunnels.values() if found.worker == worker]:

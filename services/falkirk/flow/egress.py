@@ -27,8 +27,8 @@ class Egress:
     def unknown(self, lane: Lane, end: int, index: int, l4: int) -> None:
         """A segment for a slot without a flow: the RST of a predecessor's stream finds its way; all else is late."""
         worker = self._worker
-        orphan = worker.orphans.take(lane.framing, index, worker.listener_port) if lane.buffer[l4 + 13] & RST else None
-        tunnel = worker.tunnels.get(orphan.tunnel) if orphan is not None else None
+        orphan = worker.orphans.take(lane, index, worker.listener_port) if lane.buffer[l4 + 13] & RST else None
+        tunnel = worker.tunnels.reach(orphan.tunnel) if orphan is not None else None
         if orphan is None or tunnel is None or tunnel.framing is not lane.framing:
             worker.drop("no_flow")
             return

@@ -42,27 +42,27 @@ from falkirk.flow.passages import (
     Remote,
     key_of_packet,
     key_of_quoted,
+    plain,
     reply_key,
+    unreachable_of,
 )
 from falkirk.flow.siblings import ERROR, REPLY, Carrier, Foreign, Forget, Gone, SiblingLink
-from falkirk.flow.table import Owner, State, Tunnel
+from falkirk.flow.table import Leg, Owner, State, Tunnel
+from falkirk.wire import vnet
+from falkirk.wire.icmp import Unreachable
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, verify
 from falkirk.wire.protocol import (
-    DESTINATION_OPTIONS,
-    FRAGMENT,
-    HOP_BY_HOP,
-    ICMP,
-    ICMPV6,
-    ROUTING,
     TCP,
     UDP,
 )
 from falkirk.wire.translate import quoted
 
 if TYPE_CHECKING:
+    from falkirk.decide.routes import RouteEntry
     from falkirk.flow.lane import Lane
     from falkirk.flow.worker import Worker
+    from falkirk.wire.context import TunnelContext
 
 HEADER: Final = 10
 LINGER: Final = 5
@@ -70,11 +70,10 @@ LINGER: Final = 5
 HELD: Final = 64
 """Packets of a flow that may wait until its start is on record."""
 OFFLINE: Final = "device_offline"
+DNS: Final = 53
 _SYN: Final = 2
 _ACK: Final = 16
 _SEQUENCES: Final = struct.Struct(">II")
-_WALKED: Final = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION_OPTIONS))
-_SUFFIX: Final = [bytes((number,)) for number in range(256)]
 
 
 class Forward(Owner[ForwardFlow]):
@@ -93,45 +92,18 @@ class Forward(Owner[ForwardFlow]):
         self._led: dict[int, dict[ForwardFlow, None]] = {}
         """Flows by the number of the tunnel that they lead to."""
         self._handle = 0
+        self._legs: dict[int, Leg] = {}
+        """Legs of lowered streams that lead to other workers' tunnels, by their handle (`falkirk.flow.lowering`)."""
 
     # every packet of a flow
 
     def known(self, lane: Lane, tunnel: Tunnel, end: int) -> bool:
         """Pass on the packet at [10, end) of the lane's buffer where it is a plain one of a flow. False: look at it more closely."""
-        buffer, view = lane.buffer, lane.view
-        if buffer[10] == 0x45:
-            if (
-                end < 38
-                or end - HEADER != buffer[12] << 8 | buffer[13]
-                or buffer[16] & 0x3F
-                or buffer[17]
-                or buffer[18] < 2
-                or int.from_bytes(view[10:30], "little") % 0xFFFF
-            ):
-                return False
-            protocol, first, l4, echo = buffer[19], 22, 30, ICMP
-        elif buffer[10] >> 4 == 6:
-            if end < 58 or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2 or buffer[16] in _WALKED:
-                return False
-            protocol, first, l4, echo = buffer[16], 18, 50, ICMPV6
-        else:
+        view = lane.view
+        found = plain(lane.buffer, view, end)
+        if found is None:
             return False
-        if protocol == TCP:
-            if end < l4 + 20:
-                return False
-            key = view[first : l4 + 4].tobytes() + b"\x06"
-        elif protocol == UDP:
-            if buffer[l4 + 4] << 8 | buffer[l4 + 5] != end - l4:
-                return False
-            key = view[first : l4 + 4].tobytes() + b"\x11"
-        elif protocol != echo:
-            key = view[first:l4].tobytes() + b"\0\0\0\0" + _SUFFIX[protocol]
-        elif buffer[l4] == REQUESTS[echo]:
-            key = b"%b%b\0\0%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
-        elif buffer[l4] == REPLIES[echo]:
-            key = b"%b\0\0%b%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
-        else:
-            return False
+        key, l4 = found
         passage = tunnel.passages.get(key)
         if passage is None or view[:HEADER].tobytes() != passage.vnet_ok:
             return False
@@ -184,7 +156,9 @@ class Forward(Owner[ForwardFlow]):
         """A packet while the flow isn't established, or one that may change that. True: pass it on."""
         worker = self._worker
         if flow.state is State.HELD:
-            if len(flow.held) < HELD:
+            if not up:
+                worker.drop("no_flow")  # Nothing has been asked yet that it could answer.
+            elif len(flow.held) < HELD:
                 flow.held.append((l4, worker.fragments.largest, lane.view[:end].tobytes()))
             else:
                 worker.drop("held")
@@ -244,7 +218,9 @@ class Forward(Owner[ForwardFlow]):
         if passage is not None:
             header = lane.view[:HEADER].tobytes()
             if self._worker.ingress.normal(lane, tunnel, packet, end):
-                passage.vnet_ok, passage.vnet_put = header, lane.view[:HEADER].tobytes()
+                if lane.buffer[1] != vnet.GSO_UDP_L4:
+                    # How many datagrams come out of one is for its own length to say.
+                    passage.vnet_ok, passage.vnet_put = header, lane.view[:HEADER].tobytes()
                 self._pass(passage, tunnel, lane, HEADER + packet.header_length, end)
             return True
         begins = packet.protocol != TCP or packet.flags & (_SYN | _ACK) == _SYN
@@ -258,7 +234,7 @@ class Forward(Owner[ForwardFlow]):
             return False
         decision, timing = worker.ingress.decide(tunnel, packet.destination, packet.destination_port, packet.protocol)
         route = decision.route
-        if route is None or route.device is None:
+        if route is None or route.device is None or decision.outcome is Outcome.LIFT:
             return False
         if not worker.ingress.normal(lane, tunnel, packet, end):
             return True
@@ -283,7 +259,7 @@ class Forward(Owner[ForwardFlow]):
         self._handle += 1
         flow = ForwardFlow(self, tunnel, key, self._handle, route)
         if not self._lead(flow):
-            worker.answers.host_unreachable(tunnel, data)
+            worker.answers.unreachable(tunnel, data, Unreachable.HOST)
             why = f"device {route.device.device} has no open tunnel"
             worker.lifecycle.refused(tunnel, key, decision, OFFLINE, why)
             return True
@@ -330,8 +306,10 @@ class Forward(Owner[ForwardFlow]):
                 self._worker.counts[FORWARDED] += 1
             return True
         to = flow.to if passage.up else flow.tunnel
-        assert to is not None  # A flow with passages leads somewhere.
-        self._carriage.hop(to, lane, end)
+        if to is None or flow.state is State.HELD:
+            self._worker.drop("icmp_error_unmatched")
+        else:
+            self._carriage.hop(to, lane, end)
         return True
 
     # where a flow leads
@@ -358,7 +336,10 @@ class Forward(Owner[ForwardFlow]):
         return False
 
     def _attachment(self, flow: ForwardFlow) -> Attachment | None:
-        route, context = flow.route, flow.tunnel.context
+        return self.find(flow.tunnel.context, flow.route)
+
+    def find(self, context: TunnelContext, route: RouteEntry) -> Attachment | None:
+        """The tunnel of the device that a route leads to, for whoever has this context."""
         if route.device is None:
             return None
         # A device's own address means the device in this virtual network; a written route means it wherever it is.
@@ -393,6 +374,16 @@ class Forward(Owner[ForwardFlow]):
             if not self._lead(flow):
                 self.end(flow, OFFLINE)
 
+    def lend(self, leg: Leg) -> int:
+        """A number for a leg that leads to another worker's tunnel."""
+        self._handle += 1
+        self._legs[self._handle] = leg
+        return self._handle
+
+    def unlend(self, handle: int) -> None:
+        """It has ended."""
+        self._legs.pop(handle, None)
+
     # tunnels and workers come and go
 
     def tunnel_opened(self, tunnel: Tunnel) -> None:
@@ -423,6 +414,7 @@ class Forward(Owner[ForwardFlow]):
         """A tunnel of another worker is over."""
         self.directory.closed(number)
         self._lost(number)
+        self._worker.lowering.lost(number)
 
     def sibling(self, number: int, link: SiblingLink) -> None:
         """A pair with another worker, in place of the one with its predecessor."""
@@ -444,6 +436,7 @@ class Forward(Owner[ForwardFlow]):
         self.directory.lost(link.number)
         for number in [number for number, flows in self._led.items() if _leads_by(flows, link)]:
             self._lost(number)
+        self._worker.lowering.link_lost(link)
 
     # what other workers say
 
@@ -468,6 +461,9 @@ class Forward(Owner[ForwardFlow]):
 
     def gone(self, message: Gone) -> None:
         """A flow of ours can't lead to where it was led."""
+        leg = self._legs.get(message.handle)
+        if leg is not None:
+            self._worker.lowering.cut(leg, OFFLINE)
         flow = self._flows.get(message.handle)
         if flow is None or not isinstance(flow.to, Remote):
             return
@@ -492,7 +488,10 @@ class Forward(Owner[ForwardFlow]):
         """A packet that answers a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
         if flow is None:
-            self._worker.drop("no_flow")
+            if (leg := self._legs.get(handle)) is not None:
+                self._worker.lowering.reply(leg, self.carrier, end)
+            else:
+                self._worker.drop("no_flow")
             return
         fragments = self._worker.fragments
         fragments.largest = places >> 16
@@ -502,19 +501,34 @@ class Forward(Owner[ForwardFlow]):
     def error_reply(self, handle: int, end: int) -> None:
         """An ICMP error about a packet of a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
-        if flow is None:
-            self._worker.drop("no_flow")
+        if (leg := self._legs.get(handle)) is not None:
+            self._worker.lowering.error_reply(leg, self.carrier, end)
+        elif flow is None or flow.state is State.HELD:
+            self._worker.drop("icmp_error_unmatched")
         else:
             self._carriage.hop(flow.tunnel, self.carrier, end)
 
     # ended
 
     def end(self, flow: ForwardFlow, reason: str) -> None:
-        """End a live flow. TCP that isn't over yet is reset at both ends."""
-        if flow.tcp is not None and not flow.tcp.over and flow.state is not State.HELD:
-            self._worker.orphans.ask(self._worker, flow.tunnel.id, flow.reply[:-1])
+        """End a live flow. TCP that isn't over yet is reset at both ends; of others the initiator is told what a router would say."""
+        worker = self._worker
+        kind = Unreachable.HOST if reason == OFFLINE else Unreachable.PROHIBITED
+        if flow.state is State.HELD:
+            packets, flow.held = flow.held, []
+            for _, _, data in packets:
+                if flow.tcp is not None and kind is Unreachable.PROHIBITED:
+                    worker.answers.reset(flow.tunnel, data)
+                else:
+                    worker.answers.unreachable(flow.tunnel, data, kind)
+        elif flow.tcp is None:
+            if reason != "drained":  # The successor lets it go on.
+                message = unreachable_of(flow.key, kind)
+                worker.answers.relay(flow.tunnel, message, b"", flow.source, counted=False)
+        elif not flow.tcp.over:
+            worker.orphans.ask(worker, flow.tunnel.id, flow.reply[:-1])
             self._unlead(flow, reset=True)
-        self._worker.lifecycle.finish(flow, reason)
+        worker.lifecycle.finish(flow, reason)
 
     def cut(self, flow: ForwardFlow, reason: str) -> None:
         """End it at once: the initiator's tunnel is gone; the other end's TCP is reset."""
@@ -544,7 +558,7 @@ class Forward(Owner[ForwardFlow]):
             return settings.established_idle_s if established else settings.transitory_idle_s
         protocol = flow.key[-1]
         if protocol == UDP:
-            return settings.udp_idle_s
+            return settings.udp_dns_idle_s if flow.destination_port == DNS else settings.udp_idle_s
         return settings.echo_idle_s if protocol in REQUESTS else settings.other_idle_s
 
     def release(self, flow: ForwardFlow, reason: str) -> None:

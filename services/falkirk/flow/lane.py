@@ -1,4 +1,6 @@
-"""The fast path. A lane is one kind of tunnel's way through the NAT: its TUN device, its slots, its receive buffer.
+"""The fast path. A lane is one kind of tunnel's way through the NAT: its TUN device, its slots, its receive buffer. There are two of each kind, one where
+packets are lifted and one where streams are lowered (`falkirk.flow.lowering`): a tunnel is read by the first, and each flow knows by which device its
+packets go on.
 
 A packet lies at byte 10 of the buffer, behind a virtio-net header, whichever way it goes; for `raw` tunnels that header is
 all zero. Signatures, addresses and ports are contiguous in a header without options, so one slice finds the flow and one
@@ -116,11 +118,11 @@ class Lane:
             return None
         flags = buffer[l4 + 13]
         worker = self.worker
-        if (flags & 7 or flow.state is not State.ESTABLISHED) and not worker.tracker.segment_up(flow, buffer, l4, end):
+        if (flags & 7 or flow.state is not State.ESTABLISHED) and not flow.owner.segment_up(flow, buffer, l4, end):
             return None
         if l4 == 30:
             view[22:34] = flow.forward
-            words[10] = (words[10] + flow.delta_addresses_back) % 0xFFFF
+            words[10] = (words[10] - flow.delta_addresses) % 0xFFFF
             at = 23
         else:
             view[18:54] = flow.forward
@@ -129,29 +131,35 @@ class Lane:
             # The uncomplemented pseudo-header sum: the device completes the checksum.
             words[at] = (words[at] + flow.delta_addresses) % 0xFFFF
         else:
-            words[at] = (words[at] + flow.delta_all_back) % 0xFFFF
+            words[at] = (words[at] - flow.delta_all) % 0xFFFF
         flow.bytes_up += end - 10
         flow.packets_up += 1
         if flow.tick != worker.second:
             flow.tick = worker.second
             worker.dirty.append(flow)
         try:
-            os.write(self.tun, view[:end])
+            os.write(flow.lane.tun, view[:end])
         except OSError:
             worker.drop("tun_write_error")
         else:
             worker.counts[FORWARDED] += 1
         return None
 
+    def free(self, flow: TcpLift) -> None:
+        """Its slot rests from now on."""
+        index = flow.slot - self.first_slot
+        self.flows[index] = None
+        self.pool.release(index, self.worker.second, long=flow.long_rest)
+
     def put(self, packet: bytes) -> None:
         """Write a packet that is ready, with complete checksums, to the device. Raises OSError."""
         os.writev(self.tun, [ZERO_HEADER, packet])
 
-    def packet(self) -> bytes:
-        """The packet in the buffer, as long as it says that it is."""
+    def ready(self) -> tuple[bytes, bytes]:
+        """What is in the buffer: virtio-net header, and the packet as long as it says that it is."""
         buffer = self.buffer
         length = buffer[12] << 8 | buffer[13] if buffer[10] >> 4 == 4 else 40 + (buffer[14] << 8 | buffer[15])
-        return self.view[HEADER : HEADER + length].tobytes()
+        return self.view[:HEADER].tobytes(), self.view[HEADER : HEADER + length].tobytes()
 
     def readable(self, _: int) -> None:
         """What epoll says of the device."""
@@ -205,7 +213,7 @@ class Lane:
             flow.tick = worker.second
             worker.dirty.append(flow)
         if buffer[l4 + 13] & 7 or flow.state is not State.ESTABLISHED:
-            worker.tracker.segment_down(flow, buffer, l4, end)
+            flow.owner.segment_down(flow, buffer, l4, end)
         if worker.deliver(flow.tunnel, view[10:end] if self.raw else view[:end]):
             worker.counts[FORWARDED] += 1
         return None
@@ -221,7 +229,7 @@ class Lane:
             self.view[18:54] = flow.back
             at = 33
         if self.buffer[0] & 1:
-            words[at] = (words[at] + flow.delta_addresses_back) % 0xFFFF
+            words[at] = (words[at] - flow.delta_addresses) % 0xFFFF
         else:
             words[at] = (words[at] + flow.delta_all) % 0xFFFF
 

@@ -14,27 +14,37 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from falkirk.flow.keys import key_of, lift_key, signature
+from falkirk.flow.keys import Signature, key_of, lift_key, signature
 
-HEADER: Final = struct.Struct("<8sIIQQII")
-"""magic, version, capacity, epoch, places in use so far, slot cursor of the vnet pool, of the raw pool."""
+HEADER: Final = struct.Struct("<8sIIQQIIII")
+"""magic, version, capacity, epoch, places in use so far, slot cursors of the vnet pool, of the raw pool, of those that lower."""
 HEADER_SIZE: Final = 4096
 MAGIC: Final = b"FKLIVE\0\0"
-VERSION: Final = 1
+VERSION: Final = 2
 RECORD_SIZE: Final = 256
-_RECORD: Final = struct.Struct("<BBBBIIHH16s16s16sQQQQQQQ16sB119s")
-RULE_BYTES: Final = 119
+_RECORD: Final = struct.Struct("<BBBBIIHH16s16s16sQQQQQQQ16sB111sII")
+RULE_BYTES: Final = 111
+_LEG: Final = struct.Struct("<II")
+_LEG_AT: Final = 248
 _COUNTS: Final = struct.Struct("<QQQQQ")
 _COUNTS_AT: Final = 80
 _HIGH_WATER_AT: Final = 24
 _CURSORS_AT: Final = 32
+_DECIDED: Final = struct.Struct("<16sB111s")
+_DECIDED_AT: Final = 120
+_STATE_TUNNEL: Final = struct.Struct("<BxxxI")
+_FLOW_ID_AT: Final = 16
+_SOURCE_AT: Final = 32
+_HELD: Final = 1
+"""`falkirk.flow.table.State.HELD`."""
 _U64: Final = struct.Struct("<Q")
-_CURSORS: Final = struct.Struct("<II")
+_CURSORS: Final = struct.Struct("<IIII")
+Cursors = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +73,10 @@ class LiveRecord:
     packets_down: int
     route_id: bytes
     rule: str
+    lower_slot: int = 0
+    """The slot of its leg; 0 where it isn't lowered."""
+    lower_tunnel: int = 0
+    """The tunnel that the leg leads to."""
 
     @property
     def key(self) -> bytes:
@@ -89,7 +103,7 @@ def kind_of(raw: bool, forwarded: bool) -> int:
 class LiveTable:
     """The worker's side: a fresh file in place of the predecessor's, which leaves its slot pools' `cursors`."""
 
-    def __init__(self, path: Path, capacity: int, epoch: int, cursors: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, path: Path, capacity: int, epoch: int, cursors: Cursors = (0, 0, 0, 0)) -> None:
         fresh = path.with_suffix(".new")
         with fresh.open("w+b") as file:
             file.truncate(HEADER_SIZE + capacity * RECORD_SIZE)
@@ -156,12 +170,28 @@ class LiveTable:
             route_id,
             min(len(rule), RULE_BYTES),
             rule,
+            0,
+            0,
         )
         self._map[at] = state
+
+    def lowered(self, index: int, slot: int, tunnel: int) -> None:
+        """A flow has a leg: its slot, and the tunnel that it leads to."""
+        _LEG.pack_into(self._map, HEADER_SIZE + index * RECORD_SIZE + _LEG_AT, slot, tunnel)
 
     def state(self, index: int, state: int) -> None:
         """Change a flow's state."""
         self._map[HEADER_SIZE + index * RECORD_SIZE] = state
+
+    def decided(self, index: int, route_id: bytes, rule: bytes) -> None:
+        """Another route or rule has a flow go on."""
+        _DECIDED.pack_into(
+            self._map,
+            HEADER_SIZE + index * RECORD_SIZE + _DECIDED_AT,
+            route_id,
+            min(len(rule), RULE_BYTES),
+            rule,
+        )
 
     def counts(self, index: int, last: int, up: int, down: int, packets_up: int, packets_down: int) -> None:
         """Checkpoint a flow's counts."""
@@ -169,9 +199,9 @@ class LiveTable:
             self._map, HEADER_SIZE + index * RECORD_SIZE + _COUNTS_AT, last, up, down, packets_up, packets_down
         )
 
-    def cursors(self, vnet: int, raw: int) -> None:
+    def cursors(self, cursors: Cursors) -> None:
         """Keep where the slot pools stand, for a successor."""
-        _CURSORS.pack_into(self._map, _CURSORS_AT, vnet, raw)
+        _CURSORS.pack_into(self._map, _CURSORS_AT, *cursors)
 
     def release(self, index: int) -> None:
         """Free a place."""
@@ -193,43 +223,72 @@ class LiveReader:
             raise ValueError(f"{path}: not a live table of version {VERSION}")
 
     @property
-    def cursors(self) -> tuple[int, int]:
+    def cursors(self) -> Cursors:
         """Where the slot pools stood."""
-        vnet, raw = _CURSORS.unpack_from(self._map, _CURSORS_AT)
-        return vnet, raw
+        vnet, raw, lower_vnet, lower_raw = _CURSORS.unpack_from(self._map, _CURSORS_AT)
+        return vnet, raw, lower_vnet, lower_raw
 
     def __iter__(self) -> Iterator[LiveRecord]:
         return self.records(0)
 
     def records(self, start: int) -> Iterator[LiveRecord]:
         """Live flows from place `start` on."""
-        high_water: int = _U64.unpack_from(self._map, _HIGH_WATER_AT)[0]
-        for index in range(start, min(high_water, self.capacity)):
+        for index in range(start, self._places):
             record = self.record(index)
             if record is not None:
                 yield record
+
+    @property
+    def _places(self) -> int:
+        """Places that have ever been in use: behind them there is nothing to look for."""
+        high_water: int = _U64.unpack_from(self._map, _HIGH_WATER_AT)[0]
+        capacity: int = self.capacity
+        return min(high_water, capacity)
+
+    def _find(self, data: bytes, offset: int) -> Iterator[LiveRecord]:
+        """Live flows whose record has these bytes at an offset."""
+        end = HEADER_SIZE + self._places * RECORD_SIZE
+        at = self._map.find(data, HEADER_SIZE, end)
+        while at >= 0:
+            index, found = divmod(at - HEADER_SIZE, RECORD_SIZE)
+            record = self.record(index) if found == offset else None
+            if record is not None:
+                yield record
+            at = self._map.find(data, at + 1, end)
 
     def record(self, index: int) -> LiveRecord | None:
         """The flow at a place, None where it is free."""
         at = HEADER_SIZE + index * RECORD_SIZE
         if not self._map[at]:
             return None
-        *values, length, rule = _RECORD.unpack_from(self._map, at)
+        *values, length, rule, lower_slot, lower_tunnel = _RECORD.unpack_from(self._map, at)
         family = values[1]
         size = 4 if family == 4 else 16
         values[9] = values[9][:size]
         values[10] = values[10][:size]
-        return LiveRecord(*(index, *values, rule[:length].decode(errors="replace")))
+        return LiveRecord(*(index, *values, rule[:length].decode(errors="replace"), lower_slot, lower_tunnel))
 
     def find(self, flow_id: bytes) -> LiveRecord | None:
         """The live flow with this id."""
-        at = self._map.find(flow_id, HEADER_SIZE)
-        while at >= 0:
-            index, offset = divmod(at - HEADER_SIZE, RECORD_SIZE)
-            if offset == 16:
-                return self.record(index)
-            at = self._map.find(flow_id, at + 1)
-        return None
+        return next(self._find(flow_id, _FLOW_ID_AT), None)
+
+    def between(self, said: Signature) -> Iterator[LiveRecord]:
+        """Live flows of any tunnel with this signature."""
+        protocol, source, destination, source_port, destination_port = said
+        wanted = (protocol, source_port, destination_port, len(source))
+        for record in self._find(source.ljust(16, b"\0") + destination.ljust(16, b"\0"), _SOURCE_AT):
+            if (record.protocol, record.source_port, record.destination_port, len(record.source)) == wanted:
+                yield record
+
+    def count(self, tunnels: Collection[int]) -> tuple[int, int]:
+        """Live flows of these tunnels, and those of them that are held."""
+        flows = held = 0
+        for index in range(self._places):
+            state, tunnel = _STATE_TUNNEL.unpack_from(self._map, HEADER_SIZE + index * RECORD_SIZE)
+            if state and tunnel in tunnels:
+                flows += 1
+                held += state == _HELD
+        return flows, held
 
     def is_at(self, path: Path) -> bool:
         """Whether this still is the table at `path`, and no successor has put its own there."""

@@ -30,14 +30,15 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from falkirk.flow import records
-from falkirk.flow.live import LiveReader, LiveRecord
+from falkirk.flow.live import Cursors, LiveReader, LiveRecord
 from falkirk.flow.spool import last_epoch, last_words, repair
 from falkirk.flow.table import TcpLift, native_sum
 from falkirk.wire.build import segment
 from falkirk.wire.context import Framing, TunnelContext
-from falkirk.wire.slots import FIRST_INDEX, SlotPlan
+from falkirk.wire.slots import LOWERED, SlotPlan
 
 if TYPE_CHECKING:
+    from falkirk.flow.lane import Lane
     from falkirk.flow.worker import Worker
 
 ACK: Final = 16
@@ -54,7 +55,6 @@ class Orphan(msgspec.Struct, frozen=True, gc=False):
     tunnel: int
     back: bytes
     delta_addresses: int
-    delta_addresses_back: int
     delta_all: int
 
 
@@ -78,7 +78,7 @@ class Orphans:
         self._number = worker
         self._by_slot: dict[int, Orphan] = {}
         self._records: list[LiveRecord] = []
-        self.cursors = (0, 0)
+        self.cursors: Cursors = (0, 0, 0, 0)
         self.tunnels: set[int] = set()
         """Tunnels that have lost streams."""
         self._untold_path = live.with_suffix(".untold")
@@ -91,7 +91,7 @@ class Orphans:
         self._epoch = 0
         self._log = -1
         self._silent: list[tuple[int, bytes, int]] = []
-        """Clients to probe: tunnel, way back, tries left."""
+        """Clients to probe: tunnel, way back, tries left; where those are more than `TRIES`, seconds to wait for the tunnel too."""
         self._seconds = 0
         self._keeps_file = bool(self._by_slot)
         if live.exists():
@@ -111,6 +111,9 @@ class Orphans:
             if record.slot:
                 self.tunnels.add(record.tunnel)
                 self._by_slot[record.slot] = self._orphan(record)
+            if record.lower_slot:
+                self.tunnels.add(record.lower_tunnel)
+                self._by_slot[record.lower_slot] = self._leg(record)
         table.close()
 
     def _orphan(self, record: LiveRecord) -> Orphan:
@@ -125,7 +128,20 @@ class Orphans:
         addresses = (native_sum(record.source + record.destination) - native_sum(inside)) % 0xFFFF
         # Of the listener's port, which only the upgrader knows, nothing is in here: see `take`.
         everything = (native_sum(key) - native_sum(inside + ports[:2])) % 0xFFFF
-        return Orphan(record.tunnel, back, (0xFFFF - addresses) % 0xFFFF, addresses, (0xFFFF - everything) % 0xFFFF)
+        return Orphan(record.tunnel, back, (0xFFFF - addresses) % 0xFFFF, (0xFFFF - everything) % 0xFFFF)
+
+    def _leg(self, record: LiveRecord) -> Orphan:
+        """How its leg rewrote what went to the device."""
+        plan = self._plan
+        slot = record.lower_slot & ~LOWERED
+        one = plan.slot(Framing.RAW if slot >> plan.index_bits else Framing.VNET, 1)
+        address = plan.address4 if record.family == 4 else plan.address6
+        inside = address(self._number, slot) + address(self._number, one)
+        # Ports are the same on both sides.
+        addresses = (native_sum(inside) - native_sum(record.source + record.destination)) % 0xFFFF
+        ports = record.source_port.to_bytes(2, "big") + record.destination_port.to_bytes(2, "big")
+        towards = record.source + record.destination + ports
+        return Orphan(record.lower_tunnel, towards, addresses, addresses)
 
     def bury(self, worker: Worker) -> None:
         """Write the ends that are missing, before anything of the predecessor's is given up. Raises OSError where the disk
@@ -178,11 +194,12 @@ class Orphans:
         os.close(self._log)
         os.close(self._lock)
 
-    def take(self, framing: Framing, index: int, listener_port: bytes) -> Orphan | None:
+    def take(self, lane: Lane, index: int, listener_port: bytes) -> Orphan | None:
         """The lost stream of a slot, once. `index` is the lane's; `listener_port` completes the checksum's delta."""
-        orphan = self._by_slot.pop(self._plan.slot(framing, FIRST_INDEX) + index, None) if self._by_slot else None
-        if orphan is None:
-            return None
+        slot = lane.first_slot + index
+        orphan = self._by_slot.pop(slot, None) if self._by_slot else None
+        if orphan is None or slot >= LOWERED:
+            return orphan
         return msgspec.structs.replace(orphan, delta_all=(orphan.delta_all + native_sum(listener_port)) % 0xFFFF)
 
     def untold(self, orphan: Orphan) -> None:
@@ -198,6 +215,10 @@ class Orphans:
         elif not flow.reset:
             self._silent.append((flow.tunnel.id, flow.back, TRIES))
 
+    def seek(self, number: int, back: bytes) -> None:
+        """The same where the tunnel has gone with another worker, and may come back with its successor within `PATIENCE`."""
+        self._silent.append((number, back, TRIES + PATIENCE))
+
     def ask(self, worker: Worker, number: int, back: bytes) -> None:
         """Probe one end of a connection that nobody carries any more. `back` is the signature of packets towards it, 12 or 36 bytes."""
         tunnel = worker.tunnels.get(number)
@@ -208,7 +229,7 @@ class Orphans:
     def each_second(self, worker: Worker) -> None:
         """Look for clients that haven't been told yet, once the upgrader has been asked to reset everything."""
         if self._by_slot and worker.pair.ready:
-            here = [slot for slot, orphan in self._by_slot.items() if orphan.tunnel in worker.tunnels]
+            here = [slot for slot, orphan in self._by_slot.items() if worker.tunnels.reach(orphan.tunnel)]
             for slot in here[:PROBES]:
                 orphan = self._by_slot.pop(slot)
                 self._silent.append((orphan.tunnel, orphan.back, TRIES))
@@ -225,10 +246,12 @@ class Orphans:
         """Probe those that must be, and once more in a second; what their tunnel doesn't take now isn't counted as a try."""
         silent, self._silent = self._silent, []
         for number, back, tries in silent:
-            tunnel = worker.tunnels.get(number)
+            tunnel = worker.tunnels.reach(number)
             if tunnel is not None and tries:
                 sent = worker.tunnels.say(tunnel, _probe(back), counted=False)
-                self._silent.append((number, back, tries - sent))
+                self._silent.append((number, back, min(tries, TRIES) - sent))
+            elif tries > TRIES:
+                self._silent.append((number, back, tries - 1))
 
 
 _untold: Final = msgspec.msgpack.Decoder(dict[int, Orphan]).decode

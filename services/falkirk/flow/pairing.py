@@ -55,8 +55,10 @@ class UpgraderPair:
             return
         self._bereave()
         worker.listener_port = message.listener_port.to_bytes(2, "big")
-        for framing, fd in zip((Framing.VNET, Framing.RAW), fds, strict=True):
-            lane = worker.lanes[framing]
+        lanes = [
+            lanes[framing] for lanes in (worker.lanes, worker.lowering.lanes) for framing in (Framing.VNET, Framing.RAW)
+        ]
+        for lane, fd in zip(lanes, fds, strict=True):
             if lane.tun >= 0:
                 worker.unwatch(lane.tun)
                 os.close(lane.tun)
@@ -92,7 +94,7 @@ class UpgraderPair:
         worker.orphans.probe(worker)
 
     def _drain_devices(self) -> None:
-        for lane in self._worker.lanes.values():
+        for lane in self._worker.all_lanes():
             while lane.tun >= 0 and lane.from_tun():
                 pass
 
@@ -110,12 +112,12 @@ class UpgraderPair:
             return
         if self.ready or not worker.snapshots.complete:
             return
-        if worker.orphans.tunnels - worker.tunnels.carried() and worker.now < self.adoption_deadline:
+        if worker.now < self.adoption_deadline and not all(map(worker.tunnels.carries, worker.orphans.tunnels)):
             return
         # What a predecessor's streams have sent meanwhile fills the devices' queues, and a RST that finds no room is lost.
         self._drain_devices()
         self.link.send([AbortAll()])
-        for lane in worker.lanes.values():
+        for lane in worker.all_lanes():
             if lane.tun not in worker.handlers:
                 worker.watch(lane.tun, select.EPOLLIN, lane.readable)
         self.ready = True

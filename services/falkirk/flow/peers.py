@@ -32,13 +32,16 @@ from falkirk.wire.handover import (
     DialFailed,
     Held,
     Hello,
+    LowerWanted,
     Message,
+    Recontext,
     SocketFailed,
     SocketOpened,
     TunnelClosed,
     batches,
     encode,
 )
+from falkirk.wire.slots import LOWERED
 
 if TYPE_CHECKING:
     from falkirk.flow.worker import Worker
@@ -47,6 +50,7 @@ READ: Final = select.EPOLLIN | select.EPOLLRDHUP
 RETRY: Final = 50_000_000
 """Nanoseconds between attempts to reach the upgrader worker."""
 BUDGET: Final = 64
+DEVICES: Final = 4
 TUNNEL_BUFFER: Final = 4 * 1024 * 1024
 
 
@@ -175,6 +179,8 @@ class OnrampLink(Link):
                     self._worker.tunnels.onramp_arrived(self)
                 case Adopt():
                     self._adopt(message, fds)
+                case Recontext():
+                    self._worker.tunnels.recontext(message.tunnel, message.context)
                 case TunnelClosed():
                     self._worker.tunnels.close(message.tunnel, message.reason)
 
@@ -183,6 +189,7 @@ class OnrampLink(Link):
         if fds and message.tunnel in self._worker.tunnels:
             # Said again by an on-ramp that didn't hear our answer.
             os.close(fds.pop(0))
+            self._worker.tunnels.recontext(message.tunnel, message.context)
             refusal = None
         elif fds:
             refusal = self._worker.tunnels.adopt(self, message, fds[0])
@@ -209,23 +216,25 @@ class UpgraderLink(Link):
 
     def datagram(self, data: bytes, fds: list[int]) -> None:
         """What became of dials and streams."""
-        tracker = self._worker.tracker
+        tracker, admin = self._worker.tracker, self._worker.admin_flows
         for message in UPGRADER_TO_FLOW.decode(data):
             self.greet(message, "upgrader", self._worker.upgrader_generations)
             match message:
                 case Connected():
-                    tracker.connected(message)
+                    (admin if message.slot >= LOWERED else tracker).connected(message)
                 case DialFailed():
-                    tracker.dial_failed(message)
+                    (admin if message.slot >= LOWERED else tracker).dial_failed(message)
                 case Closed():
-                    tracker.closed(message)
+                    (admin if message.slot >= LOWERED else tracker).closed(message)
+                case LowerWanted():
+                    admin.wanted(message)
                 case SocketOpened():
                     self._worker.opening.opened(message, fds)
                 case SocketFailed():
                     self._worker.opening.failed(message)
                 case Devices():
                     check_devices(message, fds)
-                    devices, fds[:2] = fds[:2], []
+                    devices, fds[:DEVICES] = fds[:DEVICES], []
                     self._worker.pair.paired(self, message, devices)
 
     def over(self, why: str) -> None:
@@ -249,9 +258,9 @@ def check_devices(message: Devices, fds: list[int]) -> None:
     """Refuse devices that can't be ones. Raises ValueError."""
     if not 0 < message.listener_port < 65536:
         raise ValueError(f"{message.listener_port} isn't a port")
-    if len(fds) < message.descriptors or message.descriptors != 2:
-        raise ValueError(f"two devices were announced, and {len(fds)} came")
-    for fd in fds[:2]:
+    if len(fds) < message.descriptors or message.descriptors != DEVICES:
+        raise ValueError(f"{message.descriptors} devices were announced, {len(fds)} came, and {DEVICES} are needed")
+    for fd in fds[:DEVICES]:
         # A TUN is a character device; in tests a socket stands in for it.
         mode = os.fstat(fd).st_mode
         if not (stat.S_ISCHR(mode) or stat.S_ISSOCK(mode)):

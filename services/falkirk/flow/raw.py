@@ -15,6 +15,7 @@ The device has a virtio-net header and no offloads: its reads are plain packets 
 from __future__ import annotations
 
 import os
+from os import writev
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
@@ -58,6 +59,8 @@ class RawLane(Lane):
         self._coalescer = Coalescer(self._arena, self, enabled=worker.settings.coalesce)
         self._tunnel: Tunnel | None = None
         """Whose packets are in the arena."""
+        self._sent = 0
+        """Packets that this drain has written to the device, uncounted so far."""
         self._slow = 0
         """What this drain's slow packets have spent of the budget."""
         self._down_arena = bytearray(ARENA)
@@ -96,9 +99,15 @@ class RawLane(Lane):
                 received += 1
                 self.worker.drop("empty_datagram")
         self._coalescer.flush()
+        self.settle()
         self.worker.counts[RECEIVED] += received - self.waiting
         self.waiting = 0
         return alive
+
+    def settle(self) -> None:
+        """Count what has been written to the device."""
+        self.worker.counts[FORWARDED] += self._sent
+        self._sent = 0
 
     def _walk(self, tunnel: Tunnel, at: int, end: int) -> int:
         """A datagram in the arena; how many packets it has."""
@@ -108,19 +117,24 @@ class RawLane(Lane):
         """A segment of an established flow, rewritten in place. The deltas are sums of words in native order; times 256 they are those of
         the words' own (2^16 = 1 modulo 65,535)."""
         arena = self._arena
-        if ip_checksum or arena[at] == 0x45:
-            _PUT4(arena, at + 10, (ip_checksum + (flow.delta_addresses_back << 8)) % 0xFFFF, flow.forward)
-            _PUT(arena, at + 36, (checksum + (flow.delta_all_back << 8)) % 0xFFFF)
+        if arena[at] == 0x45:
+            _PUT4(arena, at + 10, (ip_checksum - (flow.delta_addresses << 8)) % 0xFFFF, flow.forward)
+            _PUT(arena, at + 36, (checksum - (flow.delta_all << 8)) % 0xFFFF)
         else:
             arena[at + 8 : at + 44] = flow.forward
-            _PUT(arena, at + 56, (checksum + (flow.delta_all_back << 8)) % 0xFFFF)
-        self._count_up(flow, size, 1)
+            _PUT(arena, at + 56, (checksum - (flow.delta_all << 8)) % 0xFFFF)
+        flow.bytes_up += size
+        flow.packets_up += 1
+        worker = self.worker
+        if flow.tick != worker.second:
+            flow.tick = worker.second
+            worker.dirty.append(flow)
         try:
-            os.writev(self.tun, (ZERO_HEADER, self._arena_view[at : at + size]))
+            writev(flow.lane.tun, (ZERO_HEADER, self._arena_view[at : at + size]))
         except OSError:
-            self.worker.drop("tun_write_error")
+            worker.drop("tun_write_error")
         else:
-            self.worker.counts[FORWARDED] += 1
+            self._sent += 1
 
     def joined(self, run: Run) -> None:
         """One super-packet of several segments."""
@@ -130,11 +144,11 @@ class RawLane(Lane):
         parts[-1] = view[run.places[-1] + header : run.places[-1] + run.last]
         self._count_up(run.flow, run.length + (count - 1) * header, count)
         try:
-            os.writev(self.tun, parts)
+            writev(run.flow.lane.tun, parts)
         except OSError:
             self.worker.drop("tun_write_error", count)
         else:
-            self.worker.counts[FORWARDED] += count
+            self._sent += count
 
     def bad(self, at: int, size: int) -> None:
         """A segment whose payload isn't what was sent."""
@@ -214,7 +228,7 @@ class RawLane(Lane):
             flow.tick = worker.second
             worker.dirty.append(flow)
         if flags & 7 or flow.state is not State.ESTABLISHED:
-            worker.tracker.segment_down(flow, arena, l4, at + size)
+            flow.owner.segment_down(flow, arena, l4, at + size)
         if flow.tunnel.context.packed:
             self._pack(flow.tunnel, at, size)
         elif worker.tunnels.deliver(flow.tunnel, self._down_view[at : at + size]):

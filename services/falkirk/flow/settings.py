@@ -13,6 +13,8 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slots: int = 524_288
     """NAT slots of each kind (vnet, raw) a worker, 16 bytes each; fewer where its prefix is smaller. A freed slot rests a minute,
     so this is also the most flows a minute."""
+    lower_slots: int = 65_536
+    """The same of streams that are lowered to a device, by the kind of its tunnel."""
     max_flows: int = 262_144
     """Live flows a worker."""
     device_flows: int = 16_384
@@ -55,8 +57,9 @@ class FlowSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """ICMP errors a tunnel at most; 0 sends none (RFC 1812 4.3.2.8, RFC 4443 2.4 f)."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.slots <= 1 << 23:
-            raise ValueError("slots must lie between 1 and 8388608")
+        for name in ("slots", "lower_slots"):
+            if not 1 <= getattr(self, name) <= 1 << 23:
+                raise ValueError(f"{name} must lie between 1 and 8388608")
         for field in msgspec.structs.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("icmp_per_second", "fragment_bytes") else 1

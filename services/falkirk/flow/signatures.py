@@ -10,7 +10,7 @@ from falkirk.flow.keys import Signature, key_of, lift_key
 from falkirk.wire.checksum import Buffer
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, parse
-from falkirk.wire.protocol import TCP
+from falkirk.wire.protocol import ICMP, ICMPV6, TCP
 from falkirk.wire.translate import quoted
 
 
@@ -42,6 +42,12 @@ def reverse(said: Signature) -> Signature:
 
 
 def keys(said: Signature) -> tuple[bytes, ...]:
-    """The keys under which a tunnel may know the flow: TCP may be lifted, or forwarded like everything else."""
+    """The keys under which a tunnel may know the flow: TCP may be lifted, or forwarded like everything else; an echo's reply has its identifier
+    where its destination's port would be."""
     general = key_of(*said)
-    return (lift_key(*said[1:]), general) if said.protocol == TCP else (general,)
+    protocol, source, destination, source_port, destination_port = said
+    if protocol == TCP:
+        return lift_key(source, destination, source_port, destination_port), general
+    if protocol in (ICMP, ICMPV6):
+        return general, key_of(protocol, source, destination, destination_port, source_port)
+    return (general,)

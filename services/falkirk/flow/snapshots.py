@@ -1,7 +1,8 @@
 """Rules and routes come as files and are loaded in slices, so that no packet waits for ten thousand rules.
 
 The parent says where a snapshot lies; a slice of at most `SLICE` is loaded a turn, and the table decides once it is whole. A newer
-snapshot of the same name takes the place of one that is still being loaded. What can't be read is refused, and the old one stays.
+snapshot of the same name takes the place of one that is still being loaded. What can't be read is refused, and the old one stays. Once a
+new one decides, the flows that live are reviewed by it (`falkirk.flow.review`).
 """
 
 from __future__ import annotations
@@ -64,8 +65,7 @@ class Snapshots:
         self.loading.pop(0)
         if not error:
             self._loaded.add(message.name)
-            for tunnel in self._worker.tunnels.values():
-                tunnel.memo.clear()
+            self._worker.review.everything()
         self._say(message, error)
 
     def _routes(self, data: bytes) -> Iterator[None]:

@@ -61,11 +61,9 @@ class Flow:
         "packets_down",
         "packets_up",
         "reason",
-        "sequence",
         "slot",
         "span_id",
         "start",
-        "start_wall",
         "state",
         "tick",
         "tunnel",
@@ -90,9 +88,7 @@ class Flow:
         self.bucket = 0
         self.reason = ""
         self.flow_id = b""
-        self.sequence = 0
         self.start = 0
-        self.start_wall = 0
         self.span_id = b""
         self.decision: Decision | None = None
 
@@ -128,6 +124,7 @@ class Flow:
 
 
 F = TypeVar("F", bound=Flow)
+T = TypeVar("T")
 
 
 class Owner(ABC, Generic[F]):
@@ -154,54 +151,12 @@ class Owner(ABC, Generic[F]):
         """It has been taken out of the tables: give back what it held."""
 
 
-class TcpLift(Flow):
-    """A lifted TCP flow. `forward` and `back` replace the signature's bytes; deltas are for `forward`, their negatives for `back`."""
+class Ending:
+    """How far a TCP flow's end has come."""
 
-    __slots__ = (
-        "back",
-        "delta_addresses",
-        "delta_addresses_back",
-        "delta_all",
-        "delta_all_back",
-        "fin_acked_down",
-        "fin_acked_up",
-        "fin_down",
-        "fin_up",
-        "forward",
-        "held",
-        "long_rest",
-        "opens",
-        "over",
-        "port",
-        "reset",
-        "vnet_ok",
-        "vnet_put",
-    )
+    __slots__ = ("fin_acked_down", "fin_acked_up", "fin_down", "fin_up", "long_rest", "over", "reset")
 
-    def __init__(self, owner: Owner[TcpLift], tunnel: Tunnel, key: bytes, forward: bytes, slot: int) -> None:
-        super().__init__(owner, tunnel, key)
-        size = 8 if len(key) == 12 else 32
-        self.slot = slot
-        self.forward = forward
-        half = size // 2
-        self.back = key[half:size] + key[:half] + key[size + 2 :] + key[size : size + 2]
-        # 2^16 = 1 modulo 65,535, so a number's remainder is the sum of its words.
-        addresses = int.from_bytes(forward[:size], "little") - int.from_bytes(key[:size], "little")
-        everything = int.from_bytes(forward, "little") - int.from_bytes(key, "little")
-        self.delta_addresses = addresses % 0xFFFF
-        self.delta_all = everything % 0xFFFF
-        self.delta_addresses_back = -addresses % 0xFFFF
-        self.delta_all_back = -everything % 0xFFFF
-        self.port = int.from_bytes(key[size : size + 2], "little") | (size == 32) * IPV6
-        """The initiator's port in native order, and `IPV6`: what a segment from the slot's kernel is known by."""
-        self.held: bytes | None = None
-        """The first packet behind its virtio-net header, while the upstream is dialled."""
-        self.vnet_ok = b""
-        """The last virtio-net header from the tunnel that was found to be true."""
-        self.vnet_put = b""
-        """Its normal form, which goes on."""
-        self.opens = 0
-        """While it opens: the initiator's next sequence number, the only one at which a RST ends a handshake."""
+    def __init__(self) -> None:
         self.fin_up: int | None = None
         """The sequence number that acknowledges the initiator's FIN, once it has passed."""
         self.fin_down: int | None = None
@@ -213,6 +168,115 @@ class TcpLift(Flow):
         """A RST has passed towards the initiator."""
         self.over = False
         """The upgrader has nothing more of this slot."""
+
+
+_NOT_ENDING: Final = Ending()
+
+
+class _OfEnding(Generic[T]):
+    """An attribute of a flow's ending, as one of the flow: the first that is set gives the flow an ending of its own."""
+
+    def __set_name__(self, owner: type[TcpLift], name: str) -> None:
+        self._name = name
+
+    def __get__(self, flow: TcpLift, owner: type[TcpLift]) -> T:
+        value: T = getattr(flow.ending, self._name)
+        return value
+
+    def __set__(self, flow: TcpLift, value: T) -> None:
+        if flow.ending is _NOT_ENDING:
+            flow.ending = Ending()
+        setattr(flow.ending, self._name, value)
+
+
+class TcpLift(Flow):
+    """A lifted TCP flow: one that goes through a kernel's TCP, behind a NAT. `forward` and `back` replace the signature's bytes; deltas are for `forward`,
+    their negatives for `back`. An idle one takes 700 bytes, tables included: what only some flows have is shared until they do."""
+
+    owner: TcpOwner
+    __slots__ = (
+        "back",
+        "delta_addresses",
+        "delta_all",
+        "ending",
+        "forward",
+        "held",
+        "lane",
+        "leg",
+        "opens",
+        "port",
+        "vnet_ok",
+        "vnet_put",
+    )
+    fin_up = _OfEnding[int | None]()
+    fin_down = _OfEnding[int | None]()
+    fin_acked_up = _OfEnding[bool]()
+    fin_acked_down = _OfEnding[bool]()
+    long_rest = _OfEnding[bool]()
+    reset = _OfEnding[bool]()
+    over = _OfEnding[bool]()
+
+    def __init__(self, owner: TcpOwner, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, lane: Any) -> None:
+        super().__init__(owner, tunnel, key)
+        size = 8 if len(key) == 12 else 32
+        self.slot = slot
+        self.lane = lane
+        """Its way to the kernel and back, not that of its tunnel's packets: a lowered one comes by another device."""
+        self.leg: Leg | None = None
+        """Where it is lowered again: its other side."""
+        self.forward = forward
+        half = size // 2
+        self.back = key[half:size] + key[:half] + key[size + 2 :] + key[size : size + 2]
+        # 2^16 = 1 modulo 65,535, so a number's remainder is the sum of its words.
+        addresses = int.from_bytes(forward[:size], "little") - int.from_bytes(key[:size], "little")
+        everything = int.from_bytes(forward, "little") - int.from_bytes(key, "little")
+        self.delta_addresses = addresses % 0xFFFF
+        self.delta_all = everything % 0xFFFF
+        self.port = int.from_bytes(key[size : size + 2], "little") | (size == 32) * IPV6
+        """The initiator's port in native order, and `IPV6`: what a segment from the slot's kernel is known by."""
+        self.held: bytes | None = None
+        """The first packet behind its virtio-net header, while the upstream is dialled."""
+        self.vnet_ok = b""
+        """The last virtio-net header from the tunnel that was found to be true."""
+        self.vnet_put = b""
+        """Its normal form, which goes on."""
+        self.opens = 0
+        """While it opens: the initiator's next sequence number, the only one at which a RST ends a handshake."""
+        self.ending = _NOT_ENDING
+        """How far its end has come; most flows have nothing of that, and share it."""
+
+
+class TcpOwner(Owner[TcpLift]):
+    """What follows segments, for the lanes."""
+
+    @abstractmethod
+    def segment_up(self, flow: TcpLift, buffer: bytearray, l4: int, end: int) -> bool:
+        """A segment from the tunnel that opens, closes, or comes while the flow isn't established. True: it goes on."""
+
+    @abstractmethod
+    def segment_down(self, flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
+        """The same to the tunnel; it has been rewritten, and goes on."""
+
+
+class Leg(TcpLift):
+    """Where a stream leaves as packets again: the other side of a lifted flow, or the only one of a flow that begins here (see
+    `falkirk.flow.lowering`).
+
+    It lies in the tunnel that it leads to, under the key of the device's replies, and `up` is from that device. It is no flow of its own: records,
+    limits and timers are its `flow`'s.
+    """
+
+    __slots__ = ("flow", "handle", "prefix")
+
+    def __init__(self, owner: TcpOwner, tunnel: Tunnel, key: bytes, forward: bytes, slot: int, lane: Any) -> None:
+        super().__init__(owner, tunnel, key, forward, slot, lane)
+        self.flow: Any = None
+        """Whose side it is."""
+        self.handle = 0
+        """This worker's number for it towards the worker that reads its tunnel; 0 where that is this one."""
+        self.prefix = ""
+        """Of the route that leads to the tunnel."""
+        self.state = State.OPENING
 
 
 class DeviceCounts:
@@ -284,7 +348,8 @@ class Tunnel:
         self.flows: dict[bytes, Flow] = {}
         """Flows that it initiated, of every protocol, by their keys."""
         self.lifts = cast("dict[bytes, TcpLift]", self.flows)
-        """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else."""
+        """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else. Legs lie here too, which this tunnel has not
+        initiated."""
         self.passages: dict[bytes, Passage] = {}
         """Forwarded flows' packets that come from here, initiated here or elsewhere (`falkirk.flow.passages`)."""
         self.memo: dict[tuple[bytes, int, int], Decision] = {}
@@ -307,31 +372,43 @@ class Tunnel:
         return Transport.SOCKET if self.fd == self.link else Transport.DEVICE
 
 
+class Distant(Tunnel):
+    """A tunnel that another worker reads, as far as legs of this one lead there. Its packets cross over the pair with that worker, behind virtio-net
+    headers, which it translates for the tunnel."""
+
+    __slots__ = ("sibling",)
+
+    def __init__(self, number: int, context: TunnelContext, mtu: int, sibling: Any) -> None:
+        super().__init__(number, context, Framing.VNET, mtu, -1, 0, DeviceCounts())
+        self.sibling = sibling
+
+
 class Wheel:
     """Ends what is idle without scanning: a flow lies in the bucket of the second at which it would time out if nothing
     more came, and is moved when the bucket's turn comes and something had. Moving costs O(1), so does leaving."""
 
     def __init__(self, now: int) -> None:
         self._now = now
-        self._buckets: dict[int, dict[Flow, None]] = {}
+        self._buckets: dict[int, tuple[int, dict[Flow, None]]] = {}
+        """By second; each with that second as the one number that all its flows refer to."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._buckets.values()))
+        return sum(len(flows) for _, flows in self._buckets.values())
 
     def place(self, flow: Flow, deadline: int) -> None:
         """Put a flow into the bucket of `deadline` (monotonic seconds), out of the one it was in."""
         deadline = max(deadline, self._now + 1)
         if flow.bucket:
             self.remove(flow)
-        flow.bucket = deadline
-        self._buckets.setdefault(deadline, {})[flow] = None
+        flow.bucket, flows = self._buckets.setdefault(deadline, (deadline, {}))
+        flows[flow] = None
 
     def remove(self, flow: Flow) -> None:
         """Take a flow out."""
         bucket = self._buckets.get(flow.bucket)
         if bucket is not None:
-            bucket.pop(flow, None)
-            if not bucket:
+            bucket[1].pop(flow, None)
+            if not bucket[1]:
                 del self._buckets[flow.bucket]
         flow.bucket = 0
 
@@ -340,7 +417,7 @@ class Wheel:
         flows: list[Flow] = []
         while self._now < now:
             self._now += 1
-            flows.extend(self._buckets.pop(self._now, ()))
+            flows.extend(self._buckets.pop(self._now, (0, {}))[1])
         for flow in flows:
             flow.bucket = 0
         return flows

@@ -12,7 +12,8 @@ No segment may be larger than the tunnel takes, and only its two ends can see to
 offers the other in its SYN is lowered to the tunnel's MTU.
 
 A flow ends once the upgrader has said `Closed` *and* the last segments have passed (or the transitory timer ran out): a
-slow client still gets all that was sent to it.
+slow client still gets all that was sent to it. One whose route leads to a device has another side, its leg (`falkirk.flow.lowering`), which is followed in
+the same way, and the flow ends when both have.
 
 Events in, commands out: messages for the upgrader and records for the spool gather in lists, which the loop writes at
 the end of its turn, the spool first. What flows of every protocol share (limits, records, timers) is `falkirk.flow.lifecycle`.
@@ -20,31 +21,23 @@ the end of its turn, the spool first. What flows of every protocol share (limits
 
 from __future__ import annotations
 
-import struct
 from errno import ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.decision import Decision
-from falkirk.flow.table import Owner, State, TcpLift, Tunnel
-from falkirk.wire.context import Framing
+from falkirk.flow.segments import ACK, FIN, LINGER, RST, SEQUENCES, SYN, Segments
+from falkirk.flow.table import Leg, State, TcpLift, Tunnel
 from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
-from falkirk.wire.tcp import clamp_segment_size
+from falkirk.wire.icmp import Unreachable
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
-    from falkirk.flow.worker import Worker
 
 HEADER: Final = 10
 """Bytes of the virtio-net header in front of a packet that is held."""
-FIN: Final = 1
-SYN: Final = 2
-RST: Final = 4
-ACK: Final = 16
-LINGER: Final = 5
-"""Seconds that a flow whose stream was reset waits for the RST to pass."""
 FINISHED: Final = "finished"
 """The upgrader's word for a stream whose FINs have both passed."""
-_SEQUENCES: Final = struct.Struct(">II")
+OFFLINE: Final = "device_offline"
 ENDED_BY_DIAL: Final = {
     ECONNREFUSED: "upstream_refused",
     ECONNRESET: "upstream_refused",
@@ -54,13 +47,8 @@ ENDED_BY_DIAL: Final = {
 }
 
 
-class Tracker(Owner[TcpLift]):
+class Tracker(Segments):
     """Lives of the lifted TCP flows of one worker. Time is the worker's (`second`)."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self.finished: list[tuple[TcpLift, str]] = []
-        """Flows whose last segment passed in this turn, and why they end."""
 
     # begun
 
@@ -70,18 +58,30 @@ class Tracker(Owner[TcpLift]):
         """Hold an allowed flow's SYN and have its upstream dialled; refuse it where a limit is reached."""
         worker = self._worker
         refusal = worker.lifecycle.refusal(tunnel)
-        slot = lane.pool.claim(worker.second) if refusal is None else None
-        if slot is None:
-            worker.lifecycle.refuse(tunnel, key, decision, refusal or "slots_exhausted")
-            return
         route = decision.route
         assert route is not None
+        leg: Leg | None = None
+        if refusal is None and route.device is not None:
+            leg, refusal = worker.lowering.reserve(tunnel, key, route)
+            if refusal == OFFLINE:
+                worker.answers.unreachable(tunnel, packet, Unreachable.HOST)
+                why = f"device {route.device.device} has no open tunnel"
+                worker.lifecycle.refused(tunnel, key, decision, OFFLINE, why)
+                return
+        slot = lane.pool.claim(worker.second) if refusal is None else None
+        if slot is None:
+            if leg is not None:
+                worker.lowering.drop(leg)
+            worker.lifecycle.refuse(tunnel, key, decision, refusal or "slots_exhausted")
+            return
         slot_number = lane.first_slot + slot
         forward = worker.slot_address(slot_number, len(key)) + worker.listener(lane, key)
-        flow = TcpLift(self, tunnel, key, forward, slot_number)
+        flow = TcpLift(self, tunnel, key, forward, slot_number, lane)
         flow.held = packet
         lane.flows[slot] = flow
         worker.lifecycle.begin(flow, decision, timing, worker.settings.transitory_idle_s)
+        if leg is not None:
+            worker.lowering.join(flow, leg)
         timeout = route.connect_timeout_ms or worker.settings.connect_timeout_ms
         worker.to_upgrader.append(
             Prepare(
@@ -94,6 +94,8 @@ class Tracker(Owner[TcpLift]):
                 idle_timeout_s=worker.settings.established_idle_s,
                 treatment="l4",
                 span_id=flow.span_id,
+                lower=leg.slot if leg is not None else 0,
+                source_port=flow.source_port,
             )
         )
 
@@ -136,18 +138,16 @@ class Tracker(Owner[TcpLift]):
             return False
         if state is State.HELD:
             if flags & RST:
-                self._worker.to_upgrader.append(Abort(flow.slot))
-                self.finished.append((flow, "client_reset"))
+                self._forget(flow)
             self._worker.drop("syn_held" if flags & SYN else "held")
             return False
         if state is State.OPENING and not flags & SYN:
             if flags & RST:
-                if _SEQUENCES.unpack_from(buffer, l4 + 4)[0] == flow.opens:
+                if SEQUENCES.unpack_from(buffer, l4 + 4)[0] == flow.opens:
                     # RFC 5961 3.2: the kernel forgets the handshake, of which the upgrader has heard nothing yet.
-                    self._worker.to_upgrader.append(Abort(flow.slot))
-                    self.finished.append((flow, "client_reset"))
+                    self._forget(flow)
                 return True
-            self._worker.lifecycle.state(flow, State.ESTABLISHED)
+            self.advance(flow, State.ESTABLISHED)
             flow.opens = 0
         if flags & SYN and not flags & ACK and (flow.over or flow.reset or (flow.fin_acked_up and flow.fin_acked_down)):
             # RFC 9293 3.6.1: a new connection may take the place of one whose end was seen, whether or not the upgrader has
@@ -157,39 +157,18 @@ class Tracker(Owner[TcpLift]):
             self._worker.ingress.packet(self._worker.lane(tunnel.framing), tunnel, end)
             return False
         if flags & SYN:
-            _clamp(flow, buffer, l4, end)
-        if flags & FIN or flow.state is State.CLOSING:
-            sequence, acknowledged = _SEQUENCES.unpack_from(buffer, l4 + 4)
-            if flags & FIN:
-                flow.fin_up = (sequence + end - l4 - (buffer[l4 + 12] >> 4 << 2) + 1) & 0xFFFFFFFF
-                self._closing(flow)
-            if flow.fin_down is not None and (acknowledged - flow.fin_down) & 0x80000000 == 0:
-                flow.fin_acked_down = True
-                self._maybe_over(flow)
+            self.clamp(flow, buffer, l4, end)
+        self.fins_up(flow, buffer, l4, end)
         return True
 
-    def segment_down(self, flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
-        """A segment to the initiator that opens, closes, or passes while the flow isn't established. It has been rewritten."""
-        flags = buffer[l4 + 13]
-        if flags & SYN:
-            _clamp(flow, buffer, l4, end)
-        if flags & RST:
-            flow.reset = True
-            self._closing(flow)
-            self._maybe_over(flow)
-            return
-        if flags & FIN or flow.state is State.CLOSING:
-            sequence, acknowledged = _SEQUENCES.unpack_from(buffer, l4 + 4)
-            if flags & FIN:
-                flow.fin_down = (sequence + end - l4 - (buffer[l4 + 12] >> 4 << 2) + 1) & 0xFFFFFFFF
-                self._closing(flow)
-            if flow.fin_up is not None and (acknowledged - flow.fin_up) & 0x80000000 == 0:
-                flow.fin_acked_up = True
-                self._maybe_over(flow)
+    def _forget(self, flow: TcpLift) -> None:
+        """The client has reset what the upgrader doesn't know of as a stream yet."""
+        self._worker.to_upgrader.append(Abort(flow.slot))
+        self.finished.append((flow, "client_reset"))
 
-    def _closing(self, flow: TcpLift) -> None:
-        if flow.state is not State.CLOSING:
-            self._worker.lifecycle.state(flow, State.CLOSING)
+    def advance(self, flow: TcpLift, state: State) -> None:
+        """It is somewhere else in its life, for everybody to see."""
+        self._worker.lifecycle.state(flow, state)
 
     # ended
 
@@ -200,6 +179,8 @@ class Tracker(Owner[TcpLift]):
             return
         flow.over = True
         flow.reason = flow.reason or message.reason
+        if flow.leg is not None:
+            self._worker.lowering.closed(flow.leg, message.reason)
         if flow.held is not None:
             # Before it said Connected: for the client there is nothing at the other end.
             self._refuse(flow, flow.held)
@@ -208,13 +189,14 @@ class Tracker(Owner[TcpLift]):
         if message.reason in ("client_reset", "never_opened"):
             self._worker.lifecycle.finish(flow, flow.reason)
             return
-        self._closing(flow)
-        if not self._maybe_over(flow):
+        self.closing(flow)
+        if not self.settle(flow):
             patience = self._worker.settings.transitory_idle_s if message.reason == FINISHED else LINGER
             self._worker.wheel.place(flow, self._worker.second + patience)
 
-    def _maybe_over(self, flow: TcpLift) -> bool:
-        if flow.over and (flow.reset or (flow.fin_acked_up and flow.fin_acked_down)):
+    def settle(self, flow: TcpLift) -> bool:
+        """Whether both sides have ended, for the upgrader and on the wire."""
+        if flow.over and flow.leg is None and (flow.reset or (flow.fin_acked_up and flow.fin_acked_down)):
             self.finished.append((flow, flow.reason))
             return True
         return False
@@ -225,7 +207,7 @@ class Tracker(Owner[TcpLift]):
         if flow.held is not None:
             self._refuse(flow, flow.held)
             self._worker.to_upgrader.append(Abort(flow.slot))
-            self._worker.lifecycle.finish(flow, reason)
+            self._worker.lifecycle.finish(flow, flow.reason)
             return
         self._worker.to_upgrader.append(Abort(flow.slot))
         self._worker.wheel.place(flow, self._worker.second + LINGER)
@@ -238,6 +220,9 @@ class Tracker(Owner[TcpLift]):
     def bereave(self, flow: TcpLift, reason: str) -> None:
         """Its stream is gone with the upgrader: the client is told where the kernel's RST hasn't told it."""
         self._worker.orphans.reset(self._worker, flow)
+        if flow.leg is not None:
+            self._worker.orphans.reset(self._worker, flow.leg)
+            self._worker.lowering.drop(flow.leg)
         self._worker.lifecycle.finish(flow, reason)
 
     def _refuse(self, flow: TcpLift, packet: bytes) -> None:
@@ -251,9 +236,10 @@ class Tracker(Owner[TcpLift]):
         established one."""
         worker = self._worker
         settings = worker.settings
-        if flow.over and flow.reason == FINISHED and flow.tick + settings.transitory_idle_s > worker.second:
-            # A slow client still fetches what the kernel holds for it; nor may the slot rest while the kernel retransmits.
-            worker.wheel.place(flow, flow.tick + settings.transitory_idle_s)
+        last = flow.tick if flow.leg is None else max(flow.tick, flow.leg.tick)
+        if flow.over and flow.reason == FINISHED and last + settings.transitory_idle_s > worker.second:
+            # A slow client (or device) still fetches what the kernel holds for it; nor may the slot rest while the kernel retransmits.
+            worker.wheel.place(flow, last + settings.transitory_idle_s)
             return
         if flow.over or flow.reason:
             worker.lifecycle.finish(flow, flow.reason)
@@ -278,15 +264,6 @@ class Tracker(Owner[TcpLift]):
             flow.held = None
             flow.tunnel.device.held -= 1
             worker.drop("tunnel_closed" if reason == "tunnel_closed" else "held")
-        lane = worker.lane(flow.tunnel.framing)
-        slot = flow.slot - lane.first_slot
-        lane.flows[slot] = None
-        lane.pool.release(slot, worker.second, long=flow.long_rest)
-
-
-def _clamp(flow: TcpLift, buffer: bytearray, l4: int, end: int) -> None:
-    """Offer no larger segments than the tunnel takes."""
-    headers = 40 if flow.family == 4 else 60
-    # A raw packet has no header in front of it, wherever it lies.
-    partial = flow.tunnel.framing is Framing.VNET and bool(buffer[0] & 1)
-    clamp_segment_size(buffer, l4, end, flow.tunnel.mtu - headers, partial=partial)
+        if flow.leg is not None:
+            worker.lowering.abandon(flow.leg)
+        flow.lane.free(flow)

@@ -18,9 +18,11 @@ import msgspec
 
 from falkirk.flow import control, peers
 from falkirk.flow.lane import ZERO_HEADER
-from falkirk.flow.table import DeviceCounts, Flow, Tunnel
+from falkirk.flow.records import of_tunnel
+from falkirk.flow.siblings import PACKET
+from falkirk.flow.table import DeviceCounts, Distant, Flow, Tunnel
 from falkirk.linux import seqpacket, tun
-from falkirk.wire.context import Framing, Transport
+from falkirk.wire.context import Framing, Transport, TunnelContext
 from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 MIN_MTU: Final = 576
 MAX_MTU: Final = 65535
 TENANT_ID: Final = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+FIXED: Final = ("tenant_id", "device_id", "virtual_network_id", "addresses", "packed")
+"""What never changes in a tunnel's context."""
 MAX_TRACED: Final = 1024
 """Datagrams waiting for an on-ramp, beyond which it isn't told of sampled flows."""
 
@@ -54,6 +58,13 @@ class Tunnels(dict[int, Tunnel]):
         self.devices: dict[str, DeviceCounts] = {}
         """What each device has, over all its tunnels."""
 
+    def reach(self, number: int) -> Tunnel | None:
+        """A tunnel of this worker, or what stands for another's; None where nobody has it open."""
+        if (tunnel := self.get(number)) is not None:
+            return tunnel
+        found = self._worker.forward.directory.get(number)
+        return self._worker.lowering.tunnel_of(found) if found is not None else None
+
     def say(self, tunnel: Tunnel, packet: bytes, *, counted: bool = True) -> bool:
         """Send a packet of our own to a tunnel."""
         return self.deliver(tunnel, packet if tunnel.framing is Framing.RAW else ZERO_HEADER + packet, counted=counted)
@@ -65,6 +76,11 @@ class Tunnels(dict[int, Tunnel]):
         """
         worker = self._worker
         if tunnel.fd < 0:
+            if isinstance(tunnel, Distant):
+                # What nobody sent us doesn't wait, as it mustn't be counted where it is dropped.
+                return (counted or not tunnel.sibling.backlog) and tunnel.sibling.packet(
+                    PACKET, tunnel.id, 0, memoryview(data)
+                )
             if counted:
                 worker.drop("tunnel_closed", packets)
             return False
@@ -181,9 +197,27 @@ class Tunnels(dict[int, Tunnel]):
         self._worker.watch(device, select.EPOLLIN, self._readable(tunnel))
         tell(tunnel.link, ATTACHED)
 
-    def carried(self) -> set[int]:
-        """Tunnels whose packets can be read and written: a device may still be awaited."""
-        return {number for number, tunnel in self.items() if tunnel.fd >= 0}
+    def carries(self, number: int) -> bool:
+        """Whether a tunnel's packets can be written, here or by another worker: a device may still be awaited."""
+        tunnel = self.reach(number)
+        return tunnel is not None and (tunnel.fd >= 0 or isinstance(tunnel, Distant))
+
+    def recontext(self, number: int, context: TunnelContext) -> None:
+        """A tunnel's device or user has changed: what is known of it holds for new flows, and live ones are reviewed."""
+        worker = self._worker
+        tunnel = self.get(number)
+        if tunnel is None or tunnel.context == context:
+            return
+        if any(getattr(context, name) != getattr(tunnel.context, name) for name in FIXED):
+            # The on-ramp closes a tunnel whose device is another one or lies elsewhere; who doesn't is not to be believed.
+            self.close(number, "context_refused")
+            return
+        tunnel.context = context
+        tunnel.audit = of_tunnel(number, context)
+        worker.orphans.remember(number, context)
+        worker.taps.forget()
+        worker.review.tunnel(tunnel)
+        worker.tell(control.TunnelOpened(number, context, tunnel.framing, tunnel.mtu))
 
     def close(self, number: int, reason: str) -> None:
         """End a tunnel and its flows."""
@@ -213,8 +247,8 @@ class Tunnels(dict[int, Tunnel]):
         for tunnel in self.values():
             link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.transport), tunnel.link)
 
-    def trace(self, flow: Flow) -> None:
-        """A sampled flow began: let the on-ramp add its span."""
+    def trace(self, flow: Flow, wall: int) -> None:
+        """A sampled flow began, at `wall` nanoseconds: let the on-ramp add its span."""
         for link in self._worker.onramps:
             if link.backlog < MAX_TRACED:
-                link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, flow.start_wall)])
+                link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, wall)])

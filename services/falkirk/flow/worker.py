@@ -11,6 +11,7 @@ right sequence numbers, find their way through the predecessor's slots (`orphans
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import resource
 import select
@@ -27,6 +28,7 @@ import msgspec
 from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
 from falkirk.flow import control, counters, peers, records, spool
+from falkirk.flow.admin_flows import AdminFlows
 from falkirk.flow.answers import Answers
 from falkirk.flow.directory import Attachment
 from falkirk.flow.drain import Drain
@@ -40,16 +42,18 @@ from falkirk.flow.lane import Lane
 from falkirk.flow.lifecycle import Lifecycle
 from falkirk.flow.limits import TenantCounts
 from falkirk.flow.live import LiveTable
+from falkirk.flow.lowering import Lowering
 from falkirk.flow.orphans import Orphans
 from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.raw import RawLane
+from falkirk.flow.review import Review
 from falkirk.flow.session import Opening
 from falkirk.flow.siblings import SiblingLink
 from falkirk.flow.slots import SlotPool
 from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import Flow, TcpLift, Wheel
-from falkirk.flow.tap import Taps
+from falkirk.flow.taps import Taps
 from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
 from falkirk.flow.udp import UdpSessions
@@ -62,7 +66,7 @@ from falkirk.wire.handover import (
     Message,
     encode,
 )
-from falkirk.wire.slots import FIRST_INDEX, SlotPlan
+from falkirk.wire.slots import FIRST_INDEX, LOWERED, SlotPlan
 
 SECOND: Final = 1_000_000_000
 TELL: Final = SECOND // 10
@@ -102,6 +106,7 @@ class Worker:
         self.routes = RouteTable()
         self.rules = RuleTable.empty()
         self.snapshots = Snapshots(self)
+        self.review = Review(self)
         self.wheel = Wheel(self.second)
         self.tenants = TenantCounts(tenants_fd, start.workers, start.worker)
         self._epoll = select.epoll()
@@ -127,9 +132,15 @@ class Worker:
         self._untold = self.spool.sequence > 0
         live = data / "live" / f"worker-{start.worker}"
         self.live = LiveTable(live, self.settings.max_flows, epoch, self.orphans.cursors)
-        self.lanes = {framing: self._lane(framing) for framing in Framing}
+        cursors = self.orphans.cursors
+        self.lanes = {
+            framing: self.make_lane(framing, self.settings.slots, cursors[framing is Framing.RAW])
+            for framing in Framing
+        }
+        self.lowering = Lowering(self)
         self.lifecycle = Lifecycle(self, Randomness())
         self.tracker = Tracker(self)
+        self.admin_flows = AdminFlows(self)
         self.answers = Answers(self)
         self.opening = Opening(self)
         self.udp = UdpSessions(self, self.opening)
@@ -144,14 +155,18 @@ class Worker:
 
     # set-up
 
-    def _lane(self, framing: Framing) -> Lane:
-        slots = min(self.settings.slots, self._plan.last_index - FIRST_INDEX)
-        cursor = self.orphans.cursors[framing is Framing.RAW]
+    def make_lane(self, framing: Framing, slots: int, cursor: int, namespace: int = 0) -> Lane:
+        """A lane of at most `slots` slots, whose numbers have `namespace` added (`falkirk.wire.slots.LOWERED`)."""
+        slots = min(slots, self._plan.last_index - FIRST_INDEX)
         first = self._plan.slot(framing, FIRST_INDEX)
         kind = RawLane if framing is Framing.RAW else Lane
-        lane = kind(self, framing, SlotPool(0, slots, start=cursor), first, slots)
+        lane = kind(self, framing, SlotPool(0, slots, start=cursor), namespace + first, slots)
         lane.slot_base = self._plan.base(self.start.worker) + first
         return lane
+
+    def all_lanes(self) -> tuple[Lane, ...]:
+        """Those that lift, and those that lower."""
+        return *self.lanes.values(), *self.lowering.lanes.values()
 
     def _listen(self) -> None:
         self._path = Path(self.start.run_dir, "mesh", f"flow.worker.{self.start.worker}.sock")
@@ -202,7 +217,7 @@ class Worker:
     def run(self) -> None:
         """Until the parent's pair ends, or a drain does."""
         while self._alive and not self.draining:
-            if self.snapshots.loading:
+            if self.snapshots.loading or self.review.pending:
                 self.turn(0)
             elif self._untold:
                 self.turn(TELL / SECOND)
@@ -239,7 +254,7 @@ class Worker:
             pair.sock.close()
         for fd in (
             *(fd for tunnel in self.tunnels.values() for fd in {tunnel.fd, tunnel.link}),
-            *(lane.tun for lane in self.lanes.values()),
+            *(lane.tun for lane in self.all_lanes()),
         ):
             if fd >= 0:
                 os.close(fd)
@@ -250,12 +265,16 @@ class Worker:
         self.orphans.close()
 
     def _end_of_turn(self) -> None:
+        if self.lowering.finished:
+            self.lowering.end_of_turn()
         if self.tracker.finished:
             self.tracker.end_of_turn()
         if not self.pair.whole:
             self.pair.mend()
         if self.snapshots.loading:
             self.snapshots.step()
+        if self.review.pending:
+            self.review.step()
         if (self.spool.pending or self.spool.stuck) and not self.record():
             # Nothing is dialled that isn't on record: what this turn asked of the upgrader waits.
             return
@@ -292,6 +311,7 @@ class Worker:
         self._next_second = (self.second + 1) * SECOND
         self._wall_offset = time.time_ns() - time.monotonic_ns()
         self.lifecycle.expire()
+        self.admin_flows.count()
         self.lifecycle.checkpoint()
         self.orphans.each_second(self)
         self.fragments.each_second()
@@ -301,11 +321,11 @@ class Worker:
 
     def gauges(self) -> None:
         """Publish what there is now."""
-        vnet, raw = self.lanes[Framing.VNET].pool, self.lanes[Framing.RAW].pool
+        pools = [lane.pool for lane in self.all_lanes()]
         self.counts[counters.FLOWS] = self.flow_count
-        self.counts[counters.SLOTS_ACTIVE] = vnet.active + raw.active
-        self.counts[counters.SLOTS_RESTING] = vnet.resting + raw.resting
-        self.counts[counters.SLOTS_TOTAL] = vnet.size + raw.size
+        self.counts[counters.SLOTS_ACTIVE] = sum(pool.active for pool in pools)
+        self.counts[counters.SLOTS_RESTING] = sum(pool.resting for pool in pools)
+        self.counts[counters.SLOTS_TOTAL] = sum(pool.size for pool in pools)
         self.counts[counters.TUNNELS] = len(self.tunnels)
         self.counts[counters.PAIRED] = self.pair.link is not None
 
@@ -314,7 +334,11 @@ class Worker:
         if not self.spool.flush():
             return False
         self._untold = True
-        self.live.cursors(*(self.lanes[framing].pool.cursor for framing in (Framing.VNET, Framing.RAW)))
+        lanes = (self.lanes, self.lowering.lanes)
+        vnet, raw, lower_vnet, lower_raw = (
+            some[framing].pool.cursor for some in lanes for framing in (Framing.VNET, Framing.RAW)
+        )
+        self.live.cursors((vnet, raw, lower_vnet, lower_raw))
         return True
 
     def write_record(self, event: str, flow_id: bytes, parts: str) -> int:
@@ -342,8 +366,8 @@ class Worker:
         return self.lanes[framing]
 
     def flow_of(self, slot: int) -> TcpLift | None:
-        """The live flow of a slot number."""
-        for lane in self.lanes.values():
+        """The live flow of a slot number, or its leg."""
+        for lane in self.all_lanes():
             index = slot - lane.first_slot
             if 0 <= index < len(lane.flows):
                 return lane.flows[index]
@@ -352,11 +376,16 @@ class Worker:
     def slot_address(self, slot: int, key_length: int) -> bytes:
         """The address of a slot in the family of a key."""
         plan = self._plan
+        slot &= ~LOWERED
         return plan.address4(self.start.worker, slot) if key_length == 12 else plan.address6(self.start.worker, slot)
 
     def listener(self, lane: Lane, key: bytes) -> bytes:
         """What follows the slot's address in the rewritten signature: listener's address, client's port, listener's port."""
-        return self.slot_address(self._plan.slot(lane.framing, 1), len(key)) + key[-4:-2] + self.listener_port
+        return self.own_address(lane, len(key)) + key[-4:-2] + self.listener_port
+
+    def own_address(self, lane: Lane, key_length: int) -> bytes:
+        """The address of a lane's device."""
+        return self.slot_address(self._plan.slot(lane.framing, 1), key_length)
 
     def inject(self, flow: TcpLift, packet: bytes) -> None:
         """Send a held packet (behind its virtio-net header) on its way."""
@@ -429,6 +458,11 @@ def main(argv: list[str]) -> int:
         print(f"flow.worker.{start.worker}: {error}", file=sys.stderr)
         return 1
     worker.drain.on_sigterm()
+    # Flows die by their counts of references. A full collection would look at all of them, which takes a millisecond for every twenty thousand,
+    # and finds nothing; the young generations are collected as ever.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 1_000_000)
     worker.run()
     return 0
 

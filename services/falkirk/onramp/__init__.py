@@ -13,13 +13,13 @@ when one dies, and can shut it at once (`shutdown` ends all copies, wherever the
 from the flow workers (`Held`).
 
 The parent (gRPC) mirrors tenants, users, devices and virtual networks from the registry, and pushes them to its
-worker as transactions; the worker reviews the tunnels that a transaction touches and closes those whose context no longer holds.
+worker as transactions; the worker reviews the tunnels that a transaction touches and tells flow workers of new contexts, or closes the tunnels of which there is none any more.
 
     admission, context, context_json, control, tables   pure: who may enter, and as whom
     worker, gate, links, tunnels, reactor               the packet-side process: raw epoll, no gRPC
     service, parent, rows, tunnel_ids, __main__         the parent
 
 Limits: contexts of 16 KiB; 1024 connections that haven't been admitted yet, each for 5 s at most; one worker, since
-admission is rare. The context of a tunnel never changes: what would change it closes the tunnel, and the producer
-connects again.
+admission is rare. A tunnel's addresses and its virtual network never change: what would change them closes the tunnel, and the
+producer connects again.
 """

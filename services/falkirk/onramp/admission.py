@@ -1,12 +1,12 @@
 """Who may enter, and as whom. PURE.
 
-`admit` turns (uid, request) into a `TunnelContext` or a `Refusal`; `review` tells whether a context that was admitted earlier
-would still be given. The on-ramp's worker and `OnrampService.Explain` both call it.
+`admit` turns (uid, request) into a `TunnelContext` or a `Refusal`; `review` tells what a context that was admitted earlier has become: the one
+that would be given now, or the reason why there would be none. The on-ramp's worker and `OnrampService.Explain` both call it.
 
 A uid that may not speak for a tenant learns nothing about it: the check comes before the first look at the tables. Grants name
 tenants, so a renamed tenant needs its grants changed.
 
-Limit: a change of flow limits or of names alone closes no tunnel; it counts from the next admission on.
+A change of names, limits, user, groups or posture changes the context of open tunnels; one of addresses or of the virtual network closes them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from falkirk.onramp.tables import DeviceRow, NetworkRow, Tables, TenantRow
 from falkirk.wire.context import Transport, TunnelContext
 
 ANY: Final = "*"
-_REVIEWED: Final = ("device_id", "virtual_network_id", "addresses", "user_id", "groups", "posture")
+_FIXED: Final = ("device_id", "virtual_network_id", "addresses")
+"""What a tunnel has for life: its producer was told its addresses, and its packets belong to that network."""
 
 
 class Grants:
@@ -80,8 +81,8 @@ def admit(tables: Tables, request: ContextRequest) -> Admission:
     return Admission(context, bool(request.virtual_network))
 
 
-def review(tables: Tables, admission: Admission) -> str:
-    """Why the tunnel must be closed; empty where its context still holds."""
+def review(tables: Tables, admission: Admission) -> Admission | str:
+    """The admission as it is now (the same object where nothing has changed), or why the tunnel must be closed."""
     held = admission.context
     tenant = tables.tenant_by_id(held.tenant_id)
     if tenant is None:
@@ -96,10 +97,12 @@ def review(tables: Tables, admission: Admission) -> str:
     if network is None or network.tenant_id != tenant.id:
         return "virtual_network_removed"
     try:
-        now = _context(tables, tenant, device, network, held.attributes)
+        now = _context(tables, tenant, device, network, held.attributes, packed=held.packed)
     except Refusal as refusal:
         return refusal.code.lower()
-    return "" if all(getattr(now, field) == getattr(held, field) for field in _REVIEWED) else "context_changed"
+    if any(getattr(now, field) != getattr(held, field) for field in _FIXED):
+        return "context_changed"
+    return admission if now == held else Admission(now, admission.pinned)
 
 
 def resumed(tables: Tables, context: TunnelContext) -> Admission:

@@ -94,6 +94,13 @@ class Opened(Message, frozen=True, tag=True):
     transport: Transport = Transport.SOCKET
 
 
+class Changed(Message, frozen=True, tag=True):
+    """The context of an open tunnel is another one now."""
+
+    tunnel: int
+    context: TunnelContext
+
+
 class Ended(Message, frozen=True, tag=True):
     """A tunnel is over."""
 
@@ -118,7 +125,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 
 
 TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Update | Close)
-TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Ended | Traced)
+TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Changed | Ended | Traced)
 _CHUNK: Final = msgspec.msgpack.Decoder(Chunk)
 _encoder: Final = msgspec.msgpack.Encoder()
 

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import msgspec
 import structlog
 
 from falkirk.api.net.v1 import net_pb2
 from falkirk.api.registry.v1 import registry_service_pb2
 from falkirk.linux import seqpacket
 from falkirk.onramp import control
-from falkirk.onramp.control import Close, Ended, Opened, Setup, State, Traced, Update
+from falkirk.onramp.control import Changed, Close, Ended, Opened, Setup, State, Traced, Update
 from falkirk.onramp.rows import rows
 from falkirk.onramp.settings import Settings
 from falkirk.onramp.tables import Row, Tables
@@ -31,6 +32,7 @@ from falkirk.runtime import telemetry
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.settings import Shell
 from falkirk.runtime.workers import WorkerPool
+from falkirk.wire.context import TunnelContext
 
 LOST_AFTER_S: Final = 5.0
 
@@ -161,6 +163,8 @@ class Parent:
                 self._on_ready(bool(epoch) and all(links))
             case Opened() as opened:
                 self._on_opened(opened)
+            case Changed(tunnel, context):
+                self._on_changed(tunnel, context)
             case Ended() as ended:
                 self._on_ended(ended)
             case Traced() as traced:
@@ -171,9 +175,15 @@ class Parent:
         if before is None:
             log.info("tunnel_opened", tunnel=opened.tunnel, tenant=opened.context.tenant, device=opened.context.device)
         # Its worker doesn't know when a resumed tunnel was admitted; we may.
-        self.tunnels[opened.tunnel] = before or opened
+        self.tunnels[opened.tunnel] = msgspec.structs.replace(before, context=opened.context) if before else opened
         self._ids.seen(opened.tunnel)
         self._save_ids()
+
+    def _on_changed(self, tunnel: int, context: TunnelContext) -> None:
+        opened = self.tunnels.get(tunnel)
+        if opened is not None:
+            self.tunnels[tunnel] = msgspec.structs.replace(opened, context=context)
+            log.info("tunnel_changed", tunnel=tunnel, tenant=context.tenant, device=context.device)
 
     def _save_ids(self) -> None:
         try:

@@ -28,7 +28,7 @@ from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor, Timer
 from falkirk.onramp.tables import Tables, Touched
 from falkirk.wire.context import Framing, Transport, TunnelContext
-from falkirk.wire.handover import Adopt, Held, TunnelClosed
+from falkirk.wire.handover import Adopt, Held, Recontext, TunnelClosed
 
 _LAST_ID: Final = (1 << 32) - 1
 
@@ -76,13 +76,14 @@ class Tunnel:
 
 
 class TunnelTable:
-    """All tunnels. `opened` and `ended` tell the parent; `refused` counts."""
+    """All tunnels. `opened`, `changed` and `ended` tell the parent; `refused` counts."""
 
     def __init__(
         self,
         reactor: Reactor,
         links: list[FlowLink],
         opened: Callable[[Tunnel, bool], None],
+        changed: Callable[[Tunnel], None],
         ended: Callable[[Tunnel, str], None],
         refused: Callable[[Code], None],
         *,
@@ -93,7 +94,7 @@ class TunnelTable:
         max_per_device: int,
     ) -> None:
         self._reactor, self._links = reactor, links
-        self._opened, self._ended, self._refused = opened, ended, refused
+        self._opened, self._changed, self._ended, self._refused = opened, changed, ended, refused
         self._next_id, self._mtu, self._adopt_timeout_s = first_id, mtu, adopt_timeout_s
         self._max_tunnels, self._max_per_device = max_tunnels, max_per_device
         self._tunnels: dict[int, Tunnel] = {}
@@ -123,8 +124,12 @@ class TunnelTable:
     def hold(self, worker: int, generation: int, what: Held, sock: socket.socket, peer: Peer, now: int) -> None:
         """A tunnel that a flow worker reads since before this on-ramp; nothing where it is known."""
         number = what.tunnel
-        if number in self._tunnels:
+        known = self._tunnels.get(number)
+        if known is not None:
             sock.close()
+            if what.context != known.context:
+                # It changed while the link was down.
+                self._recontext(known)
             self.adopted(number, generation)
             return
         tunnel = Tunnel(number, sock, peer, what.context, what.framing, what.transport, what.mtu, worker)
@@ -190,17 +195,26 @@ class TunnelTable:
         return list(self._tunnels)
 
     def review(self, number: int, tables: Tables) -> None:
-        """Close the tunnel where its context no longer holds."""
+        """Tell the flow worker what the tunnel's context is now, or close the tunnel where it has none any more."""
         tunnel = self._tunnels.get(number)
         if tunnel is None:
             return
         if tunnel.admission is None:
             tunnel.admission = admission.resumed(tables, tunnel.context)
-        reason = admission.review(tables, tunnel.admission)
-        if reason and tunnel.greeting:
-            self._fail(tunnel, Code.NOT_READY, f"{reason} while the tunnel was opened; try again")
-        elif reason:
-            self.close(number, reason)
+        found = admission.review(tables, tunnel.admission)
+        if isinstance(found, Admission):
+            if found is not tunnel.admission:
+                tunnel.admission, tunnel.context = found, found.context
+                self._recontext(tunnel)
+                if not tunnel.greeting:
+                    self._changed(tunnel)
+        elif tunnel.greeting:
+            self._fail(tunnel, Code.NOT_READY, f"{found} while the tunnel was opened; try again")
+        else:
+            self.close(number, found)
+
+    def _recontext(self, tunnel: Tunnel) -> None:
+        self._links[tunnel.worker].send(Recontext(tunnel.id, tunnel.context))
 
     def _insert(self, tunnel: Tunnel) -> None:
         self._tunnels[tunnel.id] = tunnel

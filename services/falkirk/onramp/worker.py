@@ -31,7 +31,7 @@ from falkirk.linux.seqpacket import Peer
 from falkirk.onramp import admission, control, gate, parsers
 from falkirk.onramp.admission import Grants
 from falkirk.onramp.context import Code, ContextRequest, Refusal
-from falkirk.onramp.control import Close, Ended, Opened, Setup, State, Update
+from falkirk.onramp.control import Changed, Close, Ended, Opened, Setup, State, Update
 from falkirk.onramp.gate import Gate
 from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor
@@ -84,6 +84,7 @@ class Worker:
             reactor,
             self._links,
             self._on_opened,
+            self._on_changed,
             self._on_ended,
             self._on_refused,
             first_id=setup.first_tunnel,
@@ -235,6 +236,9 @@ class Worker:
                 resumed=resumed,
             )
         )
+
+    def _on_changed(self, tunnel: Tunnel) -> None:
+        self._report(Changed(tunnel.id, tunnel.context))
 
     def _on_ended(self, tunnel: Tunnel, reason: str) -> None:
         self._counters.add("closed")

@@ -436,7 +436,7 @@ def run(parent: socket.socket) -> None:
         listeners,
         slots_of(setup.worker, setup.workers),
         seqpacket.listen(path, setup.mode),
-        devices[:2],
+        devices,
         counters,
         lambda said: seqpacket.send(parent, control.encode(said)),
         raise_descriptor_limit(),

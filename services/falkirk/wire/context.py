@@ -1,7 +1,7 @@
 """Whom a tunnel speaks for, as every packet process holds it.
 
-The on-ramp makes a `TunnelContext` once, at admission; it travels with the tunnel's descriptor and is never
-changed. Names are those at admission; decisions and limits go by ids.
+The on-ramp makes a `TunnelContext` at admission; it travels with the tunnel's descriptor. Where the registry changes what it says of a
+device, the on-ramp makes another one in its place (`falkirk.wire.handover.Recontext`). Decisions and limits go by ids.
 """
 
 from __future__ import annotations

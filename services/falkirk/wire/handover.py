@@ -8,7 +8,7 @@ The first message each way is `Hello`. A peer with another `protocol` is refused
 than one already seen in that role is refused (it is a process that was replaced). Generations are wall-clock
 nanoseconds at start.
 
-    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
+    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt Recontext TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
     flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll LowerRefused OpenSocket / Hello Devices Connected DialFailed Closed LowerWanted SocketOpened SocketFailed
     parent         <-> worker       inherited socket pair         see `falkirk.flow.control` and its siblings
 
@@ -24,7 +24,7 @@ import msgspec
 
 from falkirk.wire.context import Framing, Transport, TunnelContext
 
-PROTOCOL: Final = 3
+PROTOCOL: Final = 4
 """Version of these messages; raised by any change that an older peer would misread."""
 MAX_MESSAGES: Final = 64
 MAX_DESCRIPTORS: Final = 16
@@ -61,6 +61,14 @@ class Adopt(Message, frozen=True, tag=True):
     transport: Transport = Transport.SOCKET
     """With `device` the producer is asked for its device, on this descriptor, after the greeting."""
     descriptors: int = 1
+
+
+class Recontext(Message, frozen=True, tag=True):
+    """On-ramp to flow worker: the context of a tunnel is this from now on. Tenant, device, virtual network and addresses are the same as
+    before: where they change, the tunnel is closed."""
+
+    tunnel: int
+    context: TunnelContext
 
 
 class Adopted(Message, frozen=True, tag=True):
@@ -112,7 +120,8 @@ class Traced(Message, frozen=True, tag=True):
 
 
 class Devices(Message, frozen=True, tag=True):
-    """The worker's two TUN devices: first the one for `vnet` tunnels, then the one for `raw` tunnels. Two descriptors.
+    """The worker's TUN devices: those that lift, first the one for `vnet` tunnels, then the one for `raw` tunnels; then those that lower, in
+    the same order. Four descriptors.
 
     Addresses of slots are arithmetic, see `falkirk.wire.slots.SlotPlan(workers)`. `listener_port` is where both the IPv4
     and the IPv6 listener of this worker wait, on the device's own address (host number 1 of each prefix).
@@ -121,7 +130,7 @@ class Devices(Message, frozen=True, tag=True):
     workers: int
     listener_port: int
     mtu: int
-    descriptors: int = 2
+    descriptors: int = 4
 
 
 class Prepare(Message, frozen=True, tag=True):
@@ -248,7 +257,7 @@ class SocketFailed(Message, frozen=True, tag=True):
     errno: int
 
 
-OnrampToFlow = Hello | Adopt | TunnelClosed
+OnrampToFlow = Hello | Adopt | Recontext | TunnelClosed
 FlowToOnramp = Hello | Adopted | AdoptRefused | Held | TunnelClosed | Traced
 FlowToUpgrader = Hello | Prepare | Abort | AbortAll | LowerRefused | OpenSocket
 UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed | LowerWanted | SocketOpened | SocketFailed

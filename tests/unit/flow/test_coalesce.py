@@ -64,7 +64,7 @@ def packet(
 def flow_of(version: int, port: int = 40000) -> TcpLift:
     """An established flow, whose slot is its own address: rewriting changes nothing."""
     key = b"".join(ENDS[version]) + port.to_bytes(2, "big") + (443).to_bytes(2, "big")
-    flow = TcpLift(cast(Any, None), cast(Any, None), key, key, 0)
+    flow = TcpLift(cast(Any, None), cast(Any, None), key, key, 0, cast(Any, None))
     flow.state = State.ESTABLISHED
     return flow
 

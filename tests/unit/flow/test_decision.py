@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 
+import msgspec
 import pytest
 
 from falkirk.decide import routes, rules
 from falkirk.decide.destination import DestinationDevice
 from falkirk.decide.routes import RouteEntry, RouteSource, RouteTable
-from falkirk.decide.rules import PolicySource, RuleSource, RuleTable
-from falkirk.flow.decision import Outcome, authorise, decide, resolve
+from falkirk.decide.rules import PolicySource, RuleSource, RuleTable, Verdict
+from falkirk.flow.decision import Decision, Outcome, authorise, decide, resolve, superseded
 from tests.flow_rig import NETWORK, OTHER_TENANT, TENANT, context
 
 ROUTE_ID = "00000000-0000-4000-8000-0000000000f4"
@@ -72,7 +73,7 @@ RULES = _rules()
         ("203.0.113.5", 2049, Outcome.DENY, "denied", ""),
         ("100.96.0.9", 80, Outcome.FORWARD, "allowed", "main/web"),
         ("100.96.0.9", 3, Outcome.FORWARD, "allowed", "main/l3"),
-        ("100.96.0.9", 4, Outcome.DENY, "treatment_not_built", "main/l4"),
+        ("100.96.0.9", 4, Outcome.LIFT, "allowed", "main/l4"),
         ("100.96.0.9", 23, Outcome.DENY, "denied", "main/telnet"),
         ("100.96.0.9", 2049, Outcome.FORWARD, "allowed", "main/nas"),
         ("100.96.0.9", 445, Outcome.FORWARD, "allowed", "main/bob"),
@@ -118,3 +119,56 @@ def test_what_a_decision_gives_to_records_and_tables() -> None:
     assert '"rule":"main/web"' in lifted.audit
     lost = decide(ROUTES, RULES, context(), bytes([127, 0, 0, 1]), 80, 6)
     assert (lost.route_id, lost.route_bytes, lost.rule_bytes) == ("", bytes(16), b"")
+
+
+OUT = RouteEntry(ROUTE_ID, "out", "203.0.113.0/24", "internet", b"\x0a\x00\x00\x01", b"\xfd" + bytes(15))
+ALLOWED = Verdict(True, "main/web", "allowed by main/web")
+BEFORE = Decision(Outcome.LIFT, "allowed", ALLOWED.why, OUT, ALLOWED)
+AT_NAS = RouteEntry("", "device/nas", "100.96.0.9/32", "device", device=NAS)
+TO_NAS = Decision(Outcome.FORWARD, "allowed", "", AT_NAS, ALLOWED)
+
+
+def _on(route: RouteEntry, verdict: Verdict = ALLOWED, outcome: Outcome = Outcome.LIFT) -> Decision:
+    return Decision(outcome, "allowed", verdict.why, route, verdict)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "family", "reason"),
+    [
+        (BEFORE, BEFORE, 4, ""),
+        # Another rule allows it, another route leads it the same way.
+        (BEFORE, _on(OUT, Verdict(True, "main/all", "")), 4, ""),
+        (BEFORE, _on(OUT, Verdict(True, "main/all", "", "l4")), 4, ""),
+        (BEFORE, _on(msgspec.structs.replace(OUT, route_id="other", name="finer", prefix="203.0.113.5/32")), 4, ""),
+        (BEFORE, _on(msgspec.structs.replace(OUT, connect_timeout_ms=1)), 4, ""),
+        # An egress address matters to its own family only.
+        (BEFORE, _on(msgspec.structs.replace(OUT, name="moved", egress4=b"\x0a\x00\x00\x02")), 4, "route_changed: moved"),
+        (BEFORE, _on(msgspec.structs.replace(OUT, name="moved", egress4=b"\x0a\x00\x00\x02")), 6, ""),
+        (BEFORE, _on(msgspec.structs.replace(OUT, name="moved", egress6=b"")), 6, "route_changed: moved"),
+        (BEFORE, TO_NAS, 4, "route_changed: device/nas"),
+        (TO_NAS, BEFORE, 4, "route_changed: out"),
+        (TO_NAS, _on(msgspec.structs.replace(AT_NAS, device=SELF), ALLOWED, Outcome.FORWARD), 4, "route_changed: device/nas"),
+        (
+            TO_NAS,
+            _on(msgspec.structs.replace(AT_NAS, device=DestinationDevice("nas-id", "box", "eve")), ALLOWED, Outcome.FORWARD),
+            4,
+            "",
+        ),
+        (BEFORE, Decision(Outcome.UNREACHABLE, "no_route", "", None), 4, "route_changed: no_route"),
+        (BEFORE, Decision(Outcome.UNREACHABLE, "blackhole", "", OUT, ALLOWED), 4, "route_changed: blackhole"),
+        (BEFORE, Decision(Outcome.DENY, "denied", "", OUT, Verdict(False, "main/no", "")), 4, "policy_changed: main/no"),
+        (BEFORE, Decision(Outcome.DENY, "denied", "", OUT, Verdict(False, "", "")), 4, "policy_changed: default deny"),
+        (BEFORE, Decision(Outcome.PROHIBITED, "denied", "", OUT, Verdict(False, "", "")), 4, "policy_changed: default deny"),
+        (BEFORE, Decision(Outcome.DENY, "treatment_not_built", "", OUT, Verdict(True, "main/ssh", "")), 4, "policy_changed: main/ssh"),
+        # Both forwarded and lifted are allowed, but a flow is one of them.
+        (TO_NAS, _on(AT_NAS, Verdict(True, "main/l4", "", "l4")), 4, "policy_changed: main/l4"),
+    ],
+)  # fmt: skip
+def test_what_ends_a_flow_that_goes_on(before: Decision, now: Decision, family: int, reason: str) -> None:
+    assert superseded(before, now, family) == reason
+
+
+def test_a_device_that_changed_is_named_as_the_cause() -> None:
+    denied = Decision(Outcome.DENY, "denied", "", OUT, Verdict(False, "main/no", ""))
+    assert superseded(BEFORE, denied, 4, device_changed=True) == "device_changed: main/no"
+    assert superseded(BEFORE, TO_NAS, 4, device_changed=True) == "route_changed: device/nas"

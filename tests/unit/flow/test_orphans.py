@@ -107,7 +107,7 @@ def test_a_start_that_was_never_written_gets_no_end(rig: FlowRig) -> None:
 def test_a_slot_that_was_in_use_is_not_the_next_one(rig: FlowRig) -> None:
     client = Client(rig, Framing.RAW, 4)
     prepare, _ = established(client)
-    rig.worker.live.cursors(0, 1)
+    rig.worker.live.cursors((0, 1, 0, 0))
     succeed(rig, client)
     client.send(SYN)
     (again,) = rig.asked()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from falkirk.flow.tracker import ACK, SYN
+from falkirk.flow.segments import ACK, SYN
 from falkirk.wire import tcp, vnet
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Connected, Prepare

@@ -42,6 +42,11 @@ def test_an_echo_and_its_reply_are_of_one_flow() -> None:
     assert reverse(back) == said
 
 
+def test_a_forwarded_reply_has_its_identifier_where_the_port_would_be() -> None:
+    said = Signature(1, SERVER, DEVICE, 77, 0)
+    assert keys(said) == (key_of(1, SERVER, DEVICE, 77, 0), key_of(1, SERVER, DEVICE, 0, 77))
+
+
 def test_an_error_is_of_the_flow_that_it_quotes() -> None:
     quoted = segment(SERVER, DEVICE, 80, 40000, 1, 1, 16)
     error = unreachable(quoted, parse(quoted, 0, len(quoted)), Unreachable.PORT, DEVICE)

@@ -20,7 +20,8 @@ from falkirk.wire.build import segment
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Connected, Prepare
 from falkirk.wire.packet import parse
-from tests.flow_rig import DEVICE4, SERVER4, FlowRig, context
+from tests.flow_rig import DEVICE4, SERVER4, FlowRig, context, read
+from tests.unit.flow.test_raw import answers, burst, packer
 from tests.unit.flow.test_worker_lift import ACK, RST, SYN, Client, established
 
 CAPTURE = bytes(range(16))
@@ -157,6 +158,55 @@ def test_a_super_packet_is_captured_whole(rig: FlowRig) -> None:
     short = Watcher(rig, snaplen=64)
     client.sock.send(head + body)
     assert [(len(packet.data), packet.length) for packet in short.packets()] == [(64, len(body)), (64, len(body))]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_burst_is_captured_as_it_came_and_as_it_went_on(rig: FlowRig, family: int) -> None:
+    """What is joined without a watcher is joined with one."""
+    client = Client(rig, Framing.RAW, family)
+    prepare, _ = established(client)
+    watcher = Watcher(rig)
+    sent = burst(20, family)
+    client.sock.send(b"".join(sent))
+    *came, went = watcher.packets()
+    (written,) = read(client.tun)
+    assert [packet.data for packet in came] == sent
+    assert {(packet.side, packet.fate, packet.flow_id) for packet in came} == {(0, "forwarded", prepare.flow_id)}
+    assert (went.side, went.fate, went.gso_size, went.partial) == (1, "sent", 1400, True)
+    assert went.data == written[vnet.SIZE :]
+    damaged = bytearray(burst(20, family)[0])
+    damaged[-1] ^= 1
+    client.sock.send(b"".join([bytes(damaged), *sent[1:3]]))
+    again = watcher.packets()
+    assert (0, "dropped", "bad_l4_checksum") in seen(again)
+    assert [packet.data for packet in again if packet.side == 1] == [data[vnet.SIZE :] for data in read(client.tun)]
+    assert rig.balanced()
+
+
+def test_what_leaves_packed_is_captured_packet_by_packet(rig: FlowRig) -> None:
+    client = packer(rig)
+    prepare, slot = established(client)
+    watcher = Watcher(rig)
+    packets = answers(client, slot, 5)
+    for packet in packets:
+        client.tun.send(vnet.ZERO + packet)
+    rig.step(1)
+    (data,) = read(client.sock)
+    found = watcher.packets()
+    assert {packet.flow_id for packet in found} == {prepare.flow_id}
+    assert [packet.data for packet in found if packet.side == 1] == packets
+    assert b"".join(packet.data for packet in found if packet.side == 0) == data
+    assert seen(found) == [(1, "forwarded", "")] * 5 + [(0, "sent", "")] * 5
+
+
+def test_tunnels_that_nobody_watches_pass_as_ever(rig: FlowRig) -> None:
+    client = Client(rig, Framing.RAW, 4)
+    established(client)
+    watcher = Watcher(rig, tenant="other")
+    client.sock.send(b"".join(burst(20, 4)))
+    rig.step(1)
+    assert len(read(client.tun)) == 1
+    assert watcher.packets() == []
 
 
 def test_filters(rig: FlowRig) -> None:

@@ -12,22 +12,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from falkirk.flow import control
 from falkirk.flow.session import HELD_PACKETS
 from falkirk.flow.settings import FlowSettings
-from falkirk.linux import datagrams, seqpacket
+from falkirk.linux import datagrams
 from falkirk.wire import icmp, vnet
-from falkirk.wire.build import icmp_packet
-from falkirk.wire.checksum import checksum
-from falkirk.wire.context import Framing, TunnelContext
-from falkirk.wire.datagram import Heads
-from falkirk.wire.handover import Adopt, OpenSocket, SocketFailed, SocketOpened, encode
-from falkirk.wire.packet import Packet, parse, split, verify
-from falkirk.wire.segment import segments
-from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context, read
-
-FAMILIES = {4: (DEVICE4, SERVER4), 6: (DEVICE6, SERVER6)}
-LOOPBACK = {4: socket.inet_aton("127.0.0.1"), 6: socket.inet_pton(socket.AF_INET6, "::1")}
+from falkirk.wire.context import Framing
+from falkirk.wire.handover import SocketFailed, SocketOpened
+from tests.flow_rig import FlowRig, context, read
+from tests.unit.flow.udp_client import FAMILIES, LOOPBACK, Client, unreachable
 
 
 @pytest.fixture
@@ -35,101 +27,6 @@ def rig(tmp_path: Path) -> Iterator[FlowRig]:
     rig = FlowRig(tmp_path)
     yield rig
     rig.close()
-
-
-class Client:
-    """A device on a tunnel, and the server that its sessions lead to."""
-
-    def __init__(self, rig: FlowRig, framing: Framing, family: int, who: TunnelContext | None = None) -> None:
-        self.rig, self.framing, self.family = rig, framing, family
-        self.sock = rig.tunnel(framing, who)
-        self.device, self.server = FAMILIES[family]
-        kind = socket.AF_INET if family == 4 else socket.AF_INET6
-        self.far = socket.socket(kind, socket.SOCK_DGRAM)
-        self.far.bind(("127.0.0.1" if family == 4 else "::1", 0))
-        self.far.settimeout(5)
-        self.port = 40000
-        self.to = 5000
-        self.came = 0
-        """Datagrams in the tunnel, when `packets` looked last."""
-
-    def close(self) -> None:
-        self.sock.close()
-        self.far.close()
-
-    def datagram(self, payload: bytes, *, ttl: int = 64, traffic_class: int = 0, partial: bool = False) -> bytes:
-        heads = Heads(self.device, self.server, self.port, self.to)
-        buf = bytearray(heads.size) + payload
-        heads.put(buf, 0, len(payload), ttl, traffic_class, partial=partial)
-        return bytes(buf)
-
-    def send_packet(self, packet: bytes, header: bytes = vnet.ZERO) -> None:
-        self.sock.send(packet if self.framing is Framing.RAW else header + packet)
-        self.rig.step()
-
-    def send(self, payload: bytes, **fields: int) -> None:
-        self.send_packet(self.datagram(payload, **fields))  # type: ignore[arg-type]
-
-    def wish(self) -> OpenSocket:
-        (wish,) = self.rig.asked()
-        assert isinstance(wish, OpenSocket)
-        return wish
-
-    def begin(self, payload: bytes = b"first") -> OpenSocket:
-        """A session whose socket leads to the server on loopback."""
-        self.send(payload)
-        wish = self.wish()
-        self.rig.give_socket(wish, datagrams.udp(LOOPBACK[self.family], self.far.getsockname()[1], b"", wish.local))
-        return wish
-
-    def hears(self) -> tuple[bytes, int, int]:
-        """What the server gets: payload, TTL, traffic class."""
-        four = self.family == 4
-        level = socket.IPPROTO_IP if four else socket.IPPROTO_IPV6
-        wanted = (
-            (datagrams.IP_RECVTTL, datagrams.IP_RECVTOS)
-            if four
-            else (
-                datagrams.IPV6_RECVHOPLIMIT,
-                datagrams.IPV6_RECVTCLASS,
-            )
-        )
-        for option in wanted:
-            self.far.setsockopt(level, option, 1)
-        payload, ancillary, _, self.peer = self.far.recvmsg(65536, 200)
-        told = {kind: data[0] for _, kind, data in ancillary}
-        ttl = told.get(datagrams.IP_TTL if four else datagrams.IPV6_HOPLIMIT, -1)
-        return payload, ttl, told.get(datagrams.IP_TOS if four else datagrams.IPV6_TCLASS, -1)
-
-    def packets(self, wait: bool = True) -> list[tuple[Packet, bytes]]:
-        """Whole packets that the device gets, with right checksums, and the payload of each."""
-        datagrams: list[bytes] = []
-
-        def come() -> bool:
-            datagrams.extend(read(self.sock))
-            return bool(datagrams)
-
-        if wait:
-            self.rig.until(come)
-        self.rig.step()
-        come()
-        made = []
-        self.came = len(datagrams)
-        for data in datagrams:
-            plain: list[bytes]
-            if self.framing is Framing.VNET:
-                header = vnet.unpack(data, 0, len(data))
-                packet = parse(data, 10, len(data) - 10, fragments=True)
-                assert vnet.validate(header, packet, 1500) == header
-                plain = segments(header, data, 10, len(data) - 10)
-            else:
-                plain = [data[at : at + size] for at, size in split(data, len(data))]
-            for one in plain:
-                packet = parse(one, 0, len(one), fragments=True)
-                assert packet.total_length == len(one)
-                verify(one, packet)
-                made.append((packet, one[packet.payload_offset :]))
-        return made
 
 
 @pytest.fixture(
@@ -263,11 +160,6 @@ def test_no_socket(client: Client, code: int, reason: str, told: icmp.Unreachabl
     assert rig.balanced()
 
 
-def unreachable(client: Client, why: icmp.Unreachable) -> tuple[int, int]:
-    code4, type6, code6 = why.value
-    return (icmp.UNREACHABLE4, code4) if client.family == 4 else (type6, code6)
-
-
 def test_a_socket_that_got_lost_on_the_way_ends_the_session(client: Client) -> None:
     client.send(b"x")
     wish = client.wish()
@@ -283,9 +175,12 @@ def test_a_socket_for_a_session_that_is_over_is_closed(client: Client) -> None:
     wish = client.wish()
     client.sock.close()
     rig.until(lambda: not rig.worker.tunnels)
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    rig.give_socket(wish, datagrams.udp(LOOPBACK[client.family], client.far.getsockname()[1], b"", 0))
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    sock = datagrams.udp(LOOPBACK[client.family], client.far.getsockname()[1], b"", 0)
+    client.far.connect(sock.getsockname())
+    rig.give_socket(wish, sock)
+    client.far.send(b"anybody there?")
+    with pytest.raises(ConnectionRefusedError):
+        client.far.recv(100)
     assert rig.drops() == {"tunnel_closed": 1}
     assert rig.balanced()
 
@@ -455,171 +350,3 @@ def test_a_sessions_timer_runs_from_what_the_client_sent_last(rig: FlowRig) -> N
 def test_timers_have_a_least(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least {value + 1}"):
         msgspec.structs.replace(FlowSettings(), **{name: value})
-
-
-def client_error(client: Client, kind: int, code: int, rest: int, payload: bytes = b"answer") -> bytes:
-    """What the client says of a datagram that it was sent."""
-    heads = Heads(client.server, client.device, client.to, client.port)
-    quote = bytearray(heads.size) + payload
-    heads.put(quote, 0, len(payload), 60, 0)
-    return icmp_packet(bytearray(icmp.build(kind, code, rest)) + quote, client.device, client.server)
-
-
-def test_a_client_whose_port_is_closed_ends_the_session(client: Client) -> None:
-    rig = client.rig
-    client.begin()
-    client.hears()
-    kind, code = unreachable(client, icmp.Unreachable.PORT)
-    client.send_packet(client_error(client, kind, code, 0))
-    assert rig.worker.flow_count == 0
-    assert rig.records()[-1].reason == "client_unreachable"
-    assert rig.drops() == {"icmp_error_taken": 1}
-    client.send_packet(client_error(client, kind, code, 0))
-    assert rig.drops() == {"icmp_error_taken": 1, "icmp_error_unmatched": 1}
-    # The server hears of it from the kernel, whose port is closed now.
-    client.far.connect(client.peer)
-    client.far.send(b"more")
-    with pytest.raises(ConnectionRefusedError):
-        client.far.recv(100)
-    assert rig.balanced()
-
-
-def test_an_mtu_that_the_client_tells_is_kept(client: Client) -> None:
-    rig = client.rig
-    client.begin()
-    client.hears()
-    kind, code = (3, 4) if client.family == 4 else (2, 0)
-    client.send_packet(client_error(client, kind, code, 1300))
-    client.far.sendto(bytes(1400), client.peer)
-    packets = client.packets()
-    assert len(packets) == 2
-    assert all(packet.is_fragment and packet.total_length <= 1300 for packet, _ in packets)
-    # Nothing needs to be as small as this (RFC 1191 3, RFC 8200 5).
-    client.send_packet(client_error(client, kind, code, 1))
-    client.far.sendto(bytes(200), client.peer)
-    least = 68 if client.family == 4 else 1280
-    assert max(packet.total_length for packet, _ in client.packets()) <= least
-    assert rig.balanced()
-
-
-def test_an_error_that_quotes_nobodys_datagram_changes_nothing(client: Client) -> None:
-    client.begin()
-    client.port = 40009
-    kind, code = unreachable(client, icmp.Unreachable.PORT)
-    client.send_packet(client_error(client, kind, code, 0))
-    assert client.rig.worker.flow_count == 1
-    assert client.rig.drops() == {"icmp_error_unmatched": 1}
-
-
-def test_an_operator_ends_a_session_and_the_client_is_told(client: Client) -> None:
-    rig = client.rig
-    client.begin()
-    client.hears()
-    (flow,) = rig.worker.tunnels[1].flows.values()
-    seqpacket.send(rig._parent, encode([control.Terminate(1, flow.key, flow.flow_id, "enough")]))
-    ((error, quoted),) = client.packets()
-    assert (error.icmp_type, error.icmp_code) == unreachable(client, icmp.Unreachable.PROHIBITED)
-    quote = parse(quoted, 0, len(quoted))
-    assert (quote.source, quote.source_port, quote.destination_port) == (client.device, 40000, 5000)
-    assert rig.records()[-1].reason == "terminated: enough"
-    assert rig.balanced()
-
-
-def test_a_drain_ends_sessions_at_once_and_says_nothing(client: Client) -> None:
-    rig = client.rig
-    client.begin()
-    client.hears()
-    rig.worker.drain.begin()
-    assert rig.worker.flow_count == 0
-    assert rig.records()[-1].reason == "drained"
-    assert client.packets(wait=False) == []
-
-
-def test_an_upgraders_end_costs_no_session_but_those_without_a_socket(client: Client) -> None:
-    rig = client.rig
-    client.begin()
-    client.hears()
-    client.port = 40001
-    client.send(b"held")
-    assert rig.upgrader is not None
-    rig.upgrader.close()
-    rig.step()
-    client.port = 40002
-    client.send(b"new")
-    assert rig.drops() == {"not_ready": 1}
-    rig.until(lambda: rig.worker.flow_count == 1)
-    client.port = 40000
-    client.send(b"still")
-    assert client.hears()[0] == b"still"
-    client.far.sendto(b"here", client.peer)
-    assert [payload for _, payload in client.packets()] == [b"here"]
-    rig.pair()
-    rig.until(lambda: rig.worker.pair.ready)
-    client.send(b"and after")
-    assert client.hears()[0] == b"and after"
-    assert [record.reason for record in rig.records() if record.event == "ended"] == ["upgrader_lost"]
-    assert rig.balanced()
-
-
-def test_a_workers_end_costs_its_sessions_and_its_successor_says_so(client: Client) -> None:
-    rig = client.rig
-    client.begin()
-    client.hears()
-    rig.worker.lifecycle.checkpoint()
-    rig.kill()
-    rig.start()
-    client.sock.close()
-    client.sock, theirs = seqpacket.pair()
-    rig.say_onramp(Adopt(1, context(), client.framing, 1500), [theirs.fileno()])
-    theirs.close()
-    rig.pair()
-    rig.load()
-    ended = rig.records()[-1]
-    assert (ended.event, ended.reason, ended.protocol, ended.destination_port) == ("ended", "tracker_lost", "udp", 5000)
-    assert ended.bytes_up > 0
-    # It has no slot: nobody is probed for it, and nothing is kept.
-    assert not (rig.data_dir / "flow" / "live" / "worker-0.untold").exists()
-    client.begin(b"again")
-    assert client.hears()[0] == b"again"
-
-
-@pytest.mark.parametrize(("limit", "reason"), [("device_flows", "device_limit"), ("max_flows", "table_full")])
-def test_sessions_count_as_flows(tmp_path: Path, limit: str, reason: str) -> None:
-    rig = FlowRig(tmp_path, msgspec.structs.replace(FlowSettings(), **{limit: 1}))
-    client = Client(rig, Framing.RAW, 4)
-    client.begin()
-    client.port += 1
-    client.send(b"x")
-    assert rig.drops() == {reason: 1}
-    assert [(record.event, record.reason) for record in rig.records()] == [("started", ""), ("denied", reason)]
-    client.close()
-    rig.close()
-
-
-def test_descriptors_are_not_spent_to_the_last(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("falkirk.flow.session.RESERVED", 1 << 40)
-    client.send(b"x")
-    assert client.rig.drops() == {"descriptors_exhausted": 1}
-    assert client.rig.asked() == []
-
-
-def test_options_and_extension_headers_go_no_further(client: Client) -> None:
-    rig = client.rig
-    client.begin()
-    client.hears()
-    packet = client.datagram(b"with more in front")
-    if client.family == 4:
-        head = bytearray(packet[:20]) + b"\x01\x01\x01\x00"
-        head[0] = 0x46
-        head[2:4] = (len(packet) + 4).to_bytes(2, "big")
-        head[10:12] = b"\0\0"
-        head[10:12] = checksum(head).to_bytes(2, "big")
-        packet = bytes(head) + packet[20:]
-    else:
-        head = bytearray(packet[:40])
-        head[4:6] = (len(packet) - 32).to_bytes(2, "big")
-        head[6] = 60
-        packet = bytes(head) + bytes([17, 0, 1, 4, 0, 0, 0, 0]) + packet[40:]
-    client.send_packet(packet)
-    assert client.hears()[0] == b"with more in front"
-    assert rig.balanced()

@@ -131,33 +131,55 @@ def test_a_device_is_handed_over_by_leave_only() -> None:
     ("changed", "removed", "reason"),
     [
         ((), (), ""),
-        ((TenantRow("t", "renamed", 1),), (), ""),
-        ((msgspec.structs.replace(LAPTOP, name="renamed", max_flows=1),), (), ""),
         ((UserRow("u", "t", "ann", ("a", "c")),), (), ""),
-        ((NetworkRow("n", "t", "renamed", True),), (), ""),
         ((), ("t",), "tenant_removed"),
         ((), ("d",), "device_removed"),
         ((), ("n",), "virtual_network_removed"),
         ((msgspec.structs.replace(LAPTOP, tenant_id="bare"),), (), "device_removed"),
         ((msgspec.structs.replace(LAPTOP, disabled=True),), (), "device_disabled"),
         ((UserRow("u", "t", "ann", ("a", "c"), disabled=True),), (), "user_disabled"),
-        ((UserRow("u", "t", "ann", ("a",)),), (), "context_changed"),
         ((msgspec.structs.replace(LAPTOP, user="bob"),), (), "user_disabled"),
-        ((msgspec.structs.replace(LAPTOP, user=""),), (), "context_changed"),
         ((msgspec.structs.replace(LAPTOP, addresses=()),), (), "context_changed"),
-        ((msgspec.structs.replace(LAPTOP, posture={}),), (), "context_changed"),
         ((msgspec.structs.replace(LAPTOP, virtual_network="lab"),), (), "context_changed"),
         ((NetworkRow("n", "t", "default"), NetworkRow("m", "t", "lab", True)), (), "context_changed"),
     ],
 )
 def test_reviews(changed: tuple[Row, ...], removed: tuple[str, ...], reason: str) -> None:
     admitted = admit(tables(), ContextRequest("acme", "laptop"))
-    assert review(tables(*changed, removed=removed), admitted) == reason
+    assert review(tables(*changed, removed=removed), admitted) == (reason or admitted)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fields"),
+    [
+        (TenantRow("t", "renamed", 1), {"tenant": "renamed", "tenant_max_flows": 1}),
+        (msgspec.structs.replace(LAPTOP, name="renamed", max_flows=1), {"device": "renamed", "device_max_flows": 1}),
+        (NetworkRow("n", "t", "renamed", True), {"virtual_network": "renamed"}),
+        (UserRow("u", "t", "ann", ("a",)), {"groups": ("a", "b")}),
+        (msgspec.structs.replace(LAPTOP, user=""), {"user": "", "user_id": "", "groups": ("a", "b")}),
+        (msgspec.structs.replace(LAPTOP, posture={}), {"posture": {}}),
+    ],
+    ids=["tenant", "device", "network", "groups", "user", "posture"],
+)
+def test_what_changes_under_an_open_tunnel(changed: Row, fields: dict[str, object]) -> None:
+    admitted = admit(tables(), ContextRequest("acme", "laptop"))
+    found = review(tables(changed), admitted)
+    assert isinstance(found, admission.Admission)
+    assert found.context == msgspec.structs.replace(admitted.context, **fields)
+    assert not found.pinned
+
+
+def test_what_the_producer_said_stays() -> None:
+    admitted = admit(tables(), ContextRequest("acme", "laptop", attributes={"k": "v"}, packed=True))
+    assert review(tables(), admitted) is admitted
+    found = review(tables(msgspec.structs.replace(LAPTOP, posture={})), admitted)
+    assert isinstance(found, admission.Admission)
+    assert (found.context.packed, found.context.attributes) == (True, {"k": "v"})
 
 
 def test_a_pinned_network_outlives_selections_but_not_itself() -> None:
     admitted = admit(tables(), ContextRequest("acme", "laptop", "lab"))
-    assert review(tables(msgspec.structs.replace(LAPTOP, virtual_network="default")), admitted) == ""
+    assert review(tables(msgspec.structs.replace(LAPTOP, virtual_network="default")), admitted) is admitted
     assert review(tables(removed=("m",)), admitted) == "virtual_network_removed"
 
 

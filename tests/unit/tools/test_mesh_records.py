@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tools.bench_lift import ROUTES, RULES, resources
+from tools.bench_lift import ROUTES, RULES
+from tools.bench_stage import resources
 from tools.mesh import records, resource
 
 
@@ -30,7 +31,7 @@ def test_a_resource_without_a_tenant_has_none_in_its_metadata() -> None:
 
 
 def test_the_bench_has_as_many_rules_and_routes_as_it_says_and_no_prefix_twice() -> None:
-    documents = list(resources())
+    documents = list(resources(RULES, ROUTES))
     routes = [document["spec"]["prefix"] for document in documents if document["kind"] == "Route"]
     assert len(routes) == len(set(routes)) == ROUTES
     rules = [rule for document in documents if document["kind"] == "Policy" for rule in document["spec"]["rules"]]

@@ -105,7 +105,7 @@ def test_the_wrong_road_is_refused(decoder: msgspec.msgpack.Decoder[Any], messag
 def test_descriptors_are_announced() -> None:
     assert Adopt(7, CONTEXT, Framing.VNET, 1500).descriptors == 1
     assert Held(7, CONTEXT, Framing.RAW, 1500).descriptors == 1
-    assert Devices(3, 1026, 1500).descriptors == 2
+    assert Devices(3, 1026, 1500).descriptors == 4
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (1, [1]), (64, [64]), (65, [64, 1]), (130, [64, 64, 2])])

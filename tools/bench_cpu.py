@@ -1,0 +1,81 @@
+"""Processor time of a mesh's processes, by what they are: /proc/PID/stat before and after.
+
+A rate depends on what else the machine does; processor time for a piece of work hardly does. Limits: ticks of ten milliseconds, so measure
+for a second at least; a process that began and ended in between isn't counted.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+TICK_US = 1_000_000 // os.sysconf("SC_CLK_TCK")
+
+
+def name(pid: int) -> str:
+    """What a process runs: "flow.worker", "flow", "up"; empty where it isn't Falkirk's, or is gone."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    for at, word in enumerate(words[:-1]):
+        if word == "-m" and words[at + 1].startswith("falkirk."):
+            module = words[at + 1].removeprefix("falkirk.")
+            return "cli." + words[at + 2] if module == "cli.main" and at + 2 < len(words) else module
+    return ""
+
+
+def descendants(root: int) -> list[int]:
+    """A process and all below it."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            children.setdefault(int(fields[1]), []).append(int(entry.name))
+    found, waiting = [], [root]
+    while waiting:
+        pid = waiting.pop()
+        found.append(pid)
+        waiting += children.get(pid, [])
+    return found
+
+
+def used_us(pid: int) -> int | None:
+    """Microseconds of processor time, user's and system's; None where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) * TICK_US
+
+
+class Meter:
+    """What each kind of process used since it was made."""
+
+    def __init__(self, root: int) -> None:
+        self._before = {
+            pid: (kind, used) for pid in descendants(root) if (kind := name(pid)) and (used := used_us(pid)) is not None
+        }
+
+    def used_us(self) -> dict[str, int]:
+        """Microseconds by kind."""
+        found: dict[str, int] = {}
+        for pid, (kind, before) in self._before.items():
+            now = used_us(pid)
+            if now is not None:
+                found[kind] = found.get(kind, 0) + now - before
+        return found
+
+
+def memory(root: int, kind: str) -> int:
+    """Bytes of anonymous memory that processes of a kind have resident."""
+    total = 0
+    for pid in descendants(root):
+        if name(pid) == kind:
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    total += int(line.split()[1]) * 1024
+    return total
