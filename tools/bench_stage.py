@@ -155,7 +155,8 @@ class Stage:
 
     def _servers(self) -> None:
         """iperf3 and echo at the server, echo on the node's loopback."""
-        self.server.start("iperf3", "-s", "-p", str(IPERF_PORT))
+        # Bound, since a UDP server answers from the interface's first address otherwise.
+        self.server.start("iperf3", "-s", "-p", str(IPERF_PORT), "-B", self.addresses[0])
         for namespace, ports in ((self.server, (IPERF_PORT, *ECHO_PORTS)), (self.node, ECHO_PORTS)):
             namespace.start(sys.executable, str(LOAD / "echo_server.py"), *map(str, ECHO_PORTS))
 
