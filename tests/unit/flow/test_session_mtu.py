@@ -81,6 +81,26 @@ def test_a_question_in_fragments_is_one_datagram(client: Client) -> None:
     assert client.rig.drops() == {}
 
 
+def test_an_atomic_fragment_is_alone_whatever_else_has_its_name(rig: FlowRig) -> None:
+    """RFC 6946 4: it is processed by itself, and what waits under the same identification isn't disturbed."""
+    client = Client(rig, Framing.RAW, 6)
+    client.begin()
+    client.hears()
+    whole = client.datagram(BIG[:2000])
+    first, second = fragments.cut(whole, 1400, 7)
+    small = client.datagram(b"atomic")
+    atomic = (
+        small[:4] + (len(small) - 32).to_bytes(2, "big") + b"\x2c" + small[7:40] + first[40:42] + b"\0\0" + first[44:48]
+    )
+    atomic += small[40:]
+    for packet, payload in ((first, b""), (atomic, b"atomic"), (second, BIG[:2000])):
+        client.send_packet(packet)
+        if payload:
+            assert client.hears()[0] == payload
+    assert rig.drops() == {}
+    client.close()
+
+
 def test_an_answer_larger_than_the_tunnel_comes_in_fragments(client: Client) -> None:
     parts = reply(client, BIG)
     assert len(parts) == 3
