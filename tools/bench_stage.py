@@ -220,8 +220,9 @@ class Stage:
         }
 
     def throughput(self, who: Contestant, seconds: float, *options: str) -> dict[str, Any]:
-        """iperf3's `end` object."""
-        command = ["iperf3", "-J", "-c", who.addresses[0], "-p", str(IPERF_PORT), "-t", f"{seconds:g}", *options]
+        """iperf3's `end` object. It takes whole seconds, and 0 for no end."""
+        length = str(max(1, round(seconds)))
+        command = ["iperf3", "-J", "-c", who.addresses[0], "-p", str(IPERF_PORT), "-t", length, *options]
         result = measure(who.command(command), seconds)
         end: dict[str, Any] = result.get("end", {})
         if "error" in result or not end:

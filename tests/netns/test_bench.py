@@ -47,11 +47,3 @@ def test_pps() -> None:
     baseline = result["baseline"]
     assert isinstance(baseline, dict)
     assert {"mtu", "offloads", "congestion_control", "kernel", "cpus", "cpu_model", "python"} <= set(baseline)
-
-
-def test_raw1500() -> None:
-    result = bench("raw1500")
-    assert isinstance(result["gbit_s"], float)
-    assert isinstance(result["of_unbatched"], float)
-    assert isinstance(result["reverse"], dict)
-    assert result["reverse"]["gbit_s"] > 0
