@@ -16,31 +16,7 @@ from tools.mesh import resource
 
 RULE = {"name": "l4", "when": 'net.dst_device != ""', "action": "allow", "treatment": "l4"}
 FRAMINGS = (("vnet", "vnet"), ("raw", "raw"), ("raw", "vnet"), ("vnet", "raw"), ("device", "device"))
-
-
-def address(world: World, device: str, family: socket.AddressFamily) -> str:
-    """A device's own address."""
-    for found in world.mesh.ask_json("devices", "device", "list", "--tenant", "acme"):
-        if found["metadata"]["name"] == device:
-            addresses = [str(text).split("/")[0] for text in found["addresses"]]
-            return next(text for text in addresses if (":" in text) == (family == socket.AF_INET6))
-    raise AssertionError(f"no device {device}")
-
-
 KINDS = ("vnet", "raw", "device")
-
-
-def devices(world: World) -> tuple[dict[str, str], dict[str, str]]:
-    """A client and a server of each kind, as a device is where its newest tunnel is: on different workers where there are several."""
-    names = sorted(
-        (crc32(found["metadata"]["id"].encode()) % world.workers, found["metadata"]["name"])
-        for found in world.mesh.ask_json("devices", "device", "list", "--tenant", "acme")
-        if found["metadata"]["name"].startswith("peer")
-    )
-    clients, servers = names[: len(KINDS)], names[-len(KINDS) :]
-    assert world.workers == 1 or clients[-1][0] < servers[0][0]
-    one, other = (dict(zip(KINDS, (name for _, name in some), strict=True)) for some in (clients, servers))
-    return one, other
 
 
 @dataclass(frozen=True)
@@ -92,23 +68,43 @@ class Between:
             return outcome(sock, begin(sock, self.there, port))
 
 
-def allow(world: World) -> None:
-    """Write the rule, and devices enough to find some on each worker."""
-    peers = [resource("Device", f"peer{number}", "acme", user="alice") for number in range(30)]
-    world.apply([*peers, resource("Policy", "peers", "acme", priority=5, rules=[RULE])])
+class Peers:
+    """Devices, a client and a server of each kind, as a device is where its newest tunnel is; the two on different workers where there are
+    several."""
+
+    def __init__(self, world: World) -> None:
+        """Writes the rule, and devices enough to find some on each worker."""
+        self.world = world
+        peers = [resource("Device", f"peer{number}", "acme", user="alice") for number in range(30)]
+        world.apply([*peers, resource("Policy", "peers", "acme", priority=5, rules=[RULE])])
+        found = [
+            (crc32(device["metadata"]["id"].encode()) % world.workers, device["metadata"]["name"], device["addresses"])
+            for device in world.mesh.ask_json("devices", "device", "list", "--tenant", "acme")
+            if device["metadata"]["name"].startswith("peer")
+        ]
+        found.sort()
+        self._clients = dict(zip(KINDS, found, strict=False))
+        self._servers = dict(zip(KINDS, found[::-1], strict=False))
+        assert world.workers == 1 or found[len(KINDS)][0] < found[-len(KINDS)][0]
+        self.idle = found[len(KINDS)]
+        """One that has no tunnel."""
+
+    def between(self, framings: tuple[str, str], family: socket.AddressFamily, *, back: bool = False) -> Between:
+        """A way; `back` swaps the two devices."""
+        first, second = self._clients[framings[0]], self._servers[framings[1]]
+        if back:
+            first, second, framings = second, first, framings[::-1]
+        return Between(
+            self.world,
+            self.world.client(framings[0], device=first[1]),
+            self.world.client(framings[1], device=second[1]),
+            family,
+            address(first, family),
+            address(second, family),
+        )
 
 
-def between(world: World, framings: tuple[str, str], family: socket.AddressFamily, *, back: bool = False) -> Between:
-    """A way; `back` swaps the two devices."""
-    clients, servers = devices(world)
-    first, second = clients[framings[0]], servers[framings[1]]
-    if back:
-        first, second, framings = second, first, framings[::-1]
-    return Between(
-        world,
-        world.client(framings[0], device=first),
-        world.client(framings[1], device=second),
-        family,
-        address(world, first, family),
-        address(world, second, family),
-    )
+def address(device: tuple[int, str, list[str]], family: socket.AddressFamily) -> str:
+    """A device's own address."""
+    addresses = [text.split("/")[0] for text in device[2]]
+    return next(text for text in addresses if (":" in text) == (family == socket.AF_INET6))

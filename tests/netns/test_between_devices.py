@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.netns.between_devices import FRAMINGS, Between, allow, between
-from tests.netns.fidelity import DEADLINE_S, World, begin, open_world, outcome, receive, reset, together
+from tests.netns.between_devices import FRAMINGS, Between, Peers, address
+from tests.netns.fidelity import DEADLINE_S, begin, open_world, outcome, receive, reset, together
 from tests.netns.test_fidelity_streams import BIG, in_background, receive_stream, send_stream
 from tools.netlab import wait_for
 
@@ -22,24 +22,23 @@ HELLO = b"SSH-2.0-OpenSSH_9.2\r\n"
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["1-worker", "3-workers"])
-def mesh(request: pytest.FixtureRequest) -> Iterator[World]:
+def peers(request: pytest.FixtureRequest) -> Iterator[Peers]:
     with open_world(request.param, {"flow": {"connect_timeout_ms": 2000}}) as world:
-        allow(world)
-        yield world
+        yield Peers(world)
 
 
 @pytest.fixture(
     params=[(framings, family) for framings in FRAMINGS for family in FAMILIES],
     ids=lambda param: f"{'-'.join(param[0])}-{'ipv4' if param[1] == socket.AF_INET else 'ipv6'}",
 )
-def way(mesh: World, request: pytest.FixtureRequest) -> Between:
-    return between(mesh, *request.param)
+def way(peers: Peers, request: pytest.FixtureRequest) -> Between:
+    return peers.between(*request.param)
 
 
 @pytest.fixture
-def plain(mesh: World) -> Between:
+def plain(peers: Peers) -> Between:
     """One of them."""
-    return between(mesh, ("vnet", "vnet"), socket.AF_INET)
+    return peers.between(("vnet", "vnet"), socket.AF_INET)
 
 
 def test_the_server_sees_the_client_itself(way: Between) -> None:
@@ -92,14 +91,10 @@ def test_a_device_that_does_not_answer_times_out(plain: Between) -> None:
     assert plain.world.recorded("ended", port, plain.there)["reason"] == "upstream_timeout"
 
 
-def test_a_device_without_a_tunnel_is_unreachable(plain: Between) -> None:
-    listed = plain.world.mesh.ask_json("devices", "device", "list", "--tenant", "acme")
-    idle = next(
-        found for found in listed if found["metadata"]["name"] not in (plain.client.device, plain.server.device)
-    )
-    there = next(text.split("/")[0] for text in idle["addresses"] if ":" not in text)
+def test_a_device_without_a_tunnel_is_unreachable(peers: Peers, plain: Between) -> None:
     with plain.client.socket(socket.AF_INET) as sock:
-        assert outcome(sock, begin(sock, there, 22)).error == errno.EHOSTUNREACH
+        begun = begin(sock, address(peers.idle, socket.AF_INET), 22)
+        assert outcome(sock, begun).error == errno.EHOSTUNREACH
 
 
 @pytest.mark.slow
@@ -146,8 +141,8 @@ def _listens(port: int) -> bool:
         return sock.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_both_directions_at_once(mesh: World) -> None:
-    there, back = (between(mesh, ("raw", "vnet"), socket.AF_INET, back=swapped) for swapped in (False, True))
+def test_both_directions_at_once(peers: Peers) -> None:
+    there, back = (peers.between(("raw", "vnet"), socket.AF_INET, back=swapped) for swapped in (False, True))
     with there.pair() as (one, two), back.pair() as (three, four):
         for client, server in ((one, two), (three, four)):
             client.sendall(b"ping")
