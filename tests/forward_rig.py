@@ -30,7 +30,7 @@ NAS = {4: bytes([100, 96, 0, 3]), 6: bytes.fromhex("fd00000000000001000000000000
 BEHIND = {4: bytes([10, 9, 1, 1]), 6: bytes.fromhex("fd090000000000000000000000000001")}
 """A host behind the NAS, which the route `site` leads to."""
 TCP, UDP, SCTP, GRE, ESP = 6, 17, 132, 47, 50
-SYN, ACK = 2, 16
+SYN, RST, ACK = 2, 4, 16
 SITE = "00000000-0000-4000-8000-00000000005e"
 
 
@@ -107,6 +107,19 @@ class End:
                 verify(body, packet)
             packets.append((packet, body))
         return packets
+
+    def probed(self) -> Packet:
+        """The probe that came, alone but for its like (there is another one each second)."""
+        first, *more = [packet for packet, _ in self.received()]
+        assert first.flags == ACK
+        for each in more:
+            assert (each.source, each.source_port, each.flags) == (first.source, first.source_port, ACK)
+        return first
+
+    def reset_by(self) -> Packet:
+        """The RST that came, perhaps beside probes."""
+        (found,) = [packet for packet, _ in self.received() if packet.flags & RST]
+        return found
 
     def bodies(self) -> list[bytes]:
         """The same, as bytes."""

@@ -181,7 +181,11 @@ def udp(step: Step, ends: Endpoints, payload: bytes) -> bytes:
     """A datagram with its checksum; `nosum` for none (RFC 768)."""
     length = step.number("udplen", 8 + len(payload))
     whole = struct.pack(">HHHH", ends.source_port, ends.destination_port, length, 0) + payload
-    return whole if step.has("nosum") else _summed(whole, 6, ends, 17, step)
+    if step.has("nosum"):
+        return whole
+    if length < len(whole):
+        return _summed(whole[:length], 6, ends, 17, step) + whole[length:]
+    return _summed(whole, 6, ends, 17, step)
 
 
 def icmp_kind(family: str, name: str) -> tuple[int, int]:

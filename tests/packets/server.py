@@ -10,6 +10,8 @@
     server fill | unfill          fill the listener's queue so that SYNs go unanswered; make room
     server rcvbuf 4096            (before the connection) a small receive buffer
     server udp receive "text"     the same for datagrams; `udp send` answers whoever spoke last
+    server forgotten              let this machine's kernel forget the path MTU that it has learned of the server
+    server icmp unreachable-host  send an ICMP error about what came last to the server's ports, from any host (`src=nobody mtu=1300`)
 
 Limits: one listener, one connection and one UDP socket at a time; all waits have a deadline.
 """
@@ -20,17 +22,22 @@ import contextlib
 import select
 import socket
 import struct
+import subprocess
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from tests.netns.conftest import ServerNamespace
-from tests.packets.craft import pattern
+from tests.packets import craft
+from tests.packets.craft import Endpoints, pattern
 from tests.packets.script import Step
+from tools.netlab import wait_for
 
 T = TypeVar("T")
 DEADLINE_S: Final = 10.0
-HOSTS: Final = {"server": 1, "nobody": 5, "slow": 6, "blackhole": 7, "unreachable": 8, "prohibited": 9}
-"""Hosts of the server's prefix by their names in scripts."""
+HOSTS: Final = {"server": 1, "nobody": 5, "slow": 6, "blackhole": 7, "unreachable": 8, "prohibited": 9, "narrow": 10}
+"""Hosts of the server's prefix by their names in scripts; `narrow` is the server behind a path with an MTU of `NARROW`."""
+NARROW: Final = 1300
 ELSEWHERE: Final = {
     "noroute": ("198.51.100.1", "2001:db8::1"),
     "stranger": ("10.99.99.99", "fd99::99"),
@@ -46,8 +53,8 @@ ELSEWHERE: Final = {
 class Server:
     """Sockets in the server's namespace for one case at a time."""
 
-    def __init__(self, namespace: ServerNamespace) -> None:
-        self._namespace = namespace
+    def __init__(self, namespace: ServerNamespace, deadline: float = DEADLINE_S) -> None:
+        self._namespace, self._deadline = namespace, deadline
         self._sockets: list[socket.socket] = []
         self._listener: socket.socket | None = None
         self._connection: socket.socket | None = None
@@ -56,6 +63,9 @@ class Server:
         self._sent = self._received = 0
         self._family = socket.AF_INET
         self.port = self.udp_port = 0
+        self._capture = namespace.call(socket.socket, socket.AF_PACKET, socket.SOCK_DGRAM, socket.ntohs(3))
+        self._capture.setblocking(False)
+        self._captured: deque[bytes] = deque(maxlen=64)
         self.owed = 0
         """Bytes that a flood has sent."""
 
@@ -99,7 +109,7 @@ class Server:
 
     def _make(self, kind: int) -> socket.socket:
         sock = self._namespace.call(socket.socket, self._family, kind)
-        sock.settimeout(DEADLINE_S)
+        sock.settimeout(self._deadline)
         if kind == socket.SOCK_STREAM:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._sockets.append(sock)
@@ -115,6 +125,12 @@ class Server:
         words = step.words
         if words[0] == "udp":
             self._udp_act(step)
+            return
+        if words[0] == "icmp":
+            self._icmp(step)
+            return
+        if words[0] == "forgotten":
+            self.forget_paths()
             return
         actions: dict[str, Callable[[], None]] = {
             "accept": self.accept,
@@ -144,7 +160,7 @@ class Server:
         """Take the next connection."""
         assert self._listener is not None
         connection, _ = self._listener.accept()
-        connection.settimeout(DEADLINE_S)
+        connection.settimeout(self._deadline)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         self._sockets.append(connection)
@@ -165,7 +181,7 @@ class Server:
         data = step.data
         if data is None:
             data = pattern(self._sent, int(step.words[1]))
-        self._conn.settimeout(DEADLINE_S)
+        self._conn.settimeout(self._deadline)
         assert self._conn.send(data, flags) == len(data), "the server's socket is full"
         self._sent += len(data)
 
@@ -206,7 +222,7 @@ class Server:
     def _broken(self) -> None:
         poll = select.poll()
         poll.register(self._conn, 0)
-        assert poll.poll(DEADLINE_S * 1000), "the connection still stands"
+        assert poll.poll(self._deadline * 1000), "the connection still stands"
 
     def _quiet(self) -> None:
         self._conn.setblocking(False)
@@ -215,7 +231,7 @@ class Server:
         except BlockingIOError:
             return
         finally:
-            self._conn.settimeout(DEADLINE_S)
+            self._conn.settimeout(self._deadline)
         raise AssertionError(f"the server read {data[:60]!r}")
 
     def close(self) -> None:
@@ -244,12 +260,57 @@ class Server:
             except BlockingIOError:
                 return
             finally:
-                self._udp.settimeout(DEADLINE_S)
+                self._udp.settimeout(self._deadline)
             raise AssertionError(f"the server read {data[:60]!r}")
         elif what == "close":
             self._udp.close()
+            # Nobody may have the port until the case is over.
+            self._udp = None
         else:
             raise AssertionError(f"server udp {what}?")
+
+    def _icmp(self, step: Step) -> None:
+        family = "ipv4" if self._family == socket.AF_INET else "ipv6"
+        quoted = self._last_packet(step.value("about", "port"))
+        source = self.host(step.value("src", "server"), family)
+        four = family == "ipv4"
+        addressed = socket.inet_ntop(self._family, quoted[12:16] if four else quoted[8:24])
+        ends = Endpoints(source, addressed, 0, 0)
+        body = quoted[: step.number("quoted", 548 if four else 1232)]
+        message = craft.icmp(step, ends, family, step.words[1], body)
+        packet = craft.ip(step, ends, family, 1 if four else 58, message)
+        with self._namespace.call(socket.socket, self._family, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+            raw.sendto(packet, (addressed, 0))
+
+    @staticmethod
+    def forget_paths() -> None:
+        """A path MTU is kept by destination, and every case has the same."""
+        for family in ("-4", "-6"):
+            subprocess.run(["ip", family, "route", "flush", "cache"], check=True, timeout=10)
+
+    def _last_packet(self, about: str) -> bytes:
+        """The last IP packet that came to the case's ports, or the last echo request."""
+        found: list[bytes] = []
+
+        def look() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    self._captured.append(self._capture.recv(1 << 17))
+            found[:] = [packet for packet in self._captured if self._concerns(packet, about)]
+            return bool(found)
+
+        wait_for("a packet at the server", look, self._deadline)
+        return found[-1]
+
+    def _concerns(self, packet: bytes, about: str) -> bool:
+        four = self._family == socket.AF_INET
+        if not packet or packet[0] >> 4 != (4 if four else 6):
+            return False
+        upper, protocol = (20, packet[9]) if four else (40, packet[6])
+        if about == "echo":
+            return protocol in (1, 58) and packet[upper] in (8, 128)
+        port = int.from_bytes(packet[upper + 2 : upper + 4], "big")
+        return (protocol, port) in ((6, self.port), (17, self.udp_port))
 
     def end(self) -> None:
         """Close everything of the case, with resets."""
@@ -258,3 +319,11 @@ class Server:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("=ii", 1, 0))
             sock.close()
         self._sockets.clear()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._capture.recv(1 << 17)
+        self._captured.clear()
+
+    def close_for_good(self) -> None:
+        """After the last case."""
+        self._capture.close()

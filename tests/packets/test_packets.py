@@ -21,4 +21,5 @@ WAYS = [
 
 @pytest.mark.parametrize(("case", "framing", "family"), WAYS)
 def test_packets(packet_world: PacketWorld, case: Case, framing: str, family: str) -> None:
-    Run(case, packet_world.roads[framing], family, packet_world.server).run()
+    road, peer = packet_world.roads[framing], packet_world.peers[framing]
+    Run(case, road, family, packet_world.server, peer=peer).run()

@@ -5,9 +5,11 @@ A guard says: unless this variable has one of these values, the expression is fa
 where an error would deny. Guards come from comparisons with literals, joined by && and ||:
 
     net.port == 443        net.protocol in ["tcp", "udp"]        "eng" in identity.groups        net.dst.inCidr("10.0.0.0/8")
+    net.port >= 8000       device.posture["os"] == "linux"       app.attributes.team in ["a", "b"]
 
 Everything else has no guard and is evaluated. An expression that is nothing but such comparisons is `exact`: guards met
-means true, and it is never evaluated at all.
+means true, and it is never evaluated at all. A map's key that isn't there is an error, not false: a guard on one is also met where it is missing, and
+such an expression is never exact.
 
 Limit: 256 values a guard; with more the guard is left out (the rule is then evaluated).
 """
@@ -15,6 +17,7 @@ Limit: 256 values a guard; with more the guard is left out (the rule is then eva
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -42,7 +45,17 @@ SCALARS: Final = (
 )
 """Variables with one value, compared with ==."""
 
+PORTS: Final = "net.port range"
+"""Ranges of `net.port`; values are "first-last", both included."""
+MAPS: Final = ("device.posture", "app.attributes")
+"""Variables with keys. A guard on one is on `MAP[key]`."""
+MISSING: Final = -1
+"""Of a map's key that isn't there; its values are text."""
+
 _ALIASES: Final = {"device.groups": GROUPS}
+_LAST_PORT: Final = 65535
+_ORDERS: Final = {"_<_": "_>_", "_<=_": "_>=_", "_>_": "_<_", "_>=_": "_<=_"}
+"""Comparisons, and what they are with their sides exchanged."""
 
 Value = int | str
 """Of a scalar its value; of a group its name; of a destination a prefix in text ("10.0.0.0/8")."""
@@ -87,8 +100,10 @@ def _both(left: Guards, right: Guards) -> Guards:
     for variable, values in right.values.items():
         if variable not in merged:
             merged[variable] = values
-        elif variable in SCALARS:
+        elif variable in SCALARS or variable.endswith("]"):
             merged[variable] &= values
+        elif variable == PORTS:
+            merged[variable] = frozenset(_common(merged[variable], values))
         else:  # a set of groups or nested prefixes: one of the two still is a guard, but not all that must hold
             merged[variable] = min(merged[variable], values, key=len)
             exact = False
@@ -113,20 +128,22 @@ def _comparison(node: Node) -> Guards:
         subject, literals = node.children[0], [node.children[1]]
         if subject.name != DESTINATION:
             return NOTHING
+    elif node.name in _ORDERS:
+        return _range(node)
     elif node.name == "_==_":
         subject, literal = node.children
         if subject.kind == "const":
             subject, literal = literal, subject
         literals = [literal]
         if subject.name not in SCALARS and subject.name != DESTINATION:
-            return NOTHING
+            return _of_map(subject, literals)
     elif node.name == "@in":
         subject, container = node.children
         literals = list(container.children) if container.kind == "list" else []
         if container.kind == "ident" and _ALIASES.get(container.name, container.name) in GROUP_LISTS:
             subject, literals = container, [subject]
         elif subject.name not in SCALARS and subject.name != DESTINATION:
-            return NOTHING
+            return _of_map(subject, literals)
     else:
         return NOTHING
     if subject.kind != "ident" or not literals:
@@ -140,6 +157,49 @@ def _comparison(node: Node) -> Guards:
         else:
             values.add(literal.value)
     return Guards({_ALIASES.get(subject.name, subject.name): frozenset(values)}, exact=True)
+
+
+def _of_map(subject: Node, literals: list[Node]) -> Guards:
+    """A map's value, compared with texts."""
+    if subject.kind == "select" and len(subject.children) == 1:
+        container, key = subject.children[0], subject.name
+    elif subject.name == "_[_]" and isinstance(subject.children[1].value, str):
+        container, key = subject.children[0], subject.children[1].value
+    else:
+        return NOTHING
+    values = [literal.value for literal in literals if literal.kind == "const" and isinstance(literal.value, str)]
+    if container.kind != "ident" or container.name not in MAPS or len(values) != len(literals) or not values:
+        return NOTHING
+    return Guards({f"{container.name}[{key}]": frozenset({*values, MISSING})}, exact=False)
+
+
+def _range(node: Node) -> Guards:
+    """A port above or below a number. Ports are never anything but numbers, so it says all."""
+    subject, literal = node.children
+    name = node.name
+    if subject.kind == "const":
+        subject, literal, name = literal, subject, _ORDERS[name]
+    bound = literal.value
+    if subject.kind != "ident" or subject.name != "net.port" or literal.kind != "const" or type(bound) is not int:
+        return NOTHING
+    first = {"_>_": bound + 1, "_>=_": bound}.get(name, 0)
+    last = {"_<_": bound - 1, "_<=_": bound}.get(name, _LAST_PORT)
+    first, last = max(first, 0), min(last, _LAST_PORT)
+    return Guards({PORTS: frozenset({f"{first}-{last}"} if first <= last else ())}, exact=True)
+
+
+def ports(text: Value) -> tuple[int, int]:
+    """First and last of a range."""
+    first, _, last = str(text).partition("-")
+    return int(first), int(last)
+
+
+def _common(one: frozenset[Value], other: frozenset[Value]) -> Iterator[str]:
+    """What ranges have in common."""
+    for low, high in map(ports, one):
+        for first, last in map(ports, other):
+            if max(low, first) <= min(high, last):
+                yield f"{max(low, first)}-{min(high, last)}"
 
 
 def _literals(source: str, checked: Checked) -> list[Diagnostic]:

@@ -15,6 +15,9 @@ A parent process serves FlowService (`service.py`) and delivers the audit spool 
 the packets (`worker.py`). They share memory instead of asking each other: the live table (`live.py`), counters, and the
 tenants' flow counts (`limits.py`).
 
+A flow whose route leads to a device isn't lifted but forwarded as packets into that device's tunnel (`forward.py`), which may be another
+worker's (`siblings.py`, `roster.py`).
+
 Fragments wait for the rest of their packet (`reassembly.py`, PURE, and `fragments.py`); only whole packets go this way.
 
 Limits: TCP only; UDP and ICMP are answered or dropped with a reason that says that they aren't built.

@@ -58,10 +58,6 @@ class Answers:
         else:
             self.no_route(tunnel, data)
 
-    def host_unreachable(self, tunnel: Tunnel, data: bytes) -> None:
-        """The destination is known, and isn't there (RFC 1812 5.2.7.1)."""
-        self.unreachable(tunnel, data, Unreachable.HOST)
-
     def no_route(self, tunnel: Tunnel, data: bytes) -> None:
         """There is no way to the destination."""
         self.unreachable(tunnel, data, Unreachable.NET)

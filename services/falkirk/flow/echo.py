@@ -122,7 +122,8 @@ class Echoes(Sessions[Session]):
         )
         worker.counts[RECEIVED] += 1
         self.delivered(session, len(packet))
-        worker.counts[FORWARDED] += worker.fragments.say(session.tunnel, packet, session.mtu)
+        mtu = session.path_mtu(worker.second)
+        worker.counts[FORWARDED] += worker.fragments.say(session.tunnel, packet, mtu)
 
     def quote(self, session: Session, quoted: bytes) -> bytes | None:
         """The client's request as far as an error quotes it; None where the error is about another's."""

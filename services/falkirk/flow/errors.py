@@ -14,7 +14,8 @@ from falkirk.flow.counters import FORWARDED
 from falkirk.flow.keys import key_of
 from falkirk.flow.session import Session
 from falkirk.flow.table import State, TcpLift, Tunnel
-from falkirk.wire.icmp import FRAGMENTATION_NEEDED4, PACKET_TOO_BIG6, UNREACHABLE4
+from falkirk.wire import path_mtu
+from falkirk.wire.icmp import PACKET_TOO_BIG6
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.nat import Rewrite
 from falkirk.wire.packet import Packet
@@ -42,7 +43,7 @@ class IcmpErrors:
             return
         session = _session(tunnel, quote)
         if session is not None:
-            session.sessions.told(session, packet, _mtu(lane, packet))
+            session.sessions.told(session, packet, path_mtu.told(lane.buffer, packet))
             return
         flow = self._flow(tunnel, quote)
         if flow is None or flow.state is State.HELD:
@@ -76,16 +77,6 @@ def _session(tunnel: Tunnel, quote: Quoted) -> Session | None:
         client, server = (quote.destination, quote.identifier), (quote.source, 0)
     flow = tunnel.flows.get(key_of(quote.protocol, client[0], server[0], client[1], server[1]))
     return flow if isinstance(flow, Session) and flow.held is None else None
-
-
-def _mtu(lane: Lane, packet: Packet) -> int:
-    """The MTU that an error tells; 0 where it tells none."""
-    at = packet.at + packet.header_length
-    if packet.version == 6:
-        return int.from_bytes(lane.view[at + 4 : at + 8], "big") if packet.icmp_type == PACKET_TOO_BIG6 else 0
-    if (packet.icmp_type, packet.icmp_code) != (UNREACHABLE4, FRAGMENTATION_NEEDED4):
-        return 0
-    return int.from_bytes(lane.view[at + 6 : at + 8], "big")
 
 
 def _forward(flow: TcpLift) -> Rewrite:

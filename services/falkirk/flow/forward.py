@@ -42,19 +42,17 @@ from falkirk.flow.passages import (
     Remote,
     key_of_packet,
     key_of_quoted,
+    plain,
     reply_key,
+    unreachable_of,
 )
 from falkirk.flow.siblings import ERROR, REPLY, Carrier, Foreign, Forget, Gone, SiblingLink
 from falkirk.flow.table import Leg, Owner, State, Tunnel
+from falkirk.wire import vnet
+from falkirk.wire.icmp import Unreachable
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, verify
 from falkirk.wire.protocol import (
-    DESTINATION_OPTIONS,
-    FRAGMENT,
-    HOP_BY_HOP,
-    ICMP,
-    ICMPV6,
-    ROUTING,
     TCP,
     UDP,
 )
@@ -72,11 +70,10 @@ LINGER: Final = 5
 HELD: Final = 64
 """Packets of a flow that may wait until its start is on record."""
 OFFLINE: Final = "device_offline"
+DNS: Final = 53
 _SYN: Final = 2
 _ACK: Final = 16
 _SEQUENCES: Final = struct.Struct(">II")
-_WALKED: Final = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION_OPTIONS))
-_SUFFIX: Final = [bytes((number,)) for number in range(256)]
 
 
 class Forward(Owner[ForwardFlow]):
@@ -102,40 +99,11 @@ class Forward(Owner[ForwardFlow]):
 
     def known(self, lane: Lane, tunnel: Tunnel, end: int) -> bool:
         """Pass on the packet at [10, end) of the lane's buffer where it is a plain one of a flow. False: look at it more closely."""
-        buffer, view = lane.buffer, lane.view
-        if buffer[10] == 0x45:
-            if (
-                end < 38
-                or end - HEADER != buffer[12] << 8 | buffer[13]
-                or buffer[16] & 0x3F
-                or buffer[17]
-                or buffer[18] < 2
-                or int.from_bytes(view[10:30], "little") % 0xFFFF
-            ):
-                return False
-            protocol, first, l4, echo = buffer[19], 22, 30, ICMP
-        elif buffer[10] >> 4 == 6:
-            if end < 58 or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2 or buffer[16] in _WALKED:
-                return False
-            protocol, first, l4, echo = buffer[16], 18, 50, ICMPV6
-        else:
+        view = lane.view
+        found = plain(lane.buffer, view, end)
+        if found is None:
             return False
-        if protocol == TCP:
-            if end < l4 + 20:
-                return False
-            key = view[first : l4 + 4].tobytes() + b"\x06"
-        elif protocol == UDP:
-            if buffer[l4 + 4] << 8 | buffer[l4 + 5] != end - l4:
-                return False
-            key = view[first : l4 + 4].tobytes() + b"\x11"
-        elif protocol != echo:
-            key = view[first:l4].tobytes() + b"\0\0\0\0" + _SUFFIX[protocol]
-        elif buffer[l4] == REQUESTS[echo]:
-            key = b"%b%b\0\0%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
-        elif buffer[l4] == REPLIES[echo]:
-            key = b"%b\0\0%b%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
-        else:
-            return False
+        key, l4 = found
         passage = tunnel.passages.get(key)
         if passage is None or view[:HEADER].tobytes() != passage.vnet_ok:
             return False
@@ -188,7 +156,9 @@ class Forward(Owner[ForwardFlow]):
         """A packet while the flow isn't established, or one that may change that. True: pass it on."""
         worker = self._worker
         if flow.state is State.HELD:
-            if len(flow.held) < HELD:
+            if not up:
+                worker.drop("no_flow")  # Nothing has been asked yet that it could answer.
+            elif len(flow.held) < HELD:
                 flow.held.append((l4, worker.fragments.largest, lane.view[:end].tobytes()))
             else:
                 worker.drop("held")
@@ -248,7 +218,9 @@ class Forward(Owner[ForwardFlow]):
         if passage is not None:
             header = lane.view[:HEADER].tobytes()
             if self._worker.ingress.normal(lane, tunnel, packet, end):
-                passage.vnet_ok, passage.vnet_put = header, lane.view[:HEADER].tobytes()
+                if lane.buffer[1] != vnet.GSO_UDP_L4:
+                    # How many datagrams come out of one is for its own length to say.
+                    passage.vnet_ok, passage.vnet_put = header, lane.view[:HEADER].tobytes()
                 self._pass(passage, tunnel, lane, HEADER + packet.header_length, end)
             return True
         begins = packet.protocol != TCP or packet.flags & (_SYN | _ACK) == _SYN
@@ -287,7 +259,7 @@ class Forward(Owner[ForwardFlow]):
         self._handle += 1
         flow = ForwardFlow(self, tunnel, key, self._handle, route)
         if not self._lead(flow):
-            worker.answers.host_unreachable(tunnel, data)
+            worker.answers.unreachable(tunnel, data, Unreachable.HOST)
             why = f"device {route.device.device} has no open tunnel"
             worker.lifecycle.refused(tunnel, key, decision, OFFLINE, why)
             return True
@@ -334,8 +306,10 @@ class Forward(Owner[ForwardFlow]):
                 self._worker.counts[FORWARDED] += 1
             return True
         to = flow.to if passage.up else flow.tunnel
-        assert to is not None  # A flow with passages leads somewhere.
-        self._carriage.hop(to, lane, end)
+        if to is None or flow.state is State.HELD:
+            self._worker.drop("icmp_error_unmatched")
+        else:
+            self._carriage.hop(to, lane, end)
         return True
 
     # where a flow leads
@@ -527,22 +501,34 @@ class Forward(Owner[ForwardFlow]):
     def error_reply(self, handle: int, end: int) -> None:
         """An ICMP error about a packet of a flow of ours, in the carrier."""
         flow = self._flows.get(handle)
-        if flow is None:
-            if (leg := self._legs.get(handle)) is not None:
-                self._worker.lowering.error_reply(leg, self.carrier, end)
-            else:
-                self._worker.drop("no_flow")
+        if (leg := self._legs.get(handle)) is not None:
+            self._worker.lowering.error_reply(leg, self.carrier, end)
+        elif flow is None or flow.state is State.HELD:
+            self._worker.drop("icmp_error_unmatched")
         else:
             self._carriage.hop(flow.tunnel, self.carrier, end)
 
     # ended
 
     def end(self, flow: ForwardFlow, reason: str) -> None:
-        """End a live flow. TCP that isn't over yet is reset at both ends."""
-        if flow.tcp is not None and not flow.tcp.over and flow.state is not State.HELD:
-            self._worker.orphans.ask(self._worker, flow.tunnel.id, flow.reply[:-1])
+        """End a live flow. TCP that isn't over yet is reset at both ends; of others the initiator is told what a router would say."""
+        worker = self._worker
+        kind = Unreachable.HOST if reason == OFFLINE else Unreachable.PROHIBITED
+        if flow.state is State.HELD:
+            packets, flow.held = flow.held, []
+            for _, _, data in packets:
+                if flow.tcp is not None and kind is Unreachable.PROHIBITED:
+                    worker.answers.reset(flow.tunnel, data)
+                else:
+                    worker.answers.unreachable(flow.tunnel, data, kind)
+        elif flow.tcp is None:
+            if reason != "drained":  # The successor lets it go on.
+                message = unreachable_of(flow.key, kind)
+                worker.answers.relay(flow.tunnel, message, b"", flow.source, counted=False)
+        elif not flow.tcp.over:
+            worker.orphans.ask(worker, flow.tunnel.id, flow.reply[:-1])
             self._unlead(flow, reset=True)
-        self._worker.lifecycle.finish(flow, reason)
+        worker.lifecycle.finish(flow, reason)
 
     def cut(self, flow: ForwardFlow, reason: str) -> None:
         """End it at once: the initiator's tunnel is gone; the other end's TCP is reset."""
@@ -572,7 +558,7 @@ class Forward(Owner[ForwardFlow]):
             return settings.established_idle_s if established else settings.transitory_idle_s
         protocol = flow.key[-1]
         if protocol == UDP:
-            return settings.udp_idle_s
+            return settings.udp_dns_idle_s if flow.destination_port == DNS else settings.udp_idle_s
         return settings.echo_idle_s if protocol in REQUESTS else settings.other_idle_s
 
     def release(self, flow: ForwardFlow, reason: str) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from falkirk.flow.worker import Worker
 
 HEADER: Final = 10
+HEADERS: Final = 1024
+"""Virtio-net headers that are shared by flows."""
 MEMO: Final = 65536
 """Decisions that a tunnel remembers; beyond, it starts over."""
 
@@ -35,6 +37,8 @@ class Ingress:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._headers: dict[bytes, bytes] = {}
+        """Virtio-net headers that flows refer to."""
 
     def packet(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
         """A packet at [10, end) of the lane's buffer."""
@@ -85,7 +89,12 @@ class Ingress:
                 # Not a super-packet: no header length, as the kernel writes it itself. A later segment with the same virtio-net header
                 # may have a shorter TCP header, and the device refuses a length beyond the packet.
                 lane.buffer[2:4] = b"\0\0"
-            flow.vnet_ok, flow.vnet_put = header, lane.view[:HEADER].tobytes()
+            # Most flows have the same two: one copy of each is kept.
+            put = lane.view[:HEADER].tobytes()
+            if len(self._headers) >= HEADERS:
+                self._headers.clear()
+            flow.vnet_ok = self._headers.setdefault(header, header)
+            flow.vnet_put = self._headers.setdefault(put, put)
             return True
         return False
 

@@ -122,7 +122,7 @@ class Lane:
             return None
         if l4 == 30:
             view[22:34] = flow.forward
-            words[10] = (words[10] + flow.delta_addresses_back) % 0xFFFF
+            words[10] = (words[10] - flow.delta_addresses) % 0xFFFF
             at = 23
         else:
             view[18:54] = flow.forward
@@ -131,7 +131,7 @@ class Lane:
             # The uncomplemented pseudo-header sum: the device completes the checksum.
             words[at] = (words[at] + flow.delta_addresses) % 0xFFFF
         else:
-            words[at] = (words[at] + flow.delta_all_back) % 0xFFFF
+            words[at] = (words[at] - flow.delta_all) % 0xFFFF
         flow.bytes_up += end - 10
         flow.packets_up += 1
         if flow.tick != worker.second:
@@ -229,7 +229,7 @@ class Lane:
             self.view[18:54] = flow.back
             at = 33
         if self.buffer[0] & 1:
-            words[at] = (words[at] + flow.delta_addresses_back) % 0xFFFF
+            words[at] = (words[at] - flow.delta_addresses) % 0xFFFF
         else:
             words[at] = (words[at] + flow.delta_all) % 0xFFFF
 

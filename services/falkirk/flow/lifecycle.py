@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from falkirk.flow import records
+from falkirk.flow import quota, records
 from falkirk.flow.counters import DENIED, ENDED, STARTED
 from falkirk.flow.decision import Decision, Outcome
 from falkirk.flow.keys import signature
@@ -45,21 +45,16 @@ class Lifecycle:
 
     def refusal(self, tunnel: Tunnel, *, lifted: bool = True) -> str | None:
         """Why this tunnel may not have another flow now; None where it may. One that isn't `lifted` needs no upgrader."""
-        settings = self._worker.settings
-        context = tunnel.context
-        if (lifted and not self._worker.pair.ready) or self._worker.draining:
-            return "not_ready"
-        if self._worker.spool.stuck:
-            return "audit_unwritable"
-        if tunnel.device.flows >= (context.device_max_flows or settings.device_flows):
-            return "device_limit"
-        if tunnel.device.held >= settings.device_held:
-            return "device_held_limit"
-        if self._worker.tenants.total(tunnel.row) >= (context.tenant_max_flows or settings.tenant_flows):
-            return "tenant_limit"
-        if self._worker.live.full:
-            return "table_full"
-        return None
+        worker = self._worker
+        load = quota.Load(
+            (worker.pair.ready or not lifted) and not worker.draining,
+            not worker.spool.stuck,
+            tunnel.device.flows,
+            tunnel.device.held,
+            worker.tenants.total(tunnel.row),
+            worker.live.full,
+        )
+        return quota.refusal(load, tunnel.context, worker.settings)
 
     def refuse(self, tunnel: Tunnel, key: bytes, decision: Decision, reason: str) -> None:
         """An allowed flow's first packet is dropped, as a limit is reached."""
@@ -79,7 +74,6 @@ class Lifecycle:
         flow.flow_id = self._random(16)
         flow.decision = decision
         flow.start = worker.now
-        flow.start_wall = worker.wall
         flow.tick = worker.second
         if int.from_bytes(flow.flow_id[8:12], "big") < self._sampled_below:
             flow.span_id = self._random(8)
@@ -91,7 +85,8 @@ class Lifecycle:
         worker.flow_count += 1
         worker.counts[STARTED] += 1
         worker.wheel.place(flow, worker.second + idle_s)
-        flow.sequence = worker.write_record(
+        wall = worker.wall
+        sequence = worker.write_record(
             "started",
             flow.flow_id,
             tunnel.audit + records.of_key(flow.key) + decision.audit + records.of_trace(flow.span_id, *timing),
@@ -104,13 +99,13 @@ class Lifecycle:
             flow.slot,
             flow.key,
             flow.flow_id,
-            flow.sequence,
-            flow.start_wall,
+            sequence,
+            wall,
             decision.route_bytes,
             decision.rule_bytes,
         )
         if flow.span_id:
-            worker.tunnels.trace(flow)
+            worker.tunnels.trace(flow, wall)
 
     # meanwhile
 

@@ -55,7 +55,6 @@ class Orphan(msgspec.Struct, frozen=True, gc=False):
     tunnel: int
     back: bytes
     delta_addresses: int
-    delta_addresses_back: int
     delta_all: int
 
 
@@ -129,7 +128,7 @@ class Orphans:
         addresses = (native_sum(record.source + record.destination) - native_sum(inside)) % 0xFFFF
         # Of the listener's port, which only the upgrader knows, nothing is in here: see `take`.
         everything = (native_sum(key) - native_sum(inside + ports[:2])) % 0xFFFF
-        return Orphan(record.tunnel, back, (0xFFFF - addresses) % 0xFFFF, addresses, (0xFFFF - everything) % 0xFFFF)
+        return Orphan(record.tunnel, back, (0xFFFF - addresses) % 0xFFFF, (0xFFFF - everything) % 0xFFFF)
 
     def _leg(self, record: LiveRecord) -> Orphan:
         """How its leg rewrote what went to the device."""
@@ -142,7 +141,7 @@ class Orphans:
         addresses = (native_sum(inside) - native_sum(record.source + record.destination)) % 0xFFFF
         ports = record.source_port.to_bytes(2, "big") + record.destination_port.to_bytes(2, "big")
         towards = record.source + record.destination + ports
-        return Orphan(record.lower_tunnel, towards, addresses, (0xFFFF - addresses) % 0xFFFF, addresses)
+        return Orphan(record.lower_tunnel, towards, addresses, addresses)
 
     def bury(self, worker: Worker) -> None:
         """Write the ends that are missing, before anything of the predecessor's is given up. Raises OSError where the disk

@@ -22,14 +22,16 @@ from falkirk.decide.routes import RouteEntry
 from falkirk.flow.follow import Follower
 from falkirk.flow.keys import key_of, signature
 from falkirk.flow.table import Flow, Owner, Tunnel
-from falkirk.wire import icmp
+from falkirk.wire import icmp, ipv4, ipv6
 from falkirk.wire.checksum import Buffer
 from falkirk.wire.packet import Packet
-from falkirk.wire.protocol import ICMP, ICMPV6, TCP
+from falkirk.wire.protocol import DESTINATION_OPTIONS, FRAGMENT, HOP_BY_HOP, ICMP, ICMPV6, ROUTING, TCP, UDP
 from falkirk.wire.translate import Quoted
 
 HEADER: Final = 10
 REQUESTS: Final = {ICMP: icmp.ECHO4, ICMPV6: icmp.ECHO6}
+_WALKED: Final = frozenset((HOP_BY_HOP, ROUTING, FRAGMENT, DESTINATION_OPTIONS))
+_SUFFIX: Final = [bytes((number,)) for number in range(256)]
 REPLIES: Final = {ICMP: icmp.ECHO_REPLY4, ICMPV6: icmp.ECHO_REPLY6}
 _UDP_HEADER: Final = 8
 
@@ -106,6 +108,45 @@ def key_of_packet(packet: Packet) -> bytes | None:
     return key_of(packet.protocol, packet.source, packet.destination, *ports)
 
 
+def plain(buffer: bytearray, view: memoryview, end: int) -> tuple[bytes, int] | None:
+    """(key, where the upper layer starts) of the packet at [10, end) where it is so plain that it needs no parsing: no options or
+    extension headers, no fragment, hops left, lengths that add up. None where it isn't. As `key_of_packet`, at a fifth of the cost."""
+    if buffer[10] == 0x45:
+        if (
+            end < 38
+            or end - HEADER != buffer[12] << 8 | buffer[13]
+            or buffer[16] & 0x3F
+            or buffer[17]
+            or buffer[18] < 2
+            or int.from_bytes(view[10:30], "little") % 0xFFFF
+        ):
+            return None
+        protocol, first, l4, echo = buffer[19], 22, 30, ICMP
+    elif buffer[10] >> 4 == 6:
+        if end < 58 or end - 50 != buffer[14] << 8 | buffer[15] or buffer[17] < 2 or buffer[16] in _WALKED:
+            return None
+        protocol, first, l4, echo = buffer[16], 18, 50, ICMPV6
+    else:
+        return None
+    if protocol == TCP:
+        if end < l4 + 20 or not 20 <= buffer[l4 + 12] >> 4 << 2 <= end - l4:
+            return None
+        key = view[first : l4 + 4].tobytes() + b"\x06"
+    elif protocol == UDP:
+        if buffer[l4 + 4] << 8 | buffer[l4 + 5] != end - l4:
+            return None
+        key = view[first : l4 + 4].tobytes() + b"\x11"
+    elif protocol != echo:
+        key = view[first:l4].tobytes() + b"\0\0\0\0" + _SUFFIX[protocol]
+    elif buffer[l4] == REQUESTS[echo]:
+        key = b"%b%b\0\0%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
+    elif buffer[l4] == REPLIES[echo]:
+        key = b"%b\0\0%b%c" % (view[first:l4].tobytes(), view[l4 + 4 : l4 + 6].tobytes(), echo)
+    else:
+        return None
+    return key, l4
+
+
 def key_of_quoted(data: Buffer, packet: Packet, quote: Quoted) -> bytes | None:
     """The key under which the flow's passage lies in the tunnel that an ICMP error came from: the quoted packet was sent into it, so
     this is the key of what answers it. None where the quoted packet can't have been one."""
@@ -137,3 +178,20 @@ def size_on_the_wire(buffer: Buffer, end: int) -> int:
 def may_be_cut(buffer: Buffer) -> bool:
     """Whether a packet may be sent on in fragments: IPv4 without DF (RFC 791 3.2; RFC 8200 5: no router does that with IPv6)."""
     return buffer[10] >> 4 == 4 and not buffer[16] & 0x40
+
+
+def unreachable_of(key: bytes, kind: icmp.Unreachable) -> bytearray:
+    """An ICMP error (without its checksum) about a packet of a flow, of which no more is known than the key: it quotes as much as lets
+    the initiator find the socket, an IP header and eight bytes (RFC 792)."""
+    protocol, source, destination, source_port, destination_port = signature(key)
+    ports = source_port.to_bytes(2, "big") + destination_port.to_bytes(2, "big")
+    if protocol in REQUESTS:
+        upper = icmp.build(REQUESTS[protocol], 0, source_port << 16)
+    elif protocol == UDP:
+        upper = ports + b"\0\x08\0\0"
+    else:
+        upper = bytes(8)
+    code, type6, code6 = kind.value
+    if len(source) == 4:
+        return bytearray(icmp.build(icmp.UNREACHABLE4, code, 0) + ipv4.build(source, destination, protocol, 8) + upper)
+    return bytearray(icmp.build(type6, code6, 0) + ipv6.build(source, destination, protocol, 8) + upper)

@@ -60,7 +60,7 @@ class RawLane(Lane):
         self._tunnel: Tunnel | None = None
         """Whose packets are in the arena."""
         self._sent = 0
-        """Packets that this drain has written to the device."""
+        """Packets that this drain has written to the device, uncounted so far."""
         self._slow = 0
         """What this drain's slow packets have spent of the budget."""
         self._down_arena = bytearray(ARENA)
@@ -99,11 +99,15 @@ class RawLane(Lane):
                 received += 1
                 self.worker.drop("empty_datagram")
         self._coalescer.flush()
-        self.worker.counts[FORWARDED] += self._sent
-        self._sent = 0
+        self.settle()
         self.worker.counts[RECEIVED] += received - self.waiting
         self.waiting = 0
         return alive
+
+    def settle(self) -> None:
+        """Count what has been written to the device."""
+        self.worker.counts[FORWARDED] += self._sent
+        self._sent = 0
 
     def _walk(self, tunnel: Tunnel, at: int, end: int) -> int:
         """A datagram in the arena; how many packets it has."""
@@ -114,11 +118,11 @@ class RawLane(Lane):
         the words' own (2^16 = 1 modulo 65,535)."""
         arena = self._arena
         if arena[at] == 0x45:
-            _PUT4(arena, at + 10, (ip_checksum + (flow.delta_addresses_back << 8)) % 0xFFFF, flow.forward)
-            _PUT(arena, at + 36, (checksum + (flow.delta_all_back << 8)) % 0xFFFF)
+            _PUT4(arena, at + 10, (ip_checksum - (flow.delta_addresses << 8)) % 0xFFFF, flow.forward)
+            _PUT(arena, at + 36, (checksum - (flow.delta_all << 8)) % 0xFFFF)
         else:
             arena[at + 8 : at + 44] = flow.forward
-            _PUT(arena, at + 56, (checksum + (flow.delta_all_back << 8)) % 0xFFFF)
+            _PUT(arena, at + 56, (checksum - (flow.delta_all << 8)) % 0xFFFF)
         flow.bytes_up += size
         flow.packets_up += 1
         worker = self.worker

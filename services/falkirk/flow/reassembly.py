@@ -92,7 +92,7 @@ class Expired(NamedTuple):
 class _Packet:
     """One that isn't whole yet, or that was given up (`refused`)."""
 
-    __slots__ = ("bytes", "deadline", "pieces", "refused", "starts", "total")
+    __slots__ = ("bytes", "cost", "deadline", "pieces", "refused", "starts", "total")
 
     def __init__(self, deadline: int) -> None:
         self.deadline = deadline
@@ -102,11 +102,9 @@ class _Packet:
         """Where the last fragment ends, once that is known."""
         self.bytes = 0
         """Of data."""
+        self.cost = PACKET_COST
+        """Of memory."""
         self.refused = ""
-
-    @property
-    def cost(self) -> int:
-        return PACKET_COST + sum(len(piece.packet) + PIECE_COST for piece in self.pieces.values())
 
 
 class _Tunnel:
@@ -163,6 +161,7 @@ class Reassembly:
         packet.bytes += piece.end - piece.offset
         if not piece.more:
             packet.total = piece.end
+        packet.cost += cost
         self._charge(tunnel, cost)
         self.waiting += 1
         if packet.bytes != packet.total:
@@ -251,6 +250,7 @@ class Reassembly:
         """Let its pieces go but remember its name, so that those still to come are dropped as well."""
         self._charge(tunnel, PACKET_COST - packet.cost)
         self.waiting -= len(packet.pieces)
+        packet.cost = PACKET_COST
         packet.pieces.clear()
         packet.starts.clear()
         packet.refused = reason

@@ -58,6 +58,10 @@ HELD_BYTES: Final = 16 << 20
 """Bytes of all that wait in a worker."""
 RESERVED: Final = 64
 """Descriptors kept for tunnels, devices, files."""
+PATH_MTU: Final = 600
+"""Seconds that a path MTU is believed: RFC 1191 6.3 and RFC 8201 4 recommend ten minutes."""
+SMALLEST: Final = 576
+"""Of a path MTU that is believed: what everybody must take (RFC 791 3.1); IPv6 says 1,280 of itself."""
 ENDED_BY_ERRNO: Final = {
     errno.EMFILE: "descriptors_exhausted",
     errno.ENFILE: "descriptors_exhausted",
@@ -86,6 +90,7 @@ class Session(Flow):
         "held",
         "local",
         "mtu",
+        "mtu_until",
         "raw",
         "segment",
         "sessions",
@@ -112,6 +117,8 @@ class Session(Flow):
         """A raw socket: see `falkirk.wire.handover.SocketOpened`."""
         self.mtu = tunnel.mtu
         """The largest packet that goes to the client."""
+        self.mtu_until = 0
+        """The second from which a path that was said to be narrower than the tunnel is tried anew."""
         self.ttl = 0
         """What the socket sends with; 0 before the first packet."""
         self.traffic_class = 0
@@ -122,6 +129,12 @@ class Session(Flow):
         """The second of the last packet to the client."""
         self.vnet_ok = bytes(10)
         """A virtio-net header from the tunnel that was found to be true."""
+
+    def path_mtu(self, now: int) -> int:
+        """`mtu`, once what was learned too long ago is forgotten; `now` is in monotonic seconds."""
+        if self.mtu_until and now >= self.mtu_until:
+            self.mtu, self.mtu_until = self.tunnel.mtu, 0
+        return self.mtu
 
     def ready(self, mask: int) -> None:
         """What epoll says of its socket."""
@@ -362,13 +375,14 @@ class Sessions(Owner[S]):
 
     # what the client says of replies
 
-    def told(self, session: S, packet: Packet, mtu: int) -> None:
-        """An ICMP error from the client that quotes a packet of this session; `mtu` where it says that one was too big, else 0."""
+    def told(self, session: S, packet: Packet, mtu: int | None) -> None:
+        """An ICMP error from the client that quotes a packet of this session; `mtu` where it says that one was too big."""
         worker = self._worker
         kind = (packet.version, packet.icmp_type, packet.icmp_code)
-        if mtu:
-            # RFC 1191 3, RFC 8200 5: nothing needs to be smaller than that.
-            session.mtu = min(session.mtu, max(mtu, 68 if packet.version == 4 else 1280))
+        if mtu is not None:
+            # What is smaller still is for routers to cut, which these packets' DF lets them: no reason to make a thousand here.
+            session.mtu = min(session.mtu, max(mtu, SMALLEST))
+            session.mtu_until = worker.second + PATH_MTU
         worker.drop("icmp_error_taken")
         if kind in ((4, icmp.UNREACHABLE4, 3), (6, icmp.UNREACHABLE6, 4)):
             worker.lifecycle.finish(session, "client_unreachable")

@@ -75,14 +75,13 @@ class TappedRawLane(TappedLane, RawLane):
         """A segment that goes on by itself."""
         if not self.taps.watched(flow.tunnel):
             return super().plain(flow, at, size, ip_checksum, checksum)
-        self.taps.follow(
-            captured.TUNNEL,
-            flow.tunnel,
-            flow,
-            [self._arena_packet(at, size)],
-            lambda: super(TappedRawLane, self).plain(flow, at, size, ip_checksum, checksum),
-            lambda: self._arena_packet(at, size),
-        )
+
+        def go() -> None:
+            super(TappedRawLane, self).plain(flow, at, size, ip_checksum, checksum)
+            self.settle()
+
+        came = self._arena_packet(at, size)
+        self.taps.follow(captured.TUNNEL, flow.tunnel, flow, [came], go, lambda: self._arena_packet(at, size))
         return None
 
     def joined(self, run: Run) -> None:
@@ -97,9 +96,11 @@ class TappedRawLane(TappedLane, RawLane):
             head = run.headers(self._arena, flow.forward)
             return head[:HEADER], head[HEADER:] + b"".join(packet[run.header :] for _, packet in came)
 
-        self.taps.follow(
-            captured.TUNNEL, flow.tunnel, flow, came, lambda: super(TappedRawLane, self).joined(run), below
-        )
+        def go() -> None:
+            super(TappedRawLane, self).joined(run)
+            self.settle()
+
+        self.taps.follow(captured.TUNNEL, flow.tunnel, flow, came, go, below)
         return None
 
     def bad(self, at: int, size: int) -> None:

@@ -28,6 +28,7 @@ from falkirk.flow.decision import Decision
 from falkirk.flow.segments import ACK, FIN, LINGER, RST, SEQUENCES, SYN, Segments
 from falkirk.flow.table import Leg, State, TcpLift, Tunnel
 from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
+from falkirk.wire.icmp import Unreachable
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
@@ -63,7 +64,7 @@ class Tracker(Segments):
         if refusal is None and route.device is not None:
             leg, refusal = worker.lowering.reserve(tunnel, key, route)
             if refusal == OFFLINE:
-                worker.answers.host_unreachable(tunnel, packet)
+                worker.answers.unreachable(tunnel, packet, Unreachable.HOST)
                 why = f"device {route.device.device} has no open tunnel"
                 worker.lifecycle.refused(tunnel, key, decision, OFFLINE, why)
                 return

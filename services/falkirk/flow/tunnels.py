@@ -247,8 +247,8 @@ class Tunnels(dict[int, Tunnel]):
         for tunnel in self.values():
             link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.transport), tunnel.link)
 
-    def trace(self, flow: Flow) -> None:
-        """A sampled flow began: let the on-ramp add its span."""
+    def trace(self, flow: Flow, wall: int) -> None:
+        """A sampled flow began, at `wall` nanoseconds: let the on-ramp add its span."""
         for link in self._worker.onramps:
             if link.backlog < MAX_TRACED:
-                link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, flow.start_wall)])
+                link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, wall)])

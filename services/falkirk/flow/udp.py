@@ -130,7 +130,9 @@ class UdpSessions(Sessions[UdpSession]):
             self._worker.drop("bad_l4_checksum")
         else:
             traffic_class = (buffer[10] & 15) << 4 | buffer[11] >> 4
-            self._up(session, lane, 58, end, buffer[17], traffic_class, True)
+            # As in `packet`.
+            dont_fragment = buffer[1] != 0 or end - 10 <= tunnel.mtu
+            self._up(session, lane, 58, end, buffer[17], traffic_class, dont_fragment)
 
     def packet(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> None:
         """Any UDP packet; its virtio-net header is true."""
@@ -215,7 +217,8 @@ class UdpSessions(Sessions[UdpSession]):
         if segment >= size:
             segment = 0
         tunnel = session.tunnel
-        large = heads.size + (segment or size) > session.mtu
+        longest = heads.size + (segment or size)
+        large = longest > session.mtu and longest > session.path_mtu(worker.second)
         if tunnel.framing is Framing.VNET and not large:
             heads.put(self._buffer, at, size, ttl, traffic_class, partial=True)
             heads.put_vnet(self._buffer, at - HEADER, segment)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from falkirk.decide.cel import compile_expression
-from falkirk.decide.guards import MAX_VALUES, Guards, guards
+from falkirk.decide.guards import MAX_VALUES, MISSING, PORTS, Guards, guards
 
 
 def found(when: str) -> Guards:
@@ -26,7 +26,35 @@ def found(when: str) -> Guards:
             True,
         ),
         ('net.dst == "10.1.2.3"', {"net.dst": {"10.1.2.3/32"}}, True),
-        ('net.port == 443 && device.posture.os == "x"', {"net.port": {443}}, False),
+        (
+            'net.port == 443 && device.posture.os == "x"',
+            {"net.port": {443}, "device.posture[os]": {"x", MISSING}},
+            False,
+        ),
+        ("net.port > 443", {PORTS: {"444-65535"}}, True),
+        ("net.port < 443", {PORTS: {"0-442"}}, True),
+        ("1024 <= net.port", {PORTS: {"1024-65535"}}, True),
+        ("net.port >= 8000 && net.port <= 8999", {PORTS: {"8000-8999"}}, True),
+        ("net.port > 80 && net.port < 20", {PORTS: set()}, True),
+        ("net.port > 70000", {PORTS: set()}, True),
+        ("net.port <= -1", {PORTS: set()}, True),
+        ("net.port < 10 || net.port > 60000", {PORTS: {"0-9", "60001-65535"}}, True),
+        ("net.port == 443 || net.port > 60000", {}, False),
+        ("net.port > net.family", {}, False),
+        ("net.protocol_number > 5", {}, False),
+        (
+            'device.posture["os"] in ["a", "b"] && "a" == device.posture.os',
+            {"device.posture[os]": {"a", MISSING}},
+            False,
+        ),
+        (
+            'device.posture["os"] == "a" || device.posture["os"] == "b"',
+            {"device.posture[os]": {"a", "b", MISSING}},
+            False,
+        ),
+        ('device.posture["os"] == device.posture["want"]', {}, False),
+        ('device.posture[identity.user] == "a"', {}, False),
+        ('device.posture["os"] != "a"', {}, False),
         ("net.port == 443 || net.port in [80, 81]", {"net.port": {80, 81, 443}}, True),
         ('net.port == 443 || net.protocol == "udp"', {}, False),
         (
@@ -55,7 +83,7 @@ def found(when: str) -> Guards:
         (f"net.port in {list(range(MAX_VALUES + 1))}", {}, False),
         ("!(net.port == 443)", {}, False),
         ('net.dst.inCidr(app.attributes["p"])', {}, False),
-        ('app.attributes["a"] == "b"', {}, False),
+        ('app.attributes["a"] == "b"', {"app.attributes[a]": {"b", MISSING}}, False),
     ],
 )
 def test_guards(when: str, values: dict[str, set[int | str]], exact: bool) -> None:

@@ -131,9 +131,19 @@ def test_a_tenant_neither_sees_nor_affects_another() -> None:
 
 
 def test_an_allow_rule_that_errs_is_passed_over_and_counted() -> None:
-    rules = table(RuleSource("a", 'device.posture["disk"] == "ok"'), RuleSource("b", "net.port == 443"))
+    rules = table(RuleSource("a", 'device.posture["disk"].endsWith("ok")'), RuleSource("b", "net.port == 443"))
     assert decide(rules).rule == "p/b"
     assert rules.errors == {"p/a": 1}
+
+
+def test_an_allow_rule_whose_key_is_missing_is_passed_over_unseen() -> None:
+    """It would only err; `explain` says that it does."""
+    rules = table(RuleSource("a", 'device.posture["disk"] == "ok"'), RuleSource("b", "net.port == 443"))
+    assert decide(rules).rule == "p/b"
+    assert rules.errors == {}
+    _, traces = rules.explain(context(), address("10.1.2.3"), 443, TCP)
+    assert [trace.outcome for trace in traces] == ["error", "matched"]
+    assert "disk" in traces[0].error
 
 
 def test_a_deny_rule_that_errs_denies() -> None:
@@ -196,7 +206,7 @@ def test_explain_says_what_became_of_each_rule() -> None:
     rules = table(
         RuleSource("skipped", "net.port == 80"),
         RuleSource("errs", 'device.posture["disk"] == "ok"'),
-        RuleSource("no", 'device.posture["os"] == "plan9"'),
+        RuleSource("no", 'device.posture["os"].startsWith("plan")'),
         RuleSource("yes", 'net.dst.inCidr("10.0.0.0/8")', "deny"),
         RuleSource("after", "true"),
     )
@@ -227,6 +237,12 @@ _atoms = st.sampled_from(
         "net.port in [22, 443]",
         "443 == net.port",
         "net.port > 100",
+        "net.port >= 22 && net.port < 443",
+        "65535 < net.port",
+        'device.posture["os"] == "linux"',
+        'device.posture.os in ["linux", "plan9"]',
+        'device.posture["missing"] == "x"',
+        'app.attributes.missing in ["x", "y"]',
         'net.protocol == "tcp"',
         'net.protocol in ["udp", "icmp"]',
         "net.protocol_number == 58",

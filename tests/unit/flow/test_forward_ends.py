@@ -66,7 +66,8 @@ SETTINGS = FlowSettings()
     ("first", "seconds"),
     [
         (tcp(*THERE, (40000, 80), SYN), SETTINGS.transitory_idle_s),
-        (datagram(*THERE, 40000, 53), SETTINGS.udp_idle_s),
+        (datagram(*THERE, 40000, 9), SETTINGS.udp_idle_s),
+        (datagram(*THERE, 40000, 53), SETTINGS.udp_dns_idle_s),
         (echo(*THERE, 7), SETTINGS.echo_idle_s),
         (packet(*THERE, GRE, bytes(8)), SETTINGS.other_idle_s),
     ],
@@ -92,10 +93,10 @@ def test_an_established_connection_may_be_idle_for_long(plain: Pair) -> None:
 
 def test_a_reply_keeps_a_flow(plain: Pair) -> None:
     there, back = (LAPTOP[4], NAS[4]), (NAS[4], LAPTOP[4])
-    plain.laptop.send(datagram(*there, 40000, 53))
+    plain.laptop.send(datagram(*there, 40000, 9))
     for _ in range(3):
         plain.pass_time(200)
-        plain.nas.send(datagram(*back, 53, 40000))
+        plain.nas.send(datagram(*back, 9, 40000))
     assert (plain.flows(), len(plain.laptop.raw())) == (1, 3)
 
 
@@ -117,13 +118,26 @@ def test_a_terminated_connection_is_reset_at_both_ends(plain: Pair) -> None:
         (plain.laptop, LAPTOP[4], NAS[4], (40000, 80), (1001, 5001)),
         (plain.nas, NAS[4], LAPTOP[4], (80, 40000), (5001, 1001)),
     ):
-        ((probe, _),) = end.received()
-        assert (probe.source, probe.destination, probe.flags) == (there, here, ACK)
+        probe = end.probed()
+        assert (probe.source, probe.destination) == (there, here)
         # A live TCP says where it stands, and is reset there.
         end.send(tcp(here, there, ports, ACK, *numbers))
-        ((answer, _),) = end.received()
-        assert (answer.flags, answer.sequence) == (RST, numbers[1])
+        assert end.reset_by().sequence == numbers[1]
     assert reasons(plain) == ["terminated: test"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_began_hears_of_the_end_of_what_is_not_tcp(plain: Pair, family: int) -> None:
+    plain.laptop.send(datagram(LAPTOP[family], NAS[family], 40000, 9))
+    plain.nas.raw()
+    worker = plain.rigs[0].worker
+    ((flow,),) = [tunnel.flows.values() for tunnel in worker.tunnels.values() if tunnel.flows]
+    flow.owner.end(flow, "policy_changed: test")
+    ((answer, body),) = plain.laptop.received()
+    assert (answer.icmp_type, answer.icmp_code) == ((3, 13) if family == 4 else (1, 1))
+    quote = body[answer.payload_offset :]
+    assert quote[-8:-4] == (40000).to_bytes(2, "big") + (9).to_bytes(2, "big")
+    assert (plain.passages(), plain.balanced()) == (0, True)
 
 
 def test_a_tunnel_s_end_ends_its_flows_and_tells_the_other_side(plain: Pair) -> None:
@@ -135,8 +149,8 @@ def test_a_tunnel_s_end_ends_its_flows_and_tells_the_other_side(plain: Pair) -> 
     plain.step()
     assert (plain.flows(), plain.passages()) == (0, 0)
     assert reasons(plain) == ["tunnel_closed"] * 2
-    ((probe, _),) = plain.nas.received()
-    assert (probe.source, probe.source_port, probe.flags) == (LAPTOP[4], 40000, ACK)
+    probe = plain.nas.probed()
+    assert (probe.source, probe.source_port) == (LAPTOP[4], 40000)
 
 
 def test_a_device_s_newest_tunnel_is_taken_and_an_older_one_when_it_closes(plain: Pair) -> None:
@@ -157,8 +171,8 @@ def test_a_device_s_newest_tunnel_is_taken_and_an_older_one_when_it_closes(plain
     plain.step()
     assert (plain.flows(), plain.passages()) == (0, 0)
     assert reasons(plain) == ["device_offline"] * 2
-    ((probe, _),) = plain.laptop.received()
-    assert probe.flags == ACK
+    (host, _), (probe, _), *_ = plain.laptop.received()
+    assert ((host.icmp_type, host.icmp_code), probe.flags) == ((3, 1), ACK)
     assert plain.balanced()
 
 
