@@ -122,6 +122,10 @@ class Worker:
         """Somebody with a stream in hand wants a way to a device."""
         self._add("lower_asked")
         self._pairing.say(self._callers.wanted(message, caller))
+        # Between two turns: nothing else may come that would have it sent, or its sender told.
+        self._pairing.flush()
+        if not self._pairing.paired:
+            self._callers.lost()
 
     @property
     def idle(self) -> bool:
