@@ -155,7 +155,8 @@ class Stage:
 
     def _servers(self) -> None:
         """iperf3 and echo at the server, echo on the node's loopback."""
-        self.server.start("iperf3", "-s", "-p", str(IPERF_PORT))
+        # Bound, since a UDP server answers from the interface's first address otherwise.
+        self.server.start("iperf3", "-s", "-p", str(IPERF_PORT), "-B", self.addresses[0])
         for namespace, ports in ((self.server, (IPERF_PORT, *ECHO_PORTS)), (self.node, ECHO_PORTS)):
             namespace.start(sys.executable, str(LOAD / "echo_server.py"), *map(str, ECHO_PORTS))
 
@@ -219,8 +220,9 @@ class Stage:
         }
 
     def throughput(self, who: Contestant, seconds: float, *options: str) -> dict[str, Any]:
-        """iperf3's `end` object."""
-        command = ["iperf3", "-J", "-c", who.addresses[0], "-p", str(IPERF_PORT), "-t", f"{seconds:g}", *options]
+        """iperf3's `end` object. It takes whole seconds, and 0 for no end."""
+        length = str(max(1, round(seconds)))
+        command = ["iperf3", "-J", "-c", who.addresses[0], "-p", str(IPERF_PORT), "-t", length, *options]
         result = measure(who.command(command), seconds)
         end: dict[str, Any] = result.get("end", {})
         if "error" in result or not end:

@@ -39,6 +39,8 @@ INTERFACES: Final = (
     ("tunnel", "as devices send and receive it"),
     ("namespace", "behind the NAT, as the private namespace's kernel sends and receives it"),
 )
+CAPTURING: Final = "falkirk-capturing"
+"""Initial metadata of a capture that has begun."""
 SENT: Final = pb.CaptureResponse.FATE_SENT
 
 
@@ -69,9 +71,9 @@ def capture(
     taken = lost = 0
     with calling(run_dir, "flow") as channel, until_interrupted():
         call = pb_grpc.FlowServiceStub(channel).Capture(request)
-        call.initial_metadata()  # Comes once everybody captures, or with the refusal.
-        if not call.is_active():
-            next(call)  # Raises what the refusal says, before there is a file.
+        # Comes once everybody captures; a refusal has none.
+        if not any(key == CAPTURING for key, _ in call.initial_metadata()):
+            next(call)  # Raises what it says, before there is a file.
         print("capturing", file=sys.stderr, flush=True)
         timer = threading.Timer(seconds, call.cancel)
         timer.daemon = True

@@ -40,9 +40,10 @@ COMMANDS: Final = {
     "policy": ("falkirk.cli.resources", "Policies; without a command: run the policy service."),
     "flow": ("falkirk.cli.flow", "Live flows; without a command: run the flow tracker."),
     "audit": ("falkirk.cli.audit", "The audit log."),
-    "explain": ("falkirk.cli.explain", "What would become of a flow, stage by stage."),
+    "explain": ("falkirk.cli.explain", "What would become of a packet, stage by stage."),
     "capture": ("falkirk.cli.capture", "Write packets to a file for Wireshark, dropped ones with why."),
     "lower": ("falkirk.cli.lower", "Run a command whose TCP connections go through the mesh."),
+    "connect": ("falkirk.cli.connect", "A TCP connection to a port of a device, for administrators."),
     "trace": ("falkirk.cli.trace", "Look at traces."),
 }
 _SERVICE_OPTIONS: Final = ("--config", "--run-dir", "--data-dir")

@@ -1,90 +1,134 @@
-"""FlowService.Explain: the stages of a packet's way, from the tables that packets are decided by."""
+"""FlowService.Explain: a simulation (`falkirk.flow.simulate`) with what the workers share.
+
+Limits: whether a worker's audit records can be written isn't known here (`falkirk flow stats` tells of drops as audit_unwritable); a worker that
+is being drained is taken for ready.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from falkirk.api.flow.v1 import flow_service_pb2 as pb
 from falkirk.api.net.v1 import net_pb2
 from falkirk.decide.routes import RouteEntry
-from falkirk.flow import counters
-from falkirk.flow.decision import Decision, Outcome, authorise, resolve
-from falkirk.flow.text import address_text
+from falkirk.flow import counters, quota
+from falkirk.flow.keys import Signature
+from falkirk.flow.live import LiveRecord
+from falkirk.flow.signatures import reverse
+from falkirk.flow.simulate import DROP, Existing, Leading, Simulation
 from falkirk.wire.context import TunnelContext
-from falkirk.wire.protocol import ICMP, ICMPV6, TCP
+from falkirk.wire.probe import probe
+from falkirk.wire.protocol import ICMP, ICMPV6, TCP, UDP
 
 if TYPE_CHECKING:
     from falkirk.flow.fleet import Fleet
 
-RESERVED = 255
+RESERVED: Final = 255
 """IANA: reserved; rules see it as "other"."""
-NUMBERS = {net_pb2.PROTOCOL_UNSPECIFIED: 6, net_pb2.PROTOCOL_TCP: 6, net_pb2.PROTOCOL_UDP: 17, net_pb2.PROTOCOL_ICMP: 1}
+NUMBERS: Final = {
+    net_pb2.PROTOCOL_UNSPECIFIED: TCP,
+    net_pb2.PROTOCOL_TCP: TCP,
+    net_pb2.PROTOCOL_UDP: UDP,
+    net_pb2.PROTOCOL_ICMP: ICMP,
+}
+USUAL_MTU: Final = 1500
+"""Of a tunnel that isn't open: the on-ramp's default."""
+SOURCE_PORT: Final = 49152
+"""Of a packet that is made here: RFC 6335 6, the first dynamic one."""
+
+
+class Node:
+    """What the workers share, as a simulation asks for it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self.routes, self.rules, self.settings = fleet.routes, fleet.rules, fleet.settings
+
+    def existing(self, context: TunnelContext, said: Signature) -> Existing | None:
+        """The live flow that a packet of the device is of, or that it replies to."""
+        for one, reply in ((said, False), (reverse(said), True)):
+            for worker in range(self._fleet.workers):
+                table = self._fleet.live(worker)
+                for record in table.between(one) if table is not None else ():
+                    found = self._existing(context, worker, record, reply=reply)
+                    if found is not None:
+                        return found
+        return None
+
+    def _existing(self, context: TunnelContext, worker: int, record: LiveRecord, *, reply: bool) -> Existing | None:
+        fleet = self._fleet
+        initiator = fleet.context(worker, record.tunnel)
+        if initiator is None:
+            return None
+        route = self.routes.lookup(initiator.virtual_network_id, record.destination)
+        device = route.device if route is not None else None
+        # Only what is forwarded has its replies come from another tunnel.
+        if (
+            (device is None or device.device_id != context.device_id)
+            if reply
+            else initiator.device_id != context.device_id
+        ):
+            return None
+        into = None
+        if record.slot:
+            pass  # Lifted: its packets end here.
+        elif reply:
+            into = fleet.roster.of(record.tunnel)
+        elif device is not None:
+            into = fleet.roster.find(initiator.tenant_id, device.device_id)
+        state = pb.FlowState.Name(record.state).removeprefix("FLOW_STATE_").lower()
+        return Existing(record.flow_id.hex(), state, record.rule, reply, into.mtu if into is not None else 0)
+
+    def load(self, context: TunnelContext, *, lifted: bool) -> quota.Load:
+        """What the device's worker has."""
+        fleet = self._fleet
+        worker = fleet.worker_of(context.device_id)
+        table = fleet.live(worker)
+        tunnels = {number for at, number in fleet.tunnels_of(context.device_id) if at == worker}
+        flows, held = table.count(tunnels) if table is not None else (0, 0)
+        full = table is not None and fleet.counters[worker].view[counters.FLOWS] >= table.capacity
+        ready = fleet.ready(worker) or not lifted
+        return quota.Load(ready, True, flows, held, fleet.tenant_flows(context.tenant_id), full)
+
+    def free_slots(self, context: TunnelContext) -> int:
+        """Of the device's worker."""
+        counts = self._fleet.counters[self._fleet.worker_of(context.device_id)].view
+        return counts[counters.SLOTS_TOTAL] - counts[counters.SLOTS_ACTIVE] - counts[counters.SLOTS_RESTING]
+
+    def leading(self, context: TunnelContext, route: RouteEntry) -> Leading | None:
+        """The tunnel that a flow to a device would be forwarded to."""
+        assert route.device is not None  # Nothing else is forwarded to.
+        network = context.virtual_network_id if route.own_address else ""
+        found = self._fleet.roster.find(context.tenant_id, route.device.device_id, network)
+        if found is None:
+            return None
+        where = f"tunnel {found.tunnel} ({found.framing}, MTU {found.mtu}) of worker {found.worker}"
+        return Leading(where, found.mtu)
 
 
 def explain(
     fleet: Fleet, context: TunnelContext, destination: bytes, port: int, protocol: net_pb2.Protocol
 ) -> pb.ExplainResponse:
-    """Every stage's answer up to the one where the flow would stop."""
-    response = pb.ExplainResponse()
+    """Every stage's answer for the first packet of a flow."""
     sources = [address for address in context.addresses if len(address) == len(destination)]
-    texts = ", ".join(map(address_text, sources))
-    detail = f"may speak from {texts}" if sources else "the device has no address of the destination's family"
-    own = fleet.roster.find(context.tenant_id, context.device_id, context.virtual_network_id)
-    if own is not None and sources:
-        detail += f", by tunnel {own.tunnel} ({own.framing}, MTU {own.mtu})"
-    _stage(response, "source", bool(sources), detail, "" if sources else "spoofed_source")
     if not sources:
-        response.outcome = "drop"
+        response = pb.ExplainResponse(outcome=DROP)
+        detail = "the device has no address of the destination's family"
+        response.stages.add(name="source", passed=False, detail=detail, reference="spoofed_source")
         return response
     number = NUMBERS.get(protocol, RESERVED)
     if number == ICMP and len(destination) == 16:
         number = ICMPV6
-    route = resolve(fleet.routes, context, destination, number)
-    if isinstance(route, Decision):
-        _stage(response, "route", False, route.why, route.reason)
-        response.outcome = route.outcome
-        return response
-    _stage(response, "route", True, f"{route.prefix} ({route.name}) leads to {route.target}", route.route_id)
-    decision = authorise(fleet.rules, route, context, destination, port, number)
-    stage = "off_ramp" if decision.reason in ("blackhole", "leads_back") else "policy"
-    passed = decision.outcome in (Outcome.LIFT, Outcome.FORWARD)
-    _stage(response, stage, passed, decision.why, decision.rule or decision.reason)
-    response.outcome = decision.outcome
-    if decision.outcome is Outcome.FORWARD:
-        _tunnel(response, fleet, context, route)
-    if decision.outcome is not Outcome.LIFT:
-        return response
-    if number != TCP:
-        _stage(response, "protocol", False, "only TCP is lifted in this version", "protocol_not_built")
-        response.outcome = Outcome.UNREACHABLE
-        return response
-    free = sum(
-        c.view[counters.SLOTS_TOTAL] - c.view[counters.SLOTS_ACTIVE] - c.view[counters.SLOTS_RESTING]
-        for c in fleet.counters
-    )
-    _stage(response, "slot", free > 0, f"{free} NAT slots are free on this node", "" if free else "slots_exhausted")
-    if not free:
-        response.outcome = "drop"
-        return response
-    egress = route.egress4 if len(destination) == 4 else route.egress6
-    source = address_text(egress) if egress else "an address that the kernel chooses"
-    timeout = route.connect_timeout_ms or fleet.settings.connect_timeout_ms
-    _stage(response, "off_ramp", True, f"dialled from {source}, at most {timeout} ms", route.target)
-    return response
+    return simulate(fleet, context, probe(number, sources[0], destination, SOURCE_PORT, port))
 
 
-def _tunnel(response: pb.ExplainResponse, fleet: Fleet, context: TunnelContext, route: RouteEntry) -> None:
-    """The tunnel that a flow to a device would be forwarded to."""
-    assert route.device is not None  # Nothing else is forwarded to.
-    network = context.virtual_network_id if route.own_address else ""
-    found = fleet.roster.find(context.tenant_id, route.device.device_id, network)
-    if found is None:
-        _stage(response, "tunnel", False, f"device {route.device.device} has no open tunnel", "device_offline")
-        response.outcome = Outcome.UNREACHABLE
-        return
-    where = f"tunnel {found.tunnel} ({found.framing}, MTU {found.mtu}) of worker {found.worker}"
-    _stage(response, "tunnel", True, f"forwarded to device {route.device.device} by {where}", "")
-
-
-def _stage(response: pb.ExplainResponse, name: str, passed: bool, detail: str, reference: str) -> None:
-    response.stages.append(pb.Stage(name=name, passed=passed, detail=detail, reference=reference))
+def simulate(fleet: Fleet, context: TunnelContext, packet: bytes) -> pb.ExplainResponse:
+    """Every stage's answer for a packet."""
+    attached = fleet.roster.find(context.tenant_id, context.device_id, context.virtual_network_id)
+    by = f", by tunnel {attached.tunnel} ({attached.framing}, MTU {attached.mtu})" if attached is not None else ""
+    simulation = Simulation(Node(fleet), context, packet, attached.mtu if attached is not None else USUAL_MTU, by)
+    stages = [
+        pb.Stage(name=stage.name, passed=stage.passed, detail=stage.detail, reference=stage.reference)
+        for stage in simulation.stages
+    ]
+    return pb.ExplainResponse(outcome=simulation.outcome, stages=stages)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -153,6 +154,27 @@ class Fleet:
     def context(self, worker: int, tunnel: int) -> TunnelContext | None:
         """Whom a tunnel speaks for; None where it is closed."""
         return self._contexts[worker].get(tunnel)
+
+    def tunnels_of(self, device_id: str) -> list[tuple[int, int]]:
+        """(worker, number) of a device's open tunnels."""
+        return [
+            (worker, number)
+            for worker, contexts in enumerate(self._contexts)
+            for number, context in contexts.items()
+            if context.device_id == device_id
+        ]
+
+    def worker_of(self, device_id: str) -> int:
+        """The worker that has a device's tunnels, or would have (`falkirk.onramp.tunnels`)."""
+        return zlib.crc32(device_id.encode()) % self.workers
+
+    def tenant_flows(self, tenant_id: str) -> int:
+        """Flows of a tenant on this node."""
+        return limits.flows_of(self._tenants, bytes.fromhex(tenant_id.replace("-", "")))
+
+    def ready(self, worker: int) -> bool:
+        """Whether a worker takes new flows."""
+        return self._ready[worker]
 
     def context_of(self, tenant: str, device: str) -> TunnelContext | None:
         """The context of an open tunnel of a device, by names."""

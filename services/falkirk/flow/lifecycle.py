@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from falkirk.flow import records
+from falkirk.flow import quota, records
 from falkirk.flow.counters import DENIED, ENDED, STARTED
 from falkirk.flow.decision import Decision, Outcome
 from falkirk.flow.keys import signature
@@ -45,21 +45,16 @@ class Lifecycle:
 
     def refusal(self, tunnel: Tunnel, *, lifted: bool = True) -> str | None:
         """Why this tunnel may not have another flow now; None where it may. One that isn't `lifted` needs no upgrader."""
-        settings = self._worker.settings
-        context = tunnel.context
-        if (lifted and not self._worker.pair.ready) or self._worker.draining:
-            return "not_ready"
-        if self._worker.spool.stuck:
-            return "audit_unwritable"
-        if tunnel.device.flows >= (context.device_max_flows or settings.device_flows):
-            return "device_limit"
-        if tunnel.device.held >= settings.device_held:
-            return "device_held_limit"
-        if self._worker.tenants.total(tunnel.row) >= (context.tenant_max_flows or settings.tenant_flows):
-            return "tenant_limit"
-        if self._worker.live.full:
-            return "table_full"
-        return None
+        worker = self._worker
+        load = quota.Load(
+            (worker.pair.ready or not lifted) and not worker.draining,
+            not worker.spool.stuck,
+            tunnel.device.flows,
+            tunnel.device.held,
+            worker.tenants.total(tunnel.row),
+            worker.live.full,
+        )
+        return quota.refusal(load, tunnel.context, worker.settings)
 
     def refuse(self, tunnel: Tunnel, key: bytes, decision: Decision, reason: str) -> None:
         """An allowed flow's first packet is dropped, as a limit is reached."""

@@ -14,12 +14,12 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from falkirk.flow.keys import key_of, lift_key, signature
+from falkirk.flow.keys import Signature, key_of, lift_key, signature
 
 HEADER: Final = struct.Struct("<8sIIQQIIII")
 """magic, version, capacity, epoch, places in use so far, slot cursors of the vnet pool, of the raw pool, of those that lower."""
@@ -37,6 +37,11 @@ _HIGH_WATER_AT: Final = 24
 _CURSORS_AT: Final = 32
 _DECIDED: Final = struct.Struct("<16sB111s")
 _DECIDED_AT: Final = 120
+_STATE_TUNNEL: Final = struct.Struct("<BxxxI")
+_FLOW_ID_AT: Final = 16
+_SOURCE_AT: Final = 32
+_HELD: Final = 1
+"""`falkirk.flow.table.State.HELD`."""
 _U64: Final = struct.Struct("<Q")
 _CURSORS: Final = struct.Struct("<IIII")
 Cursors = tuple[int, int, int, int]
@@ -228,11 +233,28 @@ class LiveReader:
 
     def records(self, start: int) -> Iterator[LiveRecord]:
         """Live flows from place `start` on."""
-        high_water: int = _U64.unpack_from(self._map, _HIGH_WATER_AT)[0]
-        for index in range(start, min(high_water, self.capacity)):
+        for index in range(start, self._places):
             record = self.record(index)
             if record is not None:
                 yield record
+
+    @property
+    def _places(self) -> int:
+        """Places that have ever been in use: behind them there is nothing to look for."""
+        high_water: int = _U64.unpack_from(self._map, _HIGH_WATER_AT)[0]
+        capacity: int = self.capacity
+        return min(high_water, capacity)
+
+    def _find(self, data: bytes, offset: int) -> Iterator[LiveRecord]:
+        """Live flows whose record has these bytes at an offset."""
+        end = HEADER_SIZE + self._places * RECORD_SIZE
+        at = self._map.find(data, HEADER_SIZE, end)
+        while at >= 0:
+            index, found = divmod(at - HEADER_SIZE, RECORD_SIZE)
+            record = self.record(index) if found == offset else None
+            if record is not None:
+                yield record
+            at = self._map.find(data, at + 1, end)
 
     def record(self, index: int) -> LiveRecord | None:
         """The flow at a place, None where it is free."""
@@ -248,13 +270,25 @@ class LiveReader:
 
     def find(self, flow_id: bytes) -> LiveRecord | None:
         """The live flow with this id."""
-        at = self._map.find(flow_id, HEADER_SIZE)
-        while at >= 0:
-            index, offset = divmod(at - HEADER_SIZE, RECORD_SIZE)
-            if offset == 16:
-                return self.record(index)
-            at = self._map.find(flow_id, at + 1)
-        return None
+        return next(self._find(flow_id, _FLOW_ID_AT), None)
+
+    def between(self, said: Signature) -> Iterator[LiveRecord]:
+        """Live flows of any tunnel with this signature."""
+        protocol, source, destination, source_port, destination_port = said
+        wanted = (protocol, source_port, destination_port, len(source))
+        for record in self._find(source.ljust(16, b"\0") + destination.ljust(16, b"\0"), _SOURCE_AT):
+            if (record.protocol, record.source_port, record.destination_port, len(record.source)) == wanted:
+                yield record
+
+    def count(self, tunnels: Collection[int]) -> tuple[int, int]:
+        """Live flows of these tunnels, and those of them that are held."""
+        flows = held = 0
+        for index in range(self._places):
+            state, tunnel = _STATE_TUNNEL.unpack_from(self._map, HEADER_SIZE + index * RECORD_SIZE)
+            if state and tunnel in tunnels:
+                flows += 1
+                held += state == _HELD
+        return flows, held
 
     def is_at(self, path: Path) -> bool:
         """Whether this still is the table at `path`, and no successor has put its own there."""

@@ -72,6 +72,10 @@ class Roster:
         self._open[worker].clear()
         self._tell(worker, [control.Detached(tunnel) for tunnel in tunnels])
 
+    def of(self, tunnel: int) -> control.Attached | None:
+        """An open tunnel, by its number."""
+        return next((tunnels[tunnel] for tunnels in self._open if tunnel in tunnels), None)
+
     def find(self, tenant_id: str, device_id: str, virtual_network_id: str = "") -> control.Attached | None:
         """The tunnel that a worker would take for a device (see `falkirk.flow.directory`)."""
         found = [

@@ -16,17 +16,23 @@ from falkirk.decide import cel
 from falkirk.flow import control, counters
 from falkirk.flow.capture import CaptureRefused, response
 from falkirk.flow.events import EventFeed, flow_of_record
-from falkirk.flow.explain import explain
+from falkirk.flow.explain import explain, simulate
 from falkirk.flow.fleet import Fleet
 from falkirk.flow.live import LiveRecord
 from falkirk.flow.match import FlowMatch
 from falkirk.flow.messages import flow_of_live
 from falkirk.runtime.contexts import context_of_proto
 from falkirk.runtime.errors import FalkirkError
+from falkirk.wire.context import TunnelContext
 
+CAPTURING = ("falkirk-capturing", "1")
+"""Initial metadata of a capture that has begun; one that is refused has none."""
 MAX_PAGE = 1000
 MAX_WORDS = 200
 """Characters of what somebody says for the audit log."""
+MAX_PACKET = 65_575
+"""Bytes of an IPv6 packet with a whole payload."""
+WITH_PORTS = frozenset((net_pb2.PROTOCOL_UNSPECIFIED, net_pb2.PROTOCOL_TCP, net_pb2.PROTOCOL_UDP))
 
 
 class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
@@ -93,35 +99,42 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
         try:
             with self._fleet.captures.open(wanted) as capture:
                 await capture.begun()
-                await context.send_initial_metadata(())
+                await context.send_initial_metadata((CAPTURING,))
                 async for worker, packet in capture:
                     yield response(worker, packet)
         except CaptureRefused as error:
             raise FalkirkError(grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPTURE_REFUSED", str(error)) from error
 
     async def Explain(self, request: pb.ExplainRequest, context: Any) -> pb.ExplainResponse:
-        """Decide a flow that isn't sent."""
+        """Judge a packet that isn't sent: the one that is given, or the first one of a flow."""
+        if request.packet:
+            if len(request.packet) > MAX_PACKET:
+                message = f"packet: {len(request.packet)} bytes; an IP packet has at most {MAX_PACKET}"
+                raise FalkirkError(grpc.StatusCode.INVALID_ARGUMENT, "PACKET_TOO_LONG", message)
+            return simulate(self._fleet, self._whose(request), request.packet)
         try:
             destination = ipaddress.ip_address(request.destination_address).packed
         except ValueError as error:
             raise FalkirkError(
                 grpc.StatusCode.INVALID_ARGUMENT, "INVALID_ADDRESS", f"destination_address: {error}"
             ) from error
-        lowest = 0 if request.protocol == net_pb2.PROTOCOL_ICMP else 1
+        lowest = 1 if request.protocol in WITH_PORTS else 0
         if not lowest <= request.destination_port < 65536:
             raise FalkirkError(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_PORT", "destination_port: must be 1 to 65535")
+        return explain(self._fleet, self._whose(request), destination, request.destination_port, request.protocol)
+
+    def _whose(self, request: pb.ExplainRequest) -> TunnelContext:
+        """Whom to decide for."""
         if request.HasField("context"):
-            who = context_of_proto(request.context)
-        else:
-            found = self._fleet.context_of(request.tenant, request.device)
-            if found is None:
-                message = (
-                    f"device {request.device} of tenant {request.tenant} has no open tunnel on this node; "
-                    "give its context (OnrampService.Explain tells it), as `falkirk explain` does"
-                )
-                raise FalkirkError(grpc.StatusCode.NOT_FOUND, "NO_TUNNEL", message)
-            who = found
-        return explain(self._fleet, who, destination, request.destination_port, request.protocol)
+            return context_of_proto(request.context)
+        found = self._fleet.context_of(request.tenant, request.device)
+        if found is None:
+            message = (
+                f"device {request.device} of tenant {request.tenant} has no open tunnel on this node; "
+                "give its context (OnrampService.Explain tells it), as `falkirk explain` does"
+            )
+            raise FalkirkError(grpc.StatusCode.NOT_FOUND, "NO_TUNNEL", message)
+        return found
 
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
         """Counts of all workers."""

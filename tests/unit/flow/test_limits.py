@@ -66,3 +66,17 @@ def test_one_tenant_too_many_is_told(fd: int, monkeypatch: pytest.MonkeyPatch) -
     assert all(counts.row(tenant) is not None for tenant in tenants[:8])
     assert counts.row(tenants[8]) is None
     assert counts.row(tenants[3]) is not None
+
+
+def test_anybody_may_read_a_tenants_flows(fd: int) -> None:
+    """Without a worker's column, and without making a row for a tenant that has none."""
+    first, second = TenantCounts(fd, 2, 0), TenantCounts(fd, 2, 1)
+    some, other, unknown = ids(3)
+    for tenant, count in ((some, 3), (other, 1)):
+        row = first.row(tenant)
+        assert row is not None
+        first.add(row, count)
+        second.add(row, 1)
+    before = os.pread(fd, limits.SIZE, 0)
+    assert [limits.flows_of(fd, tenant) for tenant in (some, other, unknown)] == [4, 2, 0]
+    assert os.pread(fd, limits.SIZE, 0) == before

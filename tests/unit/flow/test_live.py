@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from falkirk.flow.live import HEADER_SIZE, MAGIC, RECORD_SIZE, LiveReader, LiveTable, kind_of
+from falkirk.flow.keys import Signature, signature
+from falkirk.flow.live import HEADER_SIZE, MAGIC, RECORD_SIZE, RULE_BYTES, LiveReader, LiveTable, kind_of
 from falkirk.wire.slots import LOWERED
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6
 
@@ -170,3 +171,48 @@ def test_what_is_no_live_table_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError):
         LiveReader(path)
+
+
+def test_a_flow_is_found_by_its_signature(path: Path) -> None:
+    table = LiveTable(path, 8, 1)
+    for number, key in enumerate((KEY4, KEY6, KEY4 + b"\x11", KEY4)):
+        fill(table, key, number)
+    table.release(3)
+    reader = LiveReader(path)
+
+    def found(said: Signature) -> list[int]:
+        return [record.index for record in reader.between(said)]
+
+    four = signature(KEY4)
+    assert found(four) == [0]
+    assert found(signature(KEY6)) == [1]
+    assert found(four._replace(protocol=17)) == [2]
+    assert found(four._replace(source_port=1)) == []
+    assert found(four._replace(source=SERVER4, destination=DEVICE4)) == []
+    # Four bytes and twelve zeros are another address in IPv6.
+    assert found(four._replace(source=DEVICE4 + bytes(12), destination=SERVER4 + bytes(12))) == []
+
+
+def test_flows_of_tunnels_are_counted(path: Path) -> None:
+    table = LiveTable(path, 8, 1)
+    places = [fill(table, number=number) for number in range(4)]
+    table.state(places[1], 3)
+    table.release(places[3])
+    reader = LiveReader(path)
+    assert reader.count({7}) == (3, 2)
+    assert reader.count({8}) == (0, 0)
+    assert reader.count(()) == (0, 0)
+
+
+def test_another_rule_takes_the_first_ones_place(path: Path) -> None:
+    """Nothing of a longer one is left, and nothing beside it is touched."""
+    table = LiveTable(path, 2, 1)
+    index = fill(table, rule=b"x" * 200)
+    table.lowered(index, 5, 9)
+    table.decided(index, b"q" * 16, b"main/short")
+    (record,) = LiveReader(path)
+    assert (record.rule, record.route_id, record.flow_id) == ("main/short", b"q" * 16, b"\1" * 16)
+    assert (record.lower_slot, record.lower_tunnel) == (5, 9)
+    table.decided(index, b"s" * 16, b"y" * 200)
+    (record,) = LiveReader(path)
+    assert (record.rule, record.lower_slot, record.lower_tunnel) == ("y" * RULE_BYTES, 5, 9)
