@@ -16,6 +16,7 @@ import pytest
 from falkirk.linux import namespace_messages as messages
 from falkirk.linux import seqpacket, sockets
 from falkirk.upgrader import control
+from falkirk.wire import handover
 from falkirk.wire.handover import Abort, AbortAll, Closed, Connected, DialFailed, LowerRefused, LowerWanted
 from falkirk.wire.slots import LOWERED
 from tests.process.upgrader_lock import Chamber, chamber, listen, reset
@@ -269,6 +270,20 @@ def test_a_caller_without_a_flow_worker(lock: Chamber) -> None:
         assert lock.told == [control.LowerOver(7, "not_ready", "the flow tracker is away")]
     with caller(lock, 8):
         lock.until(lambda: len(lock.told) == 2)
+
+
+def test_what_is_asked_between_two_turns_goes_out_at_once(lock: Chamber) -> None:
+    """The worker sleeps until something comes, and nothing may come but the answer."""
+    assert lock.flow is not None
+    with caller(lock):
+        received = seqpacket.receive(lock.flow, 1 << 17)
+        assert received is not None
+        assert handover.UPGRADER_TO_FLOW.decode(received[0]) == [LowerWanted(7, "acme", "laptop", 0, 22, "root")]
+        lock.flow.close()
+        lock.flow = None
+        lock.until(lambda: lock.told)
+    with caller(lock, 8):
+        assert [over.request for over in lock.told if isinstance(over, control.LowerOver)] == [7, 8]
 
 
 def test_nobody_asked(lock: Chamber, helper: FakeHelper) -> None:

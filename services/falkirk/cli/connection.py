@@ -51,6 +51,9 @@ _REMEDIES: dict[str, str] = {
     "NAME_TAKEN": "choose another name, or use `update` to change the one that has it",
     "PREFIX_TAKEN": "change the route that has the prefix, or put this one into another virtual network (--vnet)",
     "ADDRESS_TAKEN": "leave the address out: a free one is taken from the tenant's pool",
+    "NO_TUNNEL": "`grpcurl ... onramp.v1.OnrampService/List` shows which tunnels are open",
+    "CONNECTION_REFUSED": "does a server listen on that port, on that address?",
+    "CONNECT_TIMEOUT": "does the device route the address that audit records as the source into its tunnel?",
     "HOST_BITS_SET": "clear the bits beyond the prefix length",
     "TRANSACTION_TOO_LARGE": "apply the resources in several parts",
 }

@@ -43,6 +43,7 @@ COMMANDS: Final = {
     "explain": ("falkirk.cli.explain", "What would become of a packet, stage by stage."),
     "capture": ("falkirk.cli.capture", "Write packets to a file for Wireshark, dropped ones with why."),
     "lower": ("falkirk.cli.lower", "Run a command whose TCP connections go through the mesh."),
+    "connect": ("falkirk.cli.connect", "A TCP connection to a port of a device, for administrators."),
     "trace": ("falkirk.cli.trace", "Look at traces."),
 }
 _SERVICE_OPTIONS: Final = ("--config", "--run-dir", "--data-dir")
