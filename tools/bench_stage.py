@@ -1,8 +1,8 @@
 """Where the bench measures: a node's namespace and a server's, one veth between them, a mesh in the node's.
 
 The congestion control is the same for every socket that crosses the veth, whoever made it: it is an attribute of the routes there, since
-where /proc/sys can't be written nothing else reaches the sockets of peers (with the machine's BBR, pasta's forward rate swings by a
-factor of three from run to run). Servers and iperf3's clients are told by option as well.
+where /proc/sys can't be written nothing else reaches the sockets that peers make themselves (pasta's ran the machine's BBR, whose pacing a short
+run catches at any point, while everyone else's ran what was asked for). Servers and iperf3's clients are told by option as well.
 
 A configuration measured is the default one with N rules and M routes, of which the last rule and the shortest prefix decide.
 """
@@ -155,7 +155,8 @@ class Stage:
 
     def _servers(self) -> None:
         """iperf3 and echo at the server, echo on the node's loopback."""
-        self.server.start("iperf3", "-s", "-p", str(IPERF_PORT))
+        # Bound, since a UDP server answers from the interface's first address otherwise.
+        self.server.start("iperf3", "-s", "-p", str(IPERF_PORT), "-B", self.addresses[0])
         for namespace, ports in ((self.server, (IPERF_PORT, *ECHO_PORTS)), (self.node, ECHO_PORTS)):
             namespace.start(sys.executable, str(LOAD / "echo_server.py"), *map(str, ECHO_PORTS))
 
@@ -219,8 +220,9 @@ class Stage:
         }
 
     def throughput(self, who: Contestant, seconds: float, *options: str) -> dict[str, Any]:
-        """iperf3's `end` object."""
-        command = ["iperf3", "-J", "-c", who.addresses[0], "-p", str(IPERF_PORT), "-t", f"{seconds:g}", *options]
+        """iperf3's `end` object. It takes whole seconds, and 0 for no end."""
+        length = str(max(1, round(seconds)))
+        command = ["iperf3", "-J", "-c", who.addresses[0], "-p", str(IPERF_PORT), "-t", length, *options]
         result = measure(who.command(command), seconds)
         end: dict[str, Any] = result.get("end", {})
         if "error" in result or not end:

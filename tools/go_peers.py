@@ -59,6 +59,6 @@ def program(peer: GoPeer, say: Callable[[str], None]) -> Path | None:
         return None
     if done.returncode or not path.exists():
         why = [line for line in done.stderr.strip().splitlines() if not line.startswith("go: downloading")]
-        say(f"going on without {peer.name}: {' '.join(why)[-300:] or 'go install made nothing'}")
+        say(f"going on without {peer.name}: {' '.join(why)[-160:] or 'go install made nothing'}")
         return None
     return path

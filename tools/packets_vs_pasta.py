@@ -26,12 +26,13 @@ from typing import Final
 
 from falkirk.linux import netns
 from tests.netns.conftest import ServerNamespace, in_namespace
+from tests.packets.conftest import quiet_limits, special_routes
 from tests.packets.craft import packed
 from tests.packets.ground import Mismatch
 from tests.packets.read import Seen, seen
 from tests.packets.runner import Run
 from tests.packets.script import FAMILIES, Case, read_all
-from tests.packets.server import HOSTS, Server
+from tests.packets.server import Server
 from tools.netlab import LabError, run, wait_for
 
 SCRIPTS: Final = Path(__file__).resolve().parents[1] / "tests" / "packets"
@@ -207,10 +208,11 @@ def surroundings() -> Iterator[Server]:
         stack.callback(namespace.close)
         run(["ip", "route", "add", "default", "via", namespace.address4])
         run(["ip", "route", "add", "default", "via", namespace.address6])
-        for kind, name in (("unreachable", "unreachable"), ("prohibit", "prohibited")):
-            run(["ip", "route", "add", kind, f"{namespace.host4(HOSTS[name])}/32"])
-            run(["ip", "route", "add", kind, f"{namespace.host6(HOSTS[name])}/128"])
-        yield Server(namespace, DEADLINE_S)
+        stack.enter_context(special_routes(namespace))
+        namespace.call(quiet_limits)
+        server = Server(namespace, DEADLINE_S)
+        stack.callback(server.close_for_good)
+        yield server
 
 
 def judge(case: Case, wrong: dict[str, str]) -> str:

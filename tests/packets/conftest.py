@@ -49,6 +49,13 @@ def drops(world: World) -> dict[str, int]:
     return found
 
 
+def _never_a_source(server: ServerNamespace, name: str) -> None:
+    """What the server sends by itself comes from its first address, as with IPv4."""
+    host = f"{server.host6(HOSTS[name])}/{server.prefix6.prefixlen}"
+    change = ["ip", "address", "change", host, "dev", "eth0", "preferred_lft", "0"]
+    server.run(change, timeout=10).check_returncode()
+
+
 @contextlib.contextmanager
 def special_routes(server: ServerNamespace) -> Iterator[None]:
     """Hosts of the server's prefix that this machine has no way to, or a narrow one, as `server.HOSTS` names them."""
@@ -67,10 +74,7 @@ def special_routes(server: ServerNamespace) -> Iterator[None]:
         for host in (server.host4(HOSTS["narrow"]), server.host6(HOSTS["narrow"])):
             server.add_there(host)
         # Never the source of what the server sends by itself.
-        for name in ("slow", "narrow"):
-            host = f"{server.host6(HOSTS[name])}/{server.prefix6.prefixlen}"
-            change = ["ip", "address", "change", host, "dev", "eth0", "preferred_lft", "0"]
-            server.run(change, timeout=10).check_returncode()
+        _never_a_source(server, "narrow")
         yield
     finally:
         for route in made:
@@ -83,6 +87,7 @@ def packet_world() -> Iterator[PacketWorld]:
     with contextlib.ExitStack() as stack:
         world = stack.enter_context(open_world(1, SETTINGS))
         stack.enter_context(special_routes(world.server))
+        _never_a_source(world.server, "slow")
         world.server.call(quiet_limits)
         fences = {}
         for family, kind in (("ipv4", socket.AF_INET), ("ipv6", socket.AF_INET6)):

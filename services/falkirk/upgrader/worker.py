@@ -87,6 +87,7 @@ class Worker:
         self._lowering = Lowering(self._epoll)
         self._callers = Callers(report)
         self._dialling = 0
+        self._idle_s = IDLE_S
         self._deadlines: Deadlines[TcpStream | Asked] = Deadlines(time.monotonic())
         self._listeners = {listener.fileno(): listener for listener in listeners}
         for listener in listeners:
@@ -234,14 +235,18 @@ class Worker:
 
     def _dial(self, wish: Prepare, upstream: socket.socket, now: float) -> None:
         """Await the outcome of a socket that connects since `now`."""
+        idle_s = wish.idle_timeout_s or IDLE_S
+        if idle_s != self._idle_s:
+            self._idle_s = idle_s
         stream: TcpStream = Stream(
             wish.slot,
-            wish.flow_id,
+            # Only spans name it. A stream lives long, so it keeps nothing that it doesn't need, and shares what is the same for all.
+            wish.flow_id if wish.span_id else b"",
             wish.span_id,
             upstream,
             now,
             wish.connect_timeout_ms / 1000,
-            wish.idle_timeout_s or IDLE_S,
+            self._idle_s,
             time.time_ns() if wish.span_id else 0,
         )
         self._slots[wish.slot] = stream
