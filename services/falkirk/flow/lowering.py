@@ -69,14 +69,15 @@ class Lowering(Segments):
     def reserve(self, tunnel: Tunnel, key: bytes, route: RouteEntry) -> tuple[Leg | None, str | None]:
         """A leg for a flow of this tunnel with this key, or why there is none."""
         found = self._worker.forward.find(tunnel.context, route)
-        to = self.tunnel_of(found) if found is not None else None
+        device = route.device.device if route.device is not None else ""
+        to = self.tunnel_of(found, tunnel.context.tenant, device) if found is not None else None
         if to is None:
             return None, OFFLINE
         _, source, destination, source_port, destination_port = signature(key)
         return self.lead(to, lift_key(destination, source, destination_port, source_port), route.prefix)
 
-    def tunnel_of(self, found: Attachment) -> Tunnel | None:
-        """The tunnel, or what stands for it here; None where there is no way to its worker."""
+    def tunnel_of(self, found: Attachment, tenant: str = "", device: str = "") -> Tunnel | None:
+        """The tunnel, or what stands for it here (for captures with these names); None where there is no way to its worker."""
         worker = self._worker
         if found.worker == worker.start.worker:
             return worker.tunnels.get(found.tunnel)
@@ -87,9 +88,9 @@ class Lowering(Segments):
         if distant is None or distant.sibling is not link:
             context = TunnelContext(
                 tenant_id=found.tenant_id,
-                tenant="",
+                tenant=tenant,
                 device_id=found.device_id,
-                device="",
+                device=device,
                 virtual_network_id=found.virtual_network_id,
                 virtual_network="",
                 addresses=(),
