@@ -325,6 +325,7 @@ class Forward(Owner[ForwardFlow]):
         """Lead a flow to the tunnel that its device has now; False where there is none (or another flow there has the same key: of two
         tunnels of this device, say)."""
         while (found := self._attachment(flow)) is not None:
+            self._worker.lowering.clear(found.tunnel, flow.reply[:-1])
             if found.worker != self._worker.start.worker:
                 link = self.links.get(found.worker)
                 if link is None:

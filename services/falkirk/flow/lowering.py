@@ -100,10 +100,8 @@ class Lowering(Segments):
 
     def lead(self, to: Tunnel, reply: bytes, prefix: str) -> tuple[Leg | None, str | None]:
         """A leg into a tunnel, whose device's replies have this key; or why there is none."""
-        old = to.lifts.get(reply)
-        if isinstance(old, Leg) and old.flow is None:
-            self.drop(old)
-        elif old is not None:
+        self.clear(to.id, reply)
+        if reply in to.lifts:
             # The device itself has a connection with these ports, the other way round.
             return None, IN_USE
         worker = self._worker
@@ -122,6 +120,13 @@ class Lowering(Segments):
             leg.handle = worker.forward.lend(leg)
             to.sibling.tell(Foreign(leg.handle, to.id, key_of(*signature(reply)), ANY_SIZE, prefix))
         return leg, None
+
+    def clear(self, number: int, reply: bytes) -> None:
+        """The ports of replies with this key (12 or 36 bytes) are wanted: one that only lingers there gives way."""
+        tunnel = self._worker.tunnels.get(number) or self._distant.get(number)
+        old = tunnel.lifts.get(reply) if tunnel is not None else None
+        if isinstance(old, Leg) and old.flow is None:
+            self.drop(old)
 
     def join(self, flow: TcpLift | AdminFlow, leg: Leg) -> None:
         """It is the other side of this flow, which is on record."""
