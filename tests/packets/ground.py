@@ -13,6 +13,7 @@ from tests.packets.craft import Endpoints, pattern
 from tests.packets.read import Seen
 from tests.packets.script import Case, Step
 from tests.packets.server import Server
+from tools.netlab import LabError
 
 DEADLINE_S: Final = 10.0
 """For what takes no time on an idle machine."""
@@ -120,7 +121,7 @@ class Ground:
             self.verbs[step.verb](self, step)
         except Mismatch:
             raise
-        except (AssertionError, OSError, KeyError, ValueError) as error:
+        except (AssertionError, OSError, KeyError, ValueError, LabError) as error:
             raise self._wrong(step, f"{type(error).__name__}: {error}") from error
 
     def _wrong(self, step: Step, what: str) -> Mismatch:
