@@ -214,10 +214,12 @@ class FlowRig:
         seqpacket.send(self.upgrader, handover.encode(messages))
         self.step()
 
-    def give_socket(self, wish: handover.OpenSocket, sock: socket.socket, *, local: int = 0, raw: bool = False) -> None:
+    def give_socket(
+        self, wish: handover.OpenSocket, sock: socket.socket, *, local: int = -1, raw: bool = False
+    ) -> None:
         """Answer a wish with a socket, which is the worker's from then on."""
         assert self.upgrader is not None
-        opened = handover.SocketOpened(wish.token, local or sock.getsockname()[1], raw)
+        opened = handover.SocketOpened(wish.token, sock.getsockname()[1] if local < 0 else local, raw)
         seqpacket.send(self.upgrader, handover.encode([opened]), [sock.fileno()])
         sock.close()
         self.step()

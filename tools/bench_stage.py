@@ -1,8 +1,8 @@
 """Where the bench measures: a node's namespace and a server's, one veth between them, a mesh in the node's.
 
 The congestion control is the same for every socket that crosses the veth, whoever made it: it is an attribute of the routes there, since
-where /proc/sys can't be written nothing else reaches the sockets of peers (with the machine's BBR, pasta's forward rate swings by a
-factor of three from run to run). Servers and iperf3's clients are told by option as well.
+where /proc/sys can't be written nothing else reaches the sockets that peers make themselves (pasta's ran the machine's BBR, whose pacing a short
+run catches at any point, while everyone else's ran what was asked for). Servers and iperf3's clients are told by option as well.
 
 A configuration measured is the default one with N rules and M routes, of which the last rule and the shortest prefix decide.
 """

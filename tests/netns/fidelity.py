@@ -324,6 +324,24 @@ class World:
         wait_for(f"an audit record that a flow to port {port} {event}", look, DEADLINE_S)
         return found[0]
 
+    def live(self, port: int, device: str) -> Any:
+        """The live flow of a device to that port, once there is one."""
+        from falkirk.api.flow.v1 import flow_service_pb2 as pb
+        from falkirk.api.flow.v1 import flow_service_pb2_grpc as pb_grpc
+        from falkirk.runtime import client
+
+        found: list[Any] = []
+
+        def look() -> bool:
+            with client.sync_channel(self.mesh.run_dir, "flow") as channel:
+                chosen = pb.FlowFilter(destination_port=port, device=device)
+                answer = pb_grpc.FlowServiceStub(channel).List(pb.ListRequest(filter=chosen), timeout=DEADLINE_S)
+            found[:] = answer.flows
+            return bool(found)
+
+        wait_for(f"a live flow to port {port}", look, DEADLINE_S)
+        return found[0]
+
     def stats(self, service: str) -> Any:
         """A service's Stats, called by name: its request and stub follow from the service's."""
         from falkirk.runtime import client

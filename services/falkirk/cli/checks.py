@@ -20,6 +20,7 @@ from typing import Final, Literal
 import msgspec
 
 from falkirk.cli import probe
+from falkirk.linux import datagrams
 from falkirk.runtime import settings
 from falkirk.runtime.settings import SERVICES, SettingsError, Shell, host_port
 
@@ -62,6 +63,7 @@ def machine() -> Iterator[Check]:
     for answer in probe.run():
         yield Check(answer.name, "ok" if answer.ok else "failed", answer.detail, answer.remedy)
     yield nofile(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    yield echo(datagrams.echo_kind(socket.AF_INET))
     yield interpreter()
 
 
@@ -74,6 +76,18 @@ def nofile(hard: int) -> Check:
         "warning" if hard >= NOFILE_NEEDED else "failed",
         f"{hard} descriptors per process bound the streams at once",
         f"ulimit -Hn {NOFILE_WANTED} as root, LimitNOFILE={NOFILE_WANTED} in the unit, or --ulimit nofile={NOFILE_WANTED} of the container",
+    )
+
+
+def echo(kind: str) -> Check:
+    """How ICMP echo leaves, as `datagrams.echo_kind` tells it; nothing else needs it."""
+    if kind:
+        return Check("echo", "ok", "ICMP echo leaves by " + {"ping": "ping sockets", "raw": "raw sockets"}[kind])
+    return Check(
+        "echo",
+        "warning",
+        "net.ipv4.ping_group_range lets this process have no ping socket, and it hasn't CAP_NET_RAW: echo ends as echo_not_permitted",
+        'as root: sysctl -w net.ipv4.ping_group_range="0 2147483647", or a range with a group of the mesh',
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal
 
 import typer
 
@@ -23,6 +23,10 @@ Tenant = Annotated[str, typer.Option(help="Only this tenant (its name).")]
 Device = Annotated[str, typer.Option(help="Only this device (its name).")]
 Destination = Annotated[str, typer.Option("--dst", help="Only flows to this address or prefix.")]
 Port = Annotated[int, typer.Option(help="Only flows to this port.", min=0, max=65535)]
+Protocol = Annotated[
+    Literal["", "tcp", "udp", "icmp", "other"],
+    typer.Option(help="Only flows of this protocol; icmp is either family's."),
+]
 
 
 def register(app_: typer.Typer) -> None:
@@ -30,12 +34,23 @@ def register(app_: typer.Typer) -> None:
     app_.add_typer(app, name="flow")
 
 
+def _filter(tenant: str, device: str, dst: str, port: int, protocol: str) -> pb.FlowFilter:
+    wanted = f"PROTOCOL_{protocol.upper() or 'UNSPECIFIED'}"
+    return pb.FlowFilter(tenant=tenant, device=device, destination=dst, destination_port=port, protocol=wanted)
+
+
 @app.command("list")
 def list_(
-    run_dir: RunDir, tenant: Tenant = "", device: Device = "", dst: Destination = "", port: Port = 0, json: Json = False
+    run_dir: RunDir,
+    tenant: Tenant = "",
+    device: Device = "",
+    dst: Destination = "",
+    port: Port = 0,
+    protocol: Protocol = "",
+    json: Json = False,
 ) -> None:
     """Show live flows; counts are at most a second old."""
-    chosen = pb.FlowFilter(tenant=tenant, device=device, destination=dst, destination_port=port)
+    chosen = _filter(tenant, device, dst, port, protocol)
     everything = pb.ListResponse()
     with calling(run_dir, "flow") as channel:
         stub = pb_grpc.FlowServiceStub(channel)
@@ -66,11 +81,12 @@ def watch(
     device: Device = "",
     dst: Destination = "",
     port: Port = 0,
+    protocol: Protocol = "",
     live: Annotated[bool, typer.Option(help="Show the live flows first.")] = True,
     json: Json = False,
 ) -> None:
     """Show flows as they start, are denied and end; until interrupted."""
-    chosen = pb.FlowFilter(tenant=tenant, device=device, destination=dst, destination_port=port)
+    chosen = _filter(tenant, device, dst, port, protocol)
     with until_interrupted(), calling(run_dir, "flow") as channel:
         stub = pb_grpc.FlowServiceStub(channel)
         for event in stub.Watch(pb.WatchRequest(filter=chosen, include_live=live)):
@@ -88,7 +104,7 @@ def kill(
     flow: Annotated[str, typer.Argument(help="The flow's id.")],
     reason: Annotated[str, typer.Option(help="Why; goes into the audit log.")] = "",
 ) -> None:
-    """End a flow: both sides get a reset."""
+    """End a flow: of TCP both sides get a reset, of anything else the initiator an ICMP error."""
     with calling(run_dir, "flow") as channel:
         pb_grpc.FlowServiceStub(channel).Terminate(pb.TerminateRequest(id=flow, reason=reason), timeout=SECONDS)
 

@@ -20,5 +20,8 @@ worker's (`siblings.py`, `roster.py`).
 
 Fragments wait for the rest of their packet (`reassembly.py`, PURE, and `fragments.py`); only whole packets go this way.
 
-Limits: TCP only; UDP and ICMP are answered or dropped with a reason that says that they aren't built.
+UDP and ICMP echo go another way: their packets lose their headers here, and leave by sockets that the upgrader worker opened
+(`session.py`, `udp.py`, `echo.py`). What flows of all protocols share is `table.py`, `keys.py` and `lifecycle.py`.
+
+Limits: to the internet go TCP, UDP and ICMP echo; other protocols go between devices only, and are answered as unreachable otherwise.
 """

@@ -173,25 +173,24 @@ class Run:
             full = min(count, whole)
             whole -= full
             if full:
-                wrong = self._wrong(arena, start, stride, full, self.size)
-                found += [start + stride * int(number) for number in wrong.nonzero()[0]] if wrong.any() else []
-            if full < count and self._wrong(arena, start + stride * full, 0, 1, self.last).any():
+                found += [start + stride * at for at in self._wrong(arena, start, stride, full, self.size)]
+            if full < count and self._wrong(arena, start + stride * full, 0, 1, self.last):
                 found.append(start + stride * full)
         return found
 
-    def _wrong(self, arena: bytearray, start: int, stride: int, count: int, size: int) -> NDArray[np.uint64]:
-        """Of each of `count` segments, whether it doesn't add up (RFC 1071; sums of little-endian words, as good as any: 2(B))."""
+    def _wrong(self, arena: bytearray, start: int, stride: int, count: int, size: int) -> list[int]:
+        """Which of `count` segments don't add up (RFC 1071; sums of little-endian words, as good as any: 2(B))."""
         length = size - self.upper
         words, tail = length >> 2, length & 3
         at = start + self.upper
         rows = np.ndarray((count, words), "<u4", arena, at, (stride, 4))
-        sums: NDArray[np.uint64] = rows.sum(axis=1, dtype=np.uint64)
+        sums: NDArray[np.uint64] = np.add.reduce(rows, axis=1, dtype=np.uint64)
         for place in range(tail):
             column = np.ndarray(count, np.uint8, arena, at + 4 * words + place, (stride,))
             sums += column.astype(np.uint64) << np.uint64(8 * (place & 1))
         addresses = self.flow.key[: 8 if self.upper == 20 else 32]
         pseudo = int.from_bytes(addresses, "little") + (TCP << 8) + (length >> 8 | (length & 0xFF) << 8)
-        return (sums + np.uint64(pseudo % 0xFFFF)) % np.uint64(0xFFFF)
+        return [number for number, total in enumerate(sums.tolist()) if (total + pseudo) % 0xFFFF]
 
 
 def _rows(places: list[int]) -> Iterator[tuple[int, int, int]]:

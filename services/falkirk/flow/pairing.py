@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow import control, counters, peers
+from falkirk.linux import tun
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import AbortAll, Devices
 
@@ -63,6 +64,8 @@ class UpgraderPair:
                 os.close(lane.tun)
             os.set_blocking(fd, False)
             lane.tun = fd
+        # What this kernel's devices take, those of `vnet` tunnels take too.
+        worker.udp.trains = tun.take_uso(worker.lanes[Framing.VNET].tun)
         # Even from an upgrader that has given some before: its streams went with the devices.
         self.ready = False
         self.link = link

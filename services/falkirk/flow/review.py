@@ -81,11 +81,14 @@ class Review:
             if before is None or before.route is None or flow.reason or tunnel.flows.get(flow.key) is not flow:
                 continue
             protocol, _, destination, _, port = signature(flow.key)
-            now, _ = worker.ingress.decide(tunnel, destination, port, protocol)
+            now = tunnel.memo.get((destination, port, protocol))
+            if now is None:
+                now, _ = worker.ingress.decide(tunnel, destination, port, protocol)
             reason = superseded(before, now, flow.family, device_changed=changed)
             if reason:
                 flow.owner.end(flow, reason)
-            elif now is not before:
+            else:
                 flow.decision = now
-                worker.live.decided(flow.index, now.route_bytes, now.rule_bytes)
+                if now.rule != before.rule or now.route_id != before.route_id:
+                    worker.live.decided(flow.index, now.route_bytes, now.rule_bytes)
             yield

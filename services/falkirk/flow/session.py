@@ -234,6 +234,8 @@ class Sessions(Owner[S]):
         worker.lifecycle.state(session, State.ESTABLISHED)
         worker.wheel.place(session, worker.second + self.idle_s(session))
         worker.watch(fd, select.EPOLLIN, session.ready)
+        # What it carries in its first second is told at the end of that.
+        worker.dirty.append(session)
         lane = worker.lane(session.tunnel.framing)
         for data in held:
             lane.view[: len(data)] = data
@@ -331,11 +333,11 @@ class Sessions(Owner[S]):
                 # An error of a packet before, told here because it waited; its story is in the queue.
                 self.hear(session)
 
-    def delivered(self, session: S, size: int) -> None:
-        """Count a packet to the client, of `size` bytes."""
+    def delivered(self, session: S, size: int, packets: int = 1) -> None:
+        """Count packets to the client, of `size` bytes in all."""
         worker = self._worker
         session.bytes_down += size
-        session.packets_down += 1
+        session.packets_down += packets
         if session.touched != worker.second:
             session.touched = worker.second
             worker.dirty.append(session)

@@ -6,7 +6,7 @@ kernel choose the external one; sessions that begin meanwhile wait for that. The
 all routes of a device name the same).
 
 Offloads: a USO super-packet of a `vnet` tunnel leaves with one call (UDP_SEGMENT), and a train that the kernel joined (UDP_GRO) comes back as one
-super-packet; to a `raw` tunnel it goes as plain packets.
+super-packet; to a `raw` tunnel it goes as plain packets, in one datagram where its producer asked for that (`packed`).
 
 A checksum is verified before the headers that carry it are taken off, so that what was damaged before stays known as damaged; a partial one
 (virtio NEEDS_CSUM) can't be. IPv4 may do without one (RFC 768), IPv6 may not (RFC 8200 8.1).
@@ -80,6 +80,8 @@ class UdpSessions(Sessions[UdpSession]):
 
     def __init__(self, worker: Worker, opening: Opening) -> None:
         super().__init__(worker, opening)
+        self.trains = False
+        """Whether super-packets may go to `vnet` tunnels: older kernels' TUN devices take none."""
         self._mappings: dict[bytes, Mapping] = {}
         self._buffer = bytearray(_ROOM + 65536)
         self._view = memoryview(self._buffer)
@@ -219,7 +221,7 @@ class UdpSessions(Sessions[UdpSession]):
         tunnel = session.tunnel
         longest = heads.size + (segment or size)
         large = longest > session.mtu and longest > session.path_mtu(worker.second)
-        if tunnel.framing is Framing.VNET and not large:
+        if tunnel.framing is Framing.VNET and not large and (self.trains or not segment):
             heads.put(self._buffer, at, size, ttl, traffic_class, partial=True)
             heads.put_vnet(self._buffer, at - HEADER, segment)
             worker.counts[RECEIVED] += 1
@@ -227,11 +229,25 @@ class UdpSessions(Sessions[UdpSession]):
             if worker.tunnels.deliver(tunnel, self._view[at - HEADER : at + heads.size + size]):
                 worker.counts[FORWARDED] += 1
             return
-        start, end = at + heads.size, at + heads.size + size
-        step = segment or size or 1
-        for begin in range(start, end, step) if size else (start,):
+        if segment and tunnel.context.packed and not large:
+            train = heads.packed(self._view[at + heads.size : at + heads.size + size], segment, ttl, traffic_class)
+            count = -(-size // segment)
+            worker.counts[RECEIVED] += count
+            self.delivered(session, len(train), count)
+            if worker.tunnels.deliver(tunnel, memoryview(train), packets=count):
+                worker.counts[FORWARDED] += count
+            return
+        self._apart(session, at + heads.size, size, segment, ttl, traffic_class, large)
+
+    def _apart(
+        self, session: UdpSession, start: int, size: int, segment: int, ttl: int, traffic_class: int, large: bool
+    ) -> None:
+        """The datagrams whose payload of `size` bytes is at `start` of the buffer as plain packets, in fragments where they are `large`."""
+        worker, heads, tunnel = self._worker, session.heads, session.tunnel
+        end = start + size
+        for begin in range(start, end, segment or size) if size else (start,):
             # The headers overwrite the end of the datagram before, which has left.
-            length = min(step, end - begin)
+            length = min(segment or size, end - begin)
             at = begin - heads.size
             heads.put(self._buffer, at, length, ttl, traffic_class)
             packet = self._view[at : begin + length]
@@ -239,8 +255,10 @@ class UdpSessions(Sessions[UdpSession]):
             self.delivered(session, len(packet))
             if large:
                 sent = worker.fragments.say(tunnel, bytes(packet), session.mtu)
-            else:
+            elif tunnel.framing is Framing.RAW:
                 sent = worker.tunnels.deliver(tunnel, packet)
+            else:
+                sent = worker.tunnels.say(tunnel, bytes(packet))
             worker.counts[FORWARDED] += sent
 
     def quote(self, session: UdpSession, quoted: bytes) -> bytes | None:

@@ -129,6 +129,18 @@ def echo(destination: bytes, egress: bytes, identifier: int) -> tuple[socket.soc
     return sock, sock.getsockname()[1], False
 
 
+def echo_kind(family: socket.AddressFamily) -> str:
+    """What this process may send echo requests by: "ping", "raw", or "" for nothing."""
+    protocol = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
+    for name, kind in (("ping", socket.SOCK_DGRAM), ("raw", socket.SOCK_RAW)):
+        try:
+            socket.socket(family, kind | _FLAGS, protocol).close()
+        except OSError:
+            continue
+        return name
+    return ""
+
+
 def _raw_echo(
     family: socket.AddressFamily, protocol: int, destination: bytes, egress: bytes, identifier: int
 ) -> socket.socket:

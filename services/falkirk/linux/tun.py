@@ -39,6 +39,8 @@ TUN_F_USO6: Final = 0x40
 NO_OFFLOADS: Final = 0
 TCP_OFFLOADS: Final = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
 """Partial checksums and TCP super-packets of both families; with a `vnet` device only."""
+UDP_OFFLOADS: Final = TUN_F_USO4 | TUN_F_USO6
+"""UDP super-packets of both families: kernels from 6.2 on."""
 VNET_HEADER_SIZE: Final = 10
 MAX_PACKET: Final = 65535
 MAX_READ: Final = VNET_HEADER_SIZE + MAX_PACKET + 1
@@ -98,6 +100,15 @@ def fault(fd: int, vnet: bool) -> str:
     if flags & (IFF_TUN | IFF_TAP | IFF_NO_PI | IFF_VNET_HDR) != wanted or (vnet and size != VNET_HEADER_SIZE):
         return f"it must be a layer 3 device without packet information, {'with' if vnet else 'without'} a 10-byte virtio-net header"
     return ""
+
+
+def take_uso(fd: int) -> bool:
+    """Have a `vnet` device with TCP's offloads give UDP super-packets too; False where the kernel knows none, and takes none either."""
+    try:
+        fcntl.ioctl(fd, TUNSETOFFLOAD, TCP_OFFLOADS | UDP_OFFLOADS)
+    except OSError as error:
+        return error.errno != errno.EINVAL
+    return True
 
 
 def _unavailable(error: OSError) -> TunUnavailable:

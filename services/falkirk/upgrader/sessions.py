@@ -20,6 +20,9 @@ from falkirk.wire.protocol import ICMP, ICMPV6, UDP
 def start(wish: OpenSocket) -> tuple[socket.socket, int, bool]:
     """The socket, its external port or identifier, and whether it is a raw one. Raises OSError."""
     if wish.protocol == UDP:
+        if not wish.port:
+            # A socket may be connected to it, and then can't send.
+            raise OSError(errno.EINVAL, "0 is no port")
         sock = datagrams.udp(wish.destination, wish.port, wish.egress, wish.local)
         return sock, sock.getsockname()[1], False
     if wish.protocol != (ICMP if len(wish.destination) == 4 else ICMPV6):

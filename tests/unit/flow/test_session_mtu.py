@@ -17,7 +17,7 @@ from falkirk.wire.datagram import Heads
 from falkirk.wire.fragments import assemble, piece
 from falkirk.wire.packet import Packet, parse, verify
 from tests.flow_rig import FlowRig, read
-from tests.unit.flow.test_udp import FAMILIES, Client
+from tests.unit.flow.udp_client import FAMILIES, Client
 
 BIG = bytes(at % 251 for at in range(4000))
 

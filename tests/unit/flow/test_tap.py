@@ -21,6 +21,7 @@ from falkirk.wire.context import Framing
 from falkirk.wire.handover import Connected, Prepare
 from falkirk.wire.packet import parse
 from tests.flow_rig import DEVICE4, SERVER4, FlowRig, context, read
+from tests.forward_rig import LAPTOP, NAS, between, datagram, echo
 from tests.unit.flow.test_raw import answers, burst, packer
 from tests.unit.flow.test_worker_lift import ACK, RST, SYN, Client, established
 
@@ -310,3 +311,39 @@ def test_nothing_is_left_when_nobody_watches(rig: FlowRig) -> None:
     assert (worker.drop.__func__, worker.inject.__func__, worker.deliver, worker.tunnels.deliver) == before  # type: ignore[attr-defined]
     assert "drop" not in vars(worker)
     assert "deliver" not in vars(worker.tunnels)
+
+
+def test_what_is_forwarded_is_seen_in_both_tunnels(tmp_path: Path) -> None:
+    """Requests and replies of one flow, of TCP's ports and of an echo's identifier, carry its id on both sides."""
+    there, back = (LAPTOP[4], NAS[4]), (NAS[4], LAPTOP[4])
+    with between(tmp_path, 1) as pair:
+        watcher = Watcher(pair.rigs[0])
+        for request, reply in (
+            (datagram(*there, 40000, 53, b"question"), datagram(*back, 53, 40000, b"answer")),
+            (echo(*there, 77), echo(*back, 77, reply=True)),
+        ):
+            pair.laptop.send(request)
+            first, sent = watcher.packets()
+            # The first packet waits for its record; then it is on its way.
+            assert [(p.device, p.fate) for p in (first, sent)] == [("laptop", "held"), ("nas", "sent")]
+            pair.nas.send(reply)
+            came, went = watcher.packets()
+            assert [(p.device, p.fate) for p in (came, went)] == [("nas", "forwarded"), ("laptop", "sent")]
+            assert len({p.flow_id for p in (first, sent, came, went)}) == 1
+            assert first.flow_id
+            assert {p.outcome for p in (first, sent, came, went)} == {"forward"}
+        watcher.close()
+
+
+def test_datagrams_of_a_session_are_seen_at_the_tunnel(rig: FlowRig) -> None:
+    """The other side is a socket; what is wrong with a datagram is told all the same."""
+    sock = rig.tunnel()
+    watcher = Watcher(rig, filter="net.port == 53")
+    data = datagram(DEVICE4, SERVER4, 40000, 53, b"question")
+    sock.send(data)
+    (first,) = watcher.packets()
+    assert (first.fate, first.outcome, first.data) == ("held", "lift", data)
+    sock.send(data[:-1] + b"?")
+    (damaged,) = watcher.packets()
+    assert (damaged.fate, damaged.reason, damaged.flow_id) == ("dropped", "bad_l4_checksum", first.flow_id)
+    sock.close()

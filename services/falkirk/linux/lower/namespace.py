@@ -28,6 +28,8 @@ def enter(request: LowerRequest, admitted: Admitted) -> int:
         netns.unshare_user_and_network(wide=True)
         vnet = request.framing is Framing.VNET
         device = tun.open_tun(DEVICE, vnet=vnet, offloads=tun.TCP_OFFLOADS if vnet else tun.NO_OFFLOADS)
+        if vnet:
+            tun.take_uso(device)
         _configure(request, admitted)
     except netns.NamespaceUnavailable as error:
         raise Stopped(Exit.UNAVAILABLE, "NAMESPACE_UNAVAILABLE", str(error)) from error
