@@ -15,7 +15,8 @@ A packet's walk, from the device to the server::
                               ▼
                             server
 
-The way back is the same in reverse. `policy` and `router` push what flow decides from; `registry` owns what they
+The way back is the same in reverse. Where the server is a device with a tunnel of its own, the stream is lowered again: a client socket in a second private
+namespace, its packets out of another TUN, and flow sends them into that tunnel. `policy` and `router` push what flow decides from; `registry` owns what they
 compile it from. Decisions go over gRPC, payload over descriptors: see each package's docstring.
 """
 

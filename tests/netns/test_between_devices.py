@@ -97,6 +97,28 @@ def test_a_device_without_a_tunnel_is_unreachable(peers: Peers, plain: Between) 
         assert outcome(sock, begun).error == errno.EHOSTUNREACH
 
 
+def test_datagrams(way: Between) -> None:
+    with (
+        way.server.socket(way.family, socket.SOCK_DGRAM) as server,
+        way.client.socket(way.family, socket.SOCK_DGRAM) as client,
+    ):
+        server.bind((way.there, 0))
+        port = server.getsockname()[1]
+        for sock in (server, client):
+            sock.settimeout(DEADLINE_S)
+        client.connect((way.there, port))
+        for size in (0, 1, 1400):
+            client.send(bytes(size))
+            data, peer = server.recvfrom(2000)
+            assert (data, peer[:2]) == (bytes(size), (way.here, client.getsockname()[1]))
+            server.sendto(data + b"!", peer)
+            assert client.recv(2000) == data + b"!"
+        server.close()
+        client.send(b"?")
+        with pytest.raises(ConnectionRefusedError):
+            client.recv(1)
+
+
 @pytest.mark.slow
 def test_sixty_four_mebibytes_both_ways(way: Between) -> None:
     with way.pair() as (client, server):

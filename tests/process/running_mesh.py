@@ -40,6 +40,14 @@ class RunningMesh:
             self.lab.start(self.mesh.lower("laptop", command))
         wait_for("flows in the table", lambda: len(self.mesh.ask_json("flows", "flow", "list")) >= count, 20)
 
+    def serve(self, port: int) -> None:
+        """A web server on the device, by a tunnel of its own, once it listens there."""
+        log = self.mesh.run_dir.parent / "laptop.log"
+        command = [sys.executable, "-u", "-m", "http.server", str(port)]
+        with log.open("wb") as output:
+            self.lab.start(self.mesh.lower("laptop", command), log=output)
+        wait_for("the device's web server", lambda: "Serving HTTP" in log.read_text(), 20)
+
 
 def descendants(pid: int) -> dict[int, str]:
     """Processes below `pid`, by id, with their command lines."""

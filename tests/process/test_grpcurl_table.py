@@ -95,6 +95,7 @@ def test_every_line_of_the_table_runs(running: RunningMesh) -> None:
     """In the table's order, which ends a flow and closes a tunnel last."""
     read = running.mesh.run_dir / "read"
     running.hold(2)  # one whose flow is ended, one whose tunnel is closed
+    running.serve(8080)
     environment = {"R": str(running.mesh.run_dir)}
     listed = shell(f"grpcurl -plaintext -unix {read}/flow.sock falkirk.api.flow.v1.FlowService/List", {})
     first, second = json.loads(listed.stdout)["flows"]

@@ -18,6 +18,9 @@ tenants' flow counts (`limits.py`).
 A flow whose route leads to a device isn't lifted but forwarded as packets into that device's tunnel (`forward.py`), which may be another
 worker's (`siblings.py`, `roster.py`).
 
+Where the route leads to a device, packets are forwarded to its tunnel (`forward.py`), or the stream is lowered again: the upgrader connects inside a
+second private namespace, and the leg that was reserved for it (`lowering.py`) is the NAT between there and the device's tunnel.
+
 Fragments wait for the rest of their packet (`reassembly.py`, PURE, and `fragments.py`); only whole packets go this way.
 
 UDP and ICMP echo go another way: their packets lose their headers here, and leave by sockets that the upgrader worker opened

@@ -15,6 +15,8 @@ from falkirk.flow.siblings import PACKET, Carrier
 from falkirk.flow.table import Tunnel
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
+from falkirk.wire.datagram import Heads, rebuild
+from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import parse
 from falkirk.wire.segment import segments
 from falkirk.wire.tcp import clamp_segment_size
@@ -62,6 +64,14 @@ class Carriage:
         if to.framing is Framing.RAW and len(parts[0]) <= to.mtu:
             return all(deliver(to, part) for part in parts)
         return all(worker.fragments.say(to, part) for part in parts)
+
+    def rebuild(self, heads: Heads, lane: Lane | Carrier, l4: int, end: int) -> int:
+        """Lift a datagram to its payload and lower that again, in place; its new end, or 0 where it was dropped, and counted."""
+        try:
+            return rebuild(lane.buffer, HEADER, l4, end, heads)
+        except MalformedPacket as error:
+            self._worker.drop(error.reason)
+            return 0
 
     def fits(self, tunnel: Tunnel, lane: Lane | Carrier, end: int, mtu: int) -> bool:
         """Whether the packet may go on to a tunnel of this MTU; its sender is told where not."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import Final
 
 from falkirk.decide.destination import NO_DEVICE
 from falkirk.decide.routes import RouteEntry, RouteTable, martian
@@ -18,9 +17,6 @@ from falkirk.flow import records
 from falkirk.wire.context import TunnelContext
 from falkirk.wire.protocol import TCP, UDP
 
-LIFTED: Final = frozenset((TCP, UDP))
-"""Protocols that have a layer 4 here. Between two devices others are forwarded whatever treatment a rule asks for."""
-
 
 class Outcome(StrEnum):
     """What is done with the first packet."""
@@ -28,7 +24,8 @@ class Outcome(StrEnum):
     LIFT = "lift"
     """Held, dialled, lifted to a stream or a session; where its route leads to a device it is lowered again there."""
     FORWARD = "forward"
-    """Sent as packets into the tunnel of the device that its route leads to."""
+    """Sent as packets into the tunnel of the device that its route leads to: as they are, or UDP under treatment l4 built anew around its payload.
+    Between two devices l4 means nothing for a protocol that has no layer 4 here: it is forwarded."""
     DENY = "answer_rst"
     """TCP: answered with a reset, so that it looks like a closed port."""
     PROHIBITED = "answer_prohibited"
@@ -57,6 +54,12 @@ class Decision:
     def route_id(self) -> str:
         """The route that was found."""
         return self.route.route_id if self.route else ""
+
+    @property
+    def rebuilt(self) -> bool:
+        """Whether packets that are forwarded are lifted to their payload and lowered again."""
+        treatment = self.verdict.treatment if self.verdict is not None else ""
+        return self.outcome is Outcome.FORWARD and treatment == "l4" and self.protocol == UDP
 
     @cached_property
     def audit(self) -> str:
@@ -103,12 +106,12 @@ def authorise(
     if device is not None and device.device_id == context.device_id:
         why = f"route {route.name} leads back to device {device.device}"
         return Decision(Outcome.UNREACHABLE, "leads_back", why, route, verdict, protocol)
-    lowered = device is not None and verdict.treatment == "l4" and protocol in LIFTED
-    if verdict.treatment not in (("", "l4") if device is None else ("", "l3", "l4")) or (lowered and protocol != TCP):
+    if verdict.treatment not in (("", "l4") if device is None else ("", "l3", "l4")):
         why = f"rule {verdict.rule} asks for treatment {verdict.treatment}, which this version doesn't build"
         if device is not None:
             why += " towards devices"
         return Decision(deny, "treatment_not_built", why, route, verdict, protocol)
+    lowered = protocol == TCP and verdict.treatment == "l4"
     outcome = Outcome.LIFT if device is None or lowered else Outcome.FORWARD
     return Decision(outcome, "allowed", verdict.why, route, verdict, protocol)
 

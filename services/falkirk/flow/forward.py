@@ -8,7 +8,8 @@
 Both ends keep their addresses, ports, DSCP, ECN and options. What changes is what a router changes: a hop is taken from TTL or hop limit
 (RFC 1812 5.3.1; the IPv4 checksum by RFC 1624), and what doesn't fit the next tunnel is answered with its MTU (RFC 1191 4,
 RFC 8201) or, where DF is clear, sent in fragments. A super-packet stays one between two `vnet` tunnels and is cut into its segments
-for a `raw` one.
+for a `raw` one. UDP under treatment l4 is lifted to its payload and lowered again, which in user space is new headers around it
+(`falkirk.wire.datagram.rebuild`): options and what else is in no header of ours don't get through.
 
 The decision is the initiator's, on both identities, and is asked once; replies pass by their exact key (`falkirk.flow.passages`). A device's own flow
 in the other direction needs its own decision. ICMP errors that quote a packet of the flow pass too (RFC 5508 4.2, without a NAT), from the device
@@ -135,6 +136,10 @@ class Forward(Owner[ForwardFlow]):
         if to is None:
             self._worker.drop("no_flow")
             return
+        if flow.heads is not None:
+            end = self._carriage.rebuild(flow.heads[up], lane, l4, end)
+            if not end:
+                return
         if tunnel is not None and not self._carriage.fits(tunnel, lane, end, to.mtu):
             return
         size = end - HEADER
@@ -258,6 +263,8 @@ class Forward(Owner[ForwardFlow]):
             return True
         self._handle += 1
         flow = ForwardFlow(self, tunnel, key, self._handle, route)
+        if decision.rebuilt:
+            flow.rebuild()
         if not self._lead(flow):
             worker.answers.unreachable(tunnel, data, Unreachable.HOST)
             why = f"device {route.device.device} has no open tunnel"
@@ -318,6 +325,7 @@ class Forward(Owner[ForwardFlow]):
         """Lead a flow to the tunnel that its device has now; False where there is none (or another flow there has the same key: of two
         tunnels of this device, say)."""
         while (found := self._attachment(flow)) is not None:
+            self._worker.lowering.clear(found.tunnel, flow.reply[:-1])
             if found.worker != self._worker.start.worker:
                 link = self.links.get(found.worker)
                 if link is None:

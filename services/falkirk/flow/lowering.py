@@ -69,14 +69,15 @@ class Lowering(Segments):
     def reserve(self, tunnel: Tunnel, key: bytes, route: RouteEntry) -> tuple[Leg | None, str | None]:
         """A leg for a flow of this tunnel with this key, or why there is none."""
         found = self._worker.forward.find(tunnel.context, route)
-        to = self.tunnel_of(found) if found is not None else None
+        device = route.device.device if route.device is not None else ""
+        to = self.tunnel_of(found, tunnel.context.tenant, device) if found is not None else None
         if to is None:
             return None, OFFLINE
         _, source, destination, source_port, destination_port = signature(key)
         return self.lead(to, lift_key(destination, source, destination_port, source_port), route.prefix)
 
-    def tunnel_of(self, found: Attachment) -> Tunnel | None:
-        """The tunnel, or what stands for it here; None where there is no way to its worker."""
+    def tunnel_of(self, found: Attachment, tenant: str = "", device: str = "") -> Tunnel | None:
+        """The tunnel, or what stands for it here (for captures with these names); None where there is no way to its worker."""
         worker = self._worker
         if found.worker == worker.start.worker:
             return worker.tunnels.get(found.tunnel)
@@ -87,9 +88,9 @@ class Lowering(Segments):
         if distant is None or distant.sibling is not link:
             context = TunnelContext(
                 tenant_id=found.tenant_id,
-                tenant="",
+                tenant=tenant,
                 device_id=found.device_id,
-                device="",
+                device=device,
                 virtual_network_id=found.virtual_network_id,
                 virtual_network="",
                 addresses=(),
@@ -99,10 +100,8 @@ class Lowering(Segments):
 
     def lead(self, to: Tunnel, reply: bytes, prefix: str) -> tuple[Leg | None, str | None]:
         """A leg into a tunnel, whose device's replies have this key; or why there is none."""
-        old = to.lifts.get(reply)
-        if isinstance(old, Leg) and old.flow is None:
-            self.drop(old)
-        elif old is not None:
+        self.clear(to.id, reply)
+        if reply in to.lifts:
             # The device itself has a connection with these ports, the other way round.
             return None, IN_USE
         worker = self._worker
@@ -121,6 +120,13 @@ class Lowering(Segments):
             leg.handle = worker.forward.lend(leg)
             to.sibling.tell(Foreign(leg.handle, to.id, key_of(*signature(reply)), ANY_SIZE, prefix))
         return leg, None
+
+    def clear(self, number: int, reply: bytes) -> None:
+        """The ports of replies with this key (12 or 36 bytes) are wanted: one that only lingers there gives way."""
+        tunnel = self._worker.tunnels.get(number) or self._distant.get(number)
+        old = tunnel.lifts.get(reply) if tunnel is not None else None
+        if isinstance(old, Leg) and old.flow is None:
+            self.drop(old)
 
     def join(self, flow: TcpLift | AdminFlow, leg: Leg) -> None:
         """It is the other side of this flow, which is on record."""

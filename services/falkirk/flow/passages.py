@@ -24,6 +24,7 @@ from falkirk.flow.keys import key_of, signature
 from falkirk.flow.table import Flow, Owner, Tunnel
 from falkirk.wire import icmp, ipv4, ipv6
 from falkirk.wire.checksum import Buffer
+from falkirk.wire.datagram import Heads
 from falkirk.wire.packet import Packet
 from falkirk.wire.protocol import DESTINATION_OPTIONS, FRAGMENT, HOP_BY_HOP, ICMP, ICMPV6, ROUTING, TCP, UDP
 from falkirk.wire.translate import Quoted
@@ -50,7 +51,7 @@ class Remote:
 class ForwardFlow(Flow):
     """A flow between two tunnels. `up` is read from `tunnel`, `down` from what `to` stands for."""
 
-    __slots__ = ("handle", "held", "reply", "route", "tcp", "to")
+    __slots__ = ("handle", "heads", "held", "reply", "route", "tcp", "to")
 
     def __init__(self, owner: Owner[ForwardFlow], tunnel: Tunnel, key: bytes, handle: int, route: RouteEntry) -> None:
         super().__init__(owner, tunnel, key)
@@ -65,6 +66,14 @@ class ForwardFlow(Flow):
         """Packets (behind their virtio-net headers) that wait until the flow's start is on record, each with where its upper layer starts and
         how large its fragments were (`falkirk.flow.fragments`)."""
         self.tcp = Follower() if key[-1] == TCP else None
+        self.heads: tuple[Heads, Heads] | None = None
+        """Down and up, where its packets are taken apart and built anew (UDP under treatment l4)."""
+
+    def rebuild(self) -> None:
+        """Have its packets built anew from now on."""
+        _, source, destination, source_port, destination_port = signature(self.key)
+        up = Heads(source, destination, source_port, destination_port)
+        self.heads = Heads(destination, source, destination_port, source_port), up
 
 
 class Passage:

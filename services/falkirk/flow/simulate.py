@@ -255,13 +255,14 @@ class Simulation:
         if decision.reason == "treatment_not_built":
             return self._answer(packet, "treatment", decision.why, decision.rule, decision.outcome)
         if decision.outcome is Outcome.FORWARD:
-            return self._forwarded(packet, route)
+            return self._forwarded(packet, route, rebuilt=decision.rebuilt)
         if decision.outcome is not Outcome.LIFT:
             return self._answer(packet, "off_ramp", decision.why, decision.reason, decision.outcome)
         return self._lifted(packet, route)
 
-    def _forwarded(self, packet: Packet, route: RouteEntry) -> str:
-        self._pass("treatment", "l3: forwarded as packets")
+    def _forwarded(self, packet: Packet, route: RouteEntry, *, rebuilt: bool) -> str:
+        detail = "l4: its payload is lowered again in a new packet" if rebuilt else "l3: forwarded as packets"
+        self._pass("treatment", detail)
         refused = self._limits(lifted=False)
         if refused:
             return refused
@@ -275,6 +276,8 @@ class Simulation:
 
     def _lifted(self, packet: Packet, route: RouteEntry) -> str:
         stream = packet.protocol == TCP
+        if stream and packet.total_length > self._mtu:
+            return self._stop("mtu", f"a SYN of more than the tunnel's {self._mtu} bytes", "syn_too_large")
         self._pass("treatment", "l4: lifted to a stream" if stream else "l4: its payload is sent by a socket")
         refused = self._limits(lifted=True)
         if refused:

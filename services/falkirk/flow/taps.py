@@ -27,7 +27,7 @@ from falkirk.flow.counters import ANSWERED, FORWARDED
 from falkirk.flow.keys import Signature, signature
 from falkirk.flow.lane import HEADER, ZERO_HEADER
 from falkirk.flow.signatures import keys, reverse, signature_of
-from falkirk.flow.table import TcpLift
+from falkirk.flow.table import Leg, TcpLift
 from falkirk.flow.tap import Tap
 from falkirk.flow.tapped import TAPPED
 from falkirk.wire import vnet
@@ -261,7 +261,8 @@ class Taps:
         ]
         if not takers:
             return
-        decision = flow.decision if flow is not None else None
+        whose = flow.flow if isinstance(flow, Leg) else flow
+        decision = whose.decision if whose is not None else None
         if decision is None and tunnel is not None and said is not None:
             decision = tunnel.memo.get((said.destination, said.destination_port, said.protocol))
         flags, _, _, gso_size, _, _ = vnet.STRUCT.unpack(header)

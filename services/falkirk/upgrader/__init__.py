@@ -6,7 +6,8 @@
          └──────────── Prepare / Connected / DialFailed / Closed ─────┘ (SEQPACKET pair, one a worker)
 
 A namespace helper (`falkirk.linux.namespace_helper`) makes a user and a network namespace with two TUN devices and two
-listeners a worker, and hands all of them to the parent. The parent serves gRPC, keeps copies of every descriptor (so a
+listeners a worker, and hands all of them to the parent. A second one makes the namespace where streams are lowered to devices: there are no listeners but
+client sockets, made when a worker asks (`lowering`); an upstream that is a device is dialled through one of those. The parent serves gRPC, keeps copies of every descriptor (so a
 worker or the helper can be replaced without losing what it was given) and starts the workers. A worker gives its
 flow worker the TUN descriptors, dials what it is told to prepare, accepts the clients' streams, pairs the two by slot
 (the peer's address) and relays.
@@ -15,7 +16,8 @@ Faithfulness: FIN, half-close and RST pass each way, each as what it is. Both so
 {1,0} until both FINs have passed, so whatever kills a worker makes the kernel send RST both ways: a truncated download
 never looks complete.
 
-Modules, in the order in which a stream meets them: `pairing` (the pair to flow), `dial`, `worker` (accept, pair up),
+Modules, in the order in which a stream meets them: `pairing` (the pair to flow), `dial` and `lowering`, `worker` (accept, pair up), `callers` and
+`errands` (streams that the parent has in hand),
 `sessions` (sockets of UDP and echo, which are flow's from then on), `relay`, `stream` and `deadlines` (the rules, pure), `control` (worker and parent), `namespace` and `parent` (who owns
 the descriptors), `service` (gRPC), `settings`.
 

@@ -46,6 +46,7 @@ _GAUGE_HELP = {
 _FAMILIES = (
     ("dial", "outcome", "Dials by outcome."),
     ("socket", "outcome", "Sockets of UDP and echo sessions by outcome."),
+    ("lower", "outcome", "Streams to devices that administrators asked for, and those that flow refused."),
     ("closed", "reason", "Streams that ended, by reason."),
     ("bytes", "direction", "Payload bytes relayed; up is towards the upstream."),
 )

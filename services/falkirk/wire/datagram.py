@@ -7,6 +7,8 @@ right in front of its payload, so nothing is copied; with `uso` the headers are 
 Packets are atomic (DF set, identification 0: RFC 6864 4.1) unless an identification is given, which clears DF: for what is to be fragmented.
 A checksum that comes to zero is sent as 0xffff (RFC 768, RFC 8200 8.1). The IPv6 flow label is 0.
 
+`rebuild` is both ways at once: a packet is taken apart to its payload, and that gets new headers.
+
 Limits: UDP; no IP options and no extension headers.
 """
 
@@ -16,6 +18,7 @@ from struct import Struct
 from typing import Final
 
 from falkirk.wire.checksum import pseudo_header, residue
+from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.protocol import UDP
 from falkirk.wire.vnet import GSO_NONE, GSO_UDP_L4, NEEDS_CSUM, SIZE, STRUCT
 
@@ -42,6 +45,10 @@ class Heads:
         self._destination_port = destination_port
         self._fixed = pseudo_header(source, destination, UDP, 0)
         self._fixed4 = residue(self._addresses) + 0x4500 + UDP
+
+    def pseudo(self, length: int) -> int:
+        """The pseudo-header's sum for a datagram of this many bytes, its header included."""
+        return self._fixed + length
 
     def put(
         self,
@@ -123,6 +130,39 @@ class Heads:
             self.put(made, at, len(part), ttl, traffic_class)
             at = start + len(part)
         return made
+
+
+def rebuild(buf: bytearray, at: int, l4: int, end: int, heads: Heads) -> int:
+    """Take the packet at [at, end), whose UDP header is at `l4`, apart to its payload, and build it anew in its place; its new end.
+
+    What only its header said is gone: options, extension headers, the flow label, bytes behind the datagram. TTL, class and DF stay, and where DF is
+    clear the identification. The virtio-net header in front of `at` is made to fit; where that says NEEDS_CSUM the checksum stays partial. Raises
+    MalformedPacket for a length or a checksum that is wrong.
+    """
+    length = buf[l4 + 4] << 8 | buf[l4 + 5]
+    if not HEADER <= length <= end - l4:
+        raise MalformedPacket("bad_udp_length")
+    partial = bool(buf[at - SIZE] & NEEDS_CSUM)
+    if not partial and (buf[l4 + 6] or buf[l4 + 7]):
+        # The pseudo-header's sum with this length.
+        if (residue(memoryview(buf)[l4 : l4 + length]) + heads.pseudo(length)) % 0xFFFF:
+            raise MalformedPacket("bad_l4_checksum")
+    elif not partial and not heads.four:
+        raise MalformedPacket("bad_l4_checksum")
+    if heads.four:
+        traffic_class, ttl = buf[at + 1], buf[at + 8]
+        identification = -1 if buf[at + 6] & 0x40 else buf[at + 4] << 8 | buf[at + 5]
+    else:
+        traffic_class, ttl, identification = (buf[at] & 15) << 4 | buf[at + 1] >> 4, buf[at + 7], -1
+    size = length - HEADER
+    start = at + heads.size
+    if start != l4 + HEADER:
+        buf[start : start + size] = buf[l4 + HEADER : l4 + length]
+    gso_size = buf[at - SIZE + 4] | buf[at - SIZE + 5] << 8 if buf[at - SIZE + 1] else 0
+    heads.put(buf, at, size, ttl, traffic_class, partial=partial, identification=identification)
+    if partial:
+        heads.put_vnet(buf, at - SIZE, gso_size)
+    return start + size
 
 
 VNET_ROOM: Final = SIZE + 40 + HEADER

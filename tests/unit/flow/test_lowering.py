@@ -14,16 +14,18 @@ import pytest
 from falkirk.flow.control import Detached
 from falkirk.flow.settings import FlowSettings
 from falkirk.wire import vnet
-from falkirk.wire.build import segment, unreachable
+from falkirk.wire.build import segment, too_big, unreachable
 from falkirk.wire.checksum import partial_field
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
 from falkirk.wire.icmp import Unreachable
+from falkirk.wire.packet import parse
 from falkirk.wire.slots import LOWERED
 from tests.flow_rig import read
 from tests.forward_rig import BEHIND, LAPTOP, NAS, between, reasons, tcp, who
 from tests.lower_rig import ACK, FAMILIES, FIN, FRAMINGS, POLICIES, PORTS, PSH, RST, SYN, Lowered, R, V
 from tests.unit.flow.test_segment_size import offered, syn
+from tests.unit.wire import samples
 
 
 @pytest.fixture(
@@ -346,3 +348,23 @@ def test_a_super_packet_is_cut_for_a_raw_tunnel_of_another_worker(tmp_path: Path
         way.rig.lower_tun[V].send(header + bytes(body))
         sizes = [packet.payload_length for packet in way.at("nas")]
         assert sizes == [1460, 1460, 80]
+
+
+def test_a_narrow_path_behind_the_device(way: Lowered) -> None:
+    """The kernel that lowers hears of it, for this slot only; an IPv6 slot rests until it has forgotten."""
+    way.open()
+    way.lowering(ACK | PSH, 7001, 5001)
+    ((packet, body),) = way.pair.nas.received()
+    # As if it had had so much payload: a router quotes the beginning.
+    ends = packet.source, packet.destination
+    build = samples.ip4 if way.family == 4 else samples.ip6
+    large = build(6, body[packet.header_length :] + bytes(1380), source=ends[0], destination=ends[1])
+    error = too_big(large, parse(large, 0, len(large)), 1300, NAS[way.family])
+    assert error is not None
+    way.pair.nas.send(error)
+    (seen,) = way.lowered()
+    assert (seen.icmp_type, seen.icmp_code) == ((3, 4) if way.family == 4 else (2, 0))
+    assert seen.source == way._address(way.lower)
+    leg = way.rig.worker.flow_of(way.lower)
+    assert leg is not None
+    assert leg.long_rest is (way.family == 6)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from falkirk.decide.rules import PolicySource
+from falkirk.decide.rules import PolicySource, RuleSource
 from falkirk.flow.control import Detached
 from falkirk.linux import seqpacket
 from falkirk.wire.handover import Abort, Adopt, Closed, TunnelClosed
 from tests.flow_rig import TENANT
 from tests.forward_rig import LAPTOP, NAS, between, connect, echo, hop, reasons, who
-from tests.lower_rig import ACK, POLICIES, RST, Lowered, R
+from tests.lower_rig import ACK, POLICIES, RST, SYN, Lowered, R
+from tests.unit.flow.test_tap import Watcher
 
 
 @pytest.fixture(params=[1, 2], ids=["1w", "2w"])
@@ -158,3 +159,38 @@ def test_a_rule_that_changes_ends_both_sides(plain: Lowered) -> None:
     plain.say(Closed(plain.slot, "aborted", 0, 0))
     assert [packet.flags for packet in (*plain.at("nas"), *plain.at("laptop"))] == [RST | ACK] * 2
     assert reasons(plain.pair) == ["policy_changed: default deny"]
+
+
+def test_a_capture_shows_both_sides_of_both(plain: Lowered) -> None:
+    """The client's flow and its leg, each before and behind its NAT, under one flow id and one rule."""
+    watcher = Watcher(plain.rig)
+    plain.open()
+    packets = watcher.packets()
+    assert {packet.rule for packet in packets} == {"main/ssh"}
+    assert len({packet.flow_id for packet in packets}) == 1
+    assert {(packet.side, packet.device) for packet in packets} == {
+        (0, "laptop"),
+        (1, "laptop"),
+        (0, "nas"),
+        (1, "nas"),
+    }
+    assert {packet.fate for packet in packets} <= {"held", "forwarded", "sent"}
+    watcher.close()
+
+
+def test_a_forwarded_flow_with_the_ports_of_one_that_lingers(plain: Lowered) -> None:
+    """The rule asks for something else now: replies are the new flow's, not the old leg's."""
+    plain.open()
+    plain.laptop(RST | ACK, 1001, 3001)
+    plain.say(Closed(plain.slot, "client_reset", 0, 0))
+    assert plain.legs() == 1
+    for rig in plain.pair.rigs:
+        rule = RuleSource("ssh", 'net.dst_device == "nas"', "allow", "l3")
+        rig.policies = (PolicySource(TENANT, "main", 0, [rule]),)
+        rig.load()
+    plain.pair.step()
+    plain.laptop(SYN, 200_000)
+    assert [packet.sequence for packet in plain.at("nas")] == [200_000]
+    plain.nas(SYN | ACK, 5000, 200_001)
+    assert [packet.flags for packet in plain.at("laptop")] == [SYN | ACK]
+    assert (plain.legs(), plain.lowered()) == (0, [])
