@@ -42,7 +42,9 @@ CLIENT: Final = {"ipv4": "10.77.0.2", "ipv6": "fd77::2"}
 GATEWAY: Final = {"ipv4": "10.77.0.1", "ipv6": "fd77::1"}
 QUIET_S: Final = 0.1
 READY_S: Final = 10.0
-DEADLINE_S: Final = 3.0
+ATTEMPTS: Final = 2
+"""Of a case that doesn't go as its script says, before that is told: a machine may be slow for a moment."""
+DEADLINE_S: Final = 2.0
 """How long an answer may take: longer than any retransmission that a case waits for."""
 _ETHERNET: Final = struct.Struct(">6s6sH")
 _TYPES: Final = {"ipv4": 0x0800, "ipv6": 0x86DD}
@@ -210,6 +212,8 @@ def surroundings() -> Iterator[Server]:
         run(["ip", "route", "add", "default", "via", namespace.address6])
         stack.enter_context(special_routes(namespace))
         namespace.call(quiet_limits)
+        # pasta's echo needs ping sockets, which a new namespace gives to nobody.
+        Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 2147483647")
         server = Server(namespace, DEADLINE_S)
         stack.callback(server.close_for_good)
         yield server
@@ -239,11 +243,15 @@ def table(cases: Sequence[Case]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 where every case went as its script says."""
     parser = argparse.ArgumentParser(prog="tools/packets-vs-pasta", description="The packet cases against pasta.")
-    parser.add_argument("-k", default="", help="only cases whose file and name contain this")
+    parser.add_argument(
+        "-k", default="", help="only cases whose file and name contain one of these, separated by commas"
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="also print the differences that scripts name")
     parser.add_argument("--table", action="store_true", help="print the differences as a table, run nothing")
     options = parser.parse_args(arguments)
-    cases = [case for case in read_all(SCRIPTS) if options.k in f"{case.file}-{case.name}"]
+    cases = [
+        case for case in read_all(SCRIPTS) if any(part in f"{case.file}-{case.name}" for part in options.k.split(","))
+    ]
     if options.table:
         print(table(cases))
         return 0
@@ -255,19 +263,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with surroundings() as server, contextlib.ExitStack() as stack:
         road = stack.enter_context(contextlib.closing(PastaRoad()))
         for case in applicable:
-            wrong: dict[str, str] = {}
-            for family in case.families:
-                try:
-                    Run(case, road, family, server, DEADLINE_S).run()
-                except (Mismatch, AssertionError, OSError) as error:
-                    wrong[family] = str(error)
-                    # A new one: what the case has left must not be the next one's, and some don't survive their case.
-                    died = road.died
-                    stack.close()
-                    road = stack.enter_context(contextlib.closing(PastaRoad()))
-                    if died:
-                        wrong[family] += "\npasta has died of it"
-            surprise = judge(case, wrong)
+            for _ in range(ATTEMPTS):
+                wrong: dict[str, str] = {}
+                for family in case.families:
+                    try:
+                        Run(case, road, family, server, DEADLINE_S).run()
+                    except (Mismatch, AssertionError, OSError) as error:
+                        wrong[family] = str(error)
+                        # A new one: what the case has left must not be the next one's, and some don't survive their case.
+                        died = road.died
+                        stack.close()
+                        road = stack.enter_context(contextlib.closing(PastaRoad()))
+                        if died:
+                            wrong[family] += "\npasta has died of it"
+                surprise = judge(case, wrong)
+                if not surprise:
+                    break
             if surprise or options.verbose:
                 print(f"=== {case.file} {case.name}: {surprise}\n" + "\n".join(wrong.values()), flush=True)
             surprises += bool(surprise)

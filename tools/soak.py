@@ -213,6 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=10.0, help="of the sessions; at most, of the churn")
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--flows", type=int, default=1_000_000)
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="flows churned before anything is counted")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
@@ -230,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 count, _ = soak.sessions(options.sessions, max(2, int(options.minutes * 60 / ROUND_S)), ROUND_S)
                 after = soak.at_rest()
             else:
-                soak.churn(WARM_UP)
+                soak.churn(options.warm_up)
                 say(f"warm after {time.monotonic() - begun:.0f} s; resting for {REST_S:.0f} s")
                 time.sleep(REST_S)
                 before = soak.at_rest()

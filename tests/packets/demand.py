@@ -37,9 +37,6 @@ class Demand(Ground):
             wrong = self._difference(step, packet)
             if not wrong:
                 return packet
-            if packet.fields.get("type") == "reassembly":
-                # An earlier case's fragments whose time is up.
-                continue
             bare = packet.kind == "tcp" and packet.flags == "." and not packet.payload
             if not (anything or (acknowledgments and bare)):
                 raise self._wrong(step, f"{wrong}; came: {packet}")
@@ -174,10 +171,9 @@ class Demand(Ground):
             raise self._wrong(step, f"{wrong}; came: {packet}")
 
     def silence(self, step: Step) -> None:
-        rest, self.inbox = [*self.inbox, *self.road.settle()], []
+        rest, self.inbox = [each for each in (*self.inbox, *self.road.settle()) if self._is_ours(each)], []
         for packet in rest:
             self._note(packet)
-        rest = [packet for packet in rest if packet.fields.get("type") != "reassembly"]
         if rest:
             raise self._wrong(step, f"came: {rest[0]}")
 

@@ -13,6 +13,7 @@ from tests.packets.craft import Endpoints, pattern
 from tests.packets.read import Seen
 from tests.packets.script import Case, Step
 from tests.packets.server import Server
+from tools.netlab import LabError
 
 DEADLINE_S: Final = 10.0
 """For what takes no time on an idle machine."""
@@ -105,6 +106,7 @@ class Ground:
         self.case, self.road, self.family, self.server = case, road, family, server
         self.transcript: list[str] = []
         self.port = next_port()
+        self.wants_reassembly = any("reassembly" in text for _, text in case.lines)
         self.connections: dict[str, Connection] = {}
         self.peer_port = next_port()
         self.last_sent = b""
@@ -120,7 +122,7 @@ class Ground:
             self.verbs[step.verb](self, step)
         except Mismatch:
             raise
-        except (AssertionError, OSError, KeyError, ValueError) as error:
+        except (AssertionError, OSError, KeyError, ValueError, LabError) as error:
             raise self._wrong(step, f"{type(error).__name__}: {error}") from error
 
     def _wrong(self, step: Step, what: str) -> Mismatch:
@@ -129,10 +131,19 @@ class Ground:
         return Mismatch(f"{where}:\n{step.text}\n{what}\n--- what happened\n{told}")
 
     def _receive(self, deadline: float, *, told: bool = True) -> Seen | None:
-        packet = self.inbox.pop(0) if self.inbox else self.road.receive(deadline)
-        if packet is not None:
-            self._note(packet, told)
-        return packet
+        while True:
+            packet = self.inbox.pop(0) if self.inbox else self.road.receive(deadline)
+            if packet is None:
+                return None
+            if self._is_ours(packet):
+                self._note(packet, told)
+                return packet
+
+    def _is_ours(self, packet: Seen) -> bool:
+        """Not the last word of an earlier case's connection, nor of its fragments: every case has ports of its own."""
+        if packet.kind in ("tcp", "udp"):
+            return packet.destination_port in {self.port, *(each.port for each in self.connections.values())}
+        return packet.fields.get("type") != "reassembly" or self.wants_reassembly
 
     def _note(self, packet: Seen, told: bool = True) -> None:
         """Follow the connection that a packet belongs to."""
@@ -152,7 +163,7 @@ class Ground:
             stamp = packet.fields.get("ts")
             if isinstance(stamp, int):
                 connection.echo = stamp
-            connection.over |= "R" in packet.flags
+            connection.over = "R" in packet.flags
             at = connection.relative(packet.sequence)
             said = f"{packet.flags} {at} {said.split(' ', 2)[-1]}"
             end = at + len(packet.payload) + ("S" in packet.flags) + ("F" in packet.flags)

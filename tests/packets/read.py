@@ -100,6 +100,8 @@ def remade(data: bytes) -> bytes:
     four = data[0] >> 4 == 4
     packet: Any = IP(data) if four else IPv6(data)
     layer = packet
+    # RFC 768: IPv4's may be without one.
+    unsummed = four and packet.proto == 17 and UDP in packet and not packet[UDP].chksum
     while layer:
         for name in ("len", "plen", "chksum", "cksum", "ihl", "dataofs"):
             # Of an ICMP error's quotation everything is the quoted packet's, and goes back as it came.
@@ -108,7 +110,7 @@ def remade(data: bytes) -> bytes:
         if layer.name.startswith("ICMP") or layer.name == "UDP":
             break
         layer = layer.payload
-    if UDP in packet and four and not packet[UDP].fields.get("chksum", 1):
+    if unsummed:
         packet[UDP].chksum = 0
     return bytes(packet)
 
