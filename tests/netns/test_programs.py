@@ -166,6 +166,12 @@ def test_nc(way: Way) -> None:
             ["nc", number(way), "-u", way.server, number_], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
+    def listens() -> bool:
+        table = Path("/proc/thread-self/net", "udp" if way.family == socket.AF_INET else "udp6")
+        return f":{int(number_):04X} " in way.world.server.call(table.read_text)
+
+    # The client ends at the first refusal.
+    wait_for("nc to listen", listens, DEADLINE_S)
     client = way.client.call(talk)
     try:
         for here, there in ((client, listener), (listener, client)):
@@ -174,7 +180,7 @@ def test_nc(way: Way) -> None:
             line = f"from {here.pid}\n".encode()
 
             def passes(here: Any = here, there: Any = there, line: bytes = line) -> bool:
-                # The listener may not be there yet, and UDP promises nothing.
+                # UDP promises nothing.
                 here.stdin.write(line)
                 here.stdin.flush()
                 return bool(select.select([there.stdout], [], [], 0.5)[0])

@@ -40,8 +40,6 @@ REQUEST: Final = {4: icmp.ECHO4, 6: icmp.ECHO6}
 REPLY: Final = {4: icmp.ECHO_REPLY4, 6: icmp.ECHO_REPLY6}
 IDENTIFIERS: Final = 1 << 16
 _HEAD: Final = Struct(">BBHHH")
-_TTL: Final = ((0, datagrams.IP_TTL), (41, datagrams.IPV6_HOPLIMIT))
-_CLASS: Final = ((0, datagrams.IP_TOS), (41, datagrams.IPV6_TCLASS))
 
 
 class Echoes(Sessions[Session]):
@@ -86,10 +84,12 @@ class Echoes(Sessions[Session]):
             # Of ICMPv6 the kernel makes it, for ping sockets always.
             message[2:4] = checksum(message).to_bytes(2, "big")
         dont_fragment = packet.dont_fragment and packet.total_length <= session.tunnel.mtu
-        code = self.send(
-            session, bytes(message), packet.ttl - 1, packet.traffic_class, dont_fragment, packet.total_length
-        )
-        if code:
+        self._header(session, packet.ttl - 1, packet.traffic_class, dont_fragment)
+        self._count_up(session, packet.total_length, 1)
+        code = self.write(session, [message])
+        if not code:
+            self._worker.counts[FORWARDED] += 1
+        else:
             self.unsent(session, lane.view[:end].tobytes(), code)
 
     # from the world
@@ -111,10 +111,10 @@ class Echoes(Sessions[Session]):
         if (kind, code, identifier) != (REPLY[version], 0, session.local):
             return
         ttl, traffic_class = 64, 0
-        for level, what, data in ancillary:
-            if (level, what) in _TTL:
+        for _, what, data in ancillary:
+            if what in datagrams.TTLS:
                 ttl = data[0]
-            elif (level, what) in _CLASS:
+            else:
                 traffic_class = data[0]
         _HEAD.pack_into(message, 0, kind, code, 0, session.source_port, sequence)
         packet = icmp_packet(

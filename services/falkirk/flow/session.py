@@ -33,7 +33,7 @@ import socket
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from falkirk.flow.counters import FORWARDED, RECEIVED
+from falkirk.flow.counters import RECEIVED
 from falkirk.flow.decision import Outcome
 from falkirk.flow.keys import key_of
 from falkirk.flow.lane import HEADER
@@ -255,40 +255,23 @@ class Sessions(Owner[S]):
 
     # to the world
 
-    def send(
-        self, session: S, data: memoryview | bytes, ttl: int, traffic_class: int, dont_fragment: bool, size: int
-    ) -> int:
-        """Send a datagram that was `size` bytes of IP, with these in its header; the errno of what went wrong, else 0."""
-        sock = session.sock
-        assert sock is not None
+    def _count_up(self, session: S, size: int, packets: int) -> None:
+        """Count packets from the client, of `size` bytes in all."""
         worker = self._worker
         session.bytes_up += size
-        session.packets_up += 1
+        session.packets_up += packets
         if session.tick != worker.second:
             session.tick = worker.second
             worker.dirty.append(session)
-        if ttl != session.ttl or traffic_class != session.traffic_class or dont_fragment is not session.dont_fragment:
-            self._header(session, sock, ttl, traffic_class, dont_fragment)
-        for _ in range(2):
-            try:
-                # write() of nothing sends nothing.
-                if data:
-                    os.write(session.fd, data)
-                else:
-                    sock.send(data)
-            except OSError as error:
-                code = error.errno or errno.EIO
-                if code in (errno.EAGAIN, errno.EMSGSIZE, errno.EINVAL, errno.EIO, errno.ENOBUFS):
-                    return code
-                # It may be of a packet before this one (udp(7)): heard, it is gone, and this one is sent.
-                self.hear(session)
-            else:
-                worker.counts[FORWARDED] += 1
-                return 0
-        return code
 
     @staticmethod
-    def _header(session: S, sock: socket.socket, ttl: int, traffic_class: int, dont_fragment: bool) -> None:
+    def _header(session: S, ttl: int, traffic_class: int, dont_fragment: bool) -> None:
+        """What is sent from now on has these in its header."""
+        sock = session.sock
+        if sock is None or (
+            ttl == session.ttl and traffic_class == session.traffic_class and dont_fragment is session.dont_fragment
+        ):
+            return
         six = session.family == 6
         if ttl != session.ttl:
             datagrams.set_ttl(sock, ttl, six=six)
@@ -302,12 +285,35 @@ class Sessions(Owner[S]):
             datagrams.may_fragment(sock, six=six, allowed=not dont_fragment)
             session.dont_fragment = dont_fragment
 
+    def write(self, session: S, parts: list[memoryview] | list[bytearray]) -> int:
+        """Send one datagram (or what `set_segment` makes of it) that is these parts; the errno of what went wrong, else 0."""
+        code = errno.EIO
+        for _ in range(2):
+            if session.sock is None:
+                return code
+            try:
+                if len(parts) > 1:
+                    os.writev(session.fd, parts)
+                elif parts[0]:
+                    os.write(session.fd, parts[0])
+                else:
+                    # write() of nothing sends nothing.
+                    session.sock.send(b"")
+            except OSError as error:
+                code = error.errno or errno.EIO
+                if code in (errno.EAGAIN, errno.EMSGSIZE, errno.EINVAL, errno.EIO, errno.ENOBUFS):
+                    return code
+                # It may be of a packet before this one (udp(7)): heard, it is gone, and this one is sent.
+                self.hear(session)
+            else:
+                return 0
+        return code
+
     def unsent(self, session: S, data: bytes, code: int) -> None:
         """A packet that the socket didn't take (behind its virtio-net header): the client is told why, or it is counted."""
         worker = self._worker
         told = _TOLD.get(code)
-        if code == errno.EMSGSIZE:
-            assert session.sock is not None
+        if code == errno.EMSGSIZE and session.sock is not None:
             mtu = datagrams.path_mtu(session.sock, six=session.family == 6)
             packet = parse(data, HEADER, len(data) - HEADER)
             worker.answers.too_big(session.tunnel, data, packet, mtu)

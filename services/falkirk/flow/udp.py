@@ -6,7 +6,8 @@ kernel choose the external one; sessions that begin meanwhile wait for that. The
 all routes of a device name the same).
 
 Offloads: a USO super-packet of a `vnet` tunnel leaves with one call (UDP_SEGMENT), and a train that the kernel joined (UDP_GRO) comes back as one
-super-packet; to a `raw` tunnel it goes as plain packets, in one datagram where its producer asked for that (`packed`).
+super-packet; to a `raw` tunnel it goes as plain packets, in one datagram where its producer asked for that (`packed`). Plain packets of one session
+that come in one turn and differ in nothing but their payloads, of one length, leave with one call too.
 
 A checksum is verified before the headers that carry it are taken off, so that what was damaged before stays known as damaged; a partial one
 (virtio NEEDS_CSUM) can't be. IPv4 may do without one (RFC 768), IPv6 may not (RFC 8200 8.1).
@@ -17,7 +18,10 @@ MTU is fragmented: the session's headers are made here, so this is where it leav
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from falkirk.flow.counters import FORWARDED, RECEIVED
 from falkirk.flow.keys import key_of
@@ -38,20 +42,20 @@ if TYPE_CHECKING:
     from falkirk.flow.worker import Worker
 
 DNS: Final = 53
+LONG: Final = 700
+"""Bytes from which on numpy sums words faster than Python's integers do."""
 CHUNK: Final = 64
 """Datagrams of one send; older kernels take no more (UDP_MAX_SEGMENTS)."""
 MAX_PAYLOAD: Final = 65507
+_NO_TRAIN: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE)
 _PROTOCOL: Final = bytes([UDP])
 _ROOM: Final = HEADER + 48
-_TTL: Final = ((0, datagrams.IP_TTL), (41, datagrams.IPV6_HOPLIMIT))
-_CLASS: Final = ((0, datagrams.IP_TOS), (41, datagrams.IPV6_TCLASS))
-_TRAIN: Final = (datagrams.SOL_UDP, datagrams.UDP_GRO)
 
 
 class UdpSession(Session):
     """A UDP session."""
 
-    __slots__ = ("heads", "mapping", "pseudo")
+    __slots__ = ("heads", "mapping", "pseudo", "run", "singly")
 
     def __init__(self, owner: Sessions[UdpSession], tunnel: Tunnel, key: bytes) -> None:
         super().__init__(owner, tunnel, key)
@@ -59,6 +63,28 @@ class UdpSession(Session):
         """Of packets to the client."""
         self.pseudo = pseudo_header(self.source, self.destination, UDP, 0)
         self.mapping: Mapping | None = None
+        self.run: Run | None = None
+        """Packets of this turn that leave at its end."""
+        self.singly = False
+        """The way out takes no trains (udp(7): an interface without checksums of its own, IPsec)."""
+
+
+class Run:
+    """Plain packets of one session, each behind its virtio-net header, that leave together."""
+
+    __slots__ = ("dont_fragment", "most", "packets", "size", "start", "traffic_class", "ttl")
+
+    def __init__(self, size: int, start: int, ttl: int, traffic_class: int, dont_fragment: bool) -> None:
+        self.size = size
+        """Bytes of payload, of all but a last one that may be shorter."""
+        self.start = start
+        """Where the payload is."""
+        self.ttl = ttl
+        self.traffic_class = traffic_class
+        self.dont_fragment = dont_fragment
+        self.packets: list[bytes] = []
+        self.most = min(CHUNK, MAX_PAYLOAD // size)
+        """Packets that one call takes."""
 
 
 class Mapping:
@@ -82,6 +108,8 @@ class UdpSessions(Sessions[UdpSession]):
         super().__init__(worker, opening)
         self.trains = False
         """Whether super-packets may go to `vnet` tunnels: older kernels' TUN devices take none."""
+        self.runs: list[UdpSession] = []
+        """Sessions with packets that leave at the end of this turn."""
         self._mappings: dict[bytes, Mapping] = {}
         self._buffer = bytearray(_ROOM + 65536)
         self._view = memoryview(self._buffer)
@@ -108,11 +136,13 @@ class UdpSessions(Sessions[UdpSession]):
         elif (
             not buffer[0] & 1
             and (buffer[36] or buffer[37])
-            and (residue(view[30:end]) + session.pseudo + end - 30) % 0xFFFF
+            and (_residue(buffer, 30, end) + session.pseudo + end - 30) % 0xFFFF
         ):
             self._worker.drop("bad_l4_checksum")
-        else:
+        elif buffer[1] or end == 38:
             self._up(session, lane, 38, end, buffer[18], buffer[11], buffer[16] & 0x40 != 0)
+        else:
+            self._keep(session, lane, 38, end, buffer[18], buffer[11], buffer[16] & 0x40 != 0)
 
     def up6(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
         """The same for IPv6 without extension headers, of at least 48 bytes."""
@@ -128,13 +158,16 @@ class UdpSessions(Sessions[UdpSession]):
             or view[:10] != session.vnet_ok
         ):
             self._worker.ingress.packet(lane, tunnel, end)
-        elif not buffer[0] & 1 and (residue(view[50:end]) + session.pseudo + end - 50) % 0xFFFF:
+        elif not buffer[0] & 1 and (_residue(buffer, 50, end) + session.pseudo + end - 50) % 0xFFFF:
             self._worker.drop("bad_l4_checksum")
         else:
             traffic_class = (buffer[10] & 15) << 4 | buffer[11] >> 4
-            # As in `packet`.
-            dont_fragment = buffer[1] != 0 or end - 10 <= tunnel.mtu
-            self._up(session, lane, 58, end, buffer[17], traffic_class, dont_fragment)
+            if buffer[1] or end == 58 or end - 10 > tunnel.mtu:
+                # As in `packet`.
+                dont_fragment = buffer[1] != 0 or end - 10 <= tunnel.mtu
+                self._up(session, lane, 58, end, buffer[17], traffic_class, dont_fragment)
+            else:
+                self._keep(session, lane, 58, end, buffer[17], traffic_class, True)
 
     def packet(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> None:
         """Any UDP packet; its virtio-net header is true."""
@@ -168,29 +201,106 @@ class UdpSessions(Sessions[UdpSession]):
     def _up(
         self, session: UdpSession, lane: Lane, start: int, stop: int, ttl: int, traffic_class: int, dont_fragment: bool
     ) -> None:
-        """The payload at [start, stop) of the lane's buffer; with a virtio-net header that says so it is a train."""
+        """The payload at [start, stop) of the lane's buffer, behind what waits; with a virtio-net header that says so it is a train."""
         buffer = lane.buffer
         size = stop - start
         gso_size = int.from_bytes(buffer[4:6], "little") if buffer[1] else 0
-        if gso_size:
-            if size > vnet.MAXIMUM_DATAGRAMS * gso_size:
-                self._worker.drop("vnet_gso_size")
-                return
-            if gso_size != session.segment:
-                self._segment(session, gso_size)
-        elif session.segment and size > session.segment:
-            self._segment(session, 0)
-        length = stop - HEADER
-        data = lane.view[start:stop]
-        if not gso_size or size <= CHUNK * gso_size:
-            code = self.send(session, data, ttl - 1, traffic_class, dont_fragment, length)
-        else:
-            half = CHUNK * gso_size
-            code = self.send(session, data[:half], ttl - 1, traffic_class, dont_fragment, length)
-            self._worker.counts[FORWARDED] -= not code
-            code = code or self.send(session, data[half:], ttl - 1, traffic_class, dont_fragment, 0)
+        if size > vnet.MAXIMUM_DATAGRAMS * gso_size > 0:
+            self._worker.drop("vnet_gso_size")
+            return
+        if session.run is not None:
+            self._ship(session)
+        self._header(session, ttl - 1, traffic_class, dont_fragment)
+        self._count_up(session, stop - HEADER, 1)
+        code = self._datagrams(session, lane.view[start:stop], gso_size or size)
         if code:
             self.unsent(session, lane.view[:stop].tobytes(), code)
+        else:
+            self._worker.counts[FORWARDED] += 1
+
+    def _datagrams(self, session: UdpSession, data: memoryview, size: int) -> int:
+        """Send datagrams of `size` bytes, the last may be shorter; the errno of the first that went wrong, else 0."""
+        at, step, end = 0, size if session.singly else CHUNK * size, len(data)
+        if end <= size:
+            return self._one(session, data)
+        while at < end:
+            part = data[at : at + step]
+            if step > size and size != session.segment:
+                self._segment(session, size)
+            code = self.write(session, [part]) if step > size else self._one(session, part)
+            if code in _NO_TRAIN and step > size:
+                self._no_train(session, code)
+                step = size
+                continue
+            if code:
+                return code
+            at += step
+        return 0
+
+    def _no_train(self, session: UdpSession, code: int) -> None:
+        """A train wasn't taken: what single datagrams come to is what counts."""
+        session.singly = code in (errno.EINVAL, errno.EIO)
+        if session.sock is not None:
+            # Even one datagram is a train for the kernel where there is a size.
+            self._segment(session, 0)
+
+    def _one(self, session: UdpSession, data: memoryview) -> int:
+        if session.segment and len(data) > session.segment:
+            self._segment(session, 0)
+        return self.write(session, [data])
+
+    def _keep(
+        self, session: UdpSession, lane: Lane, start: int, end: int, ttl: int, traffic_class: int, dont_fragment: bool
+    ) -> None:
+        """A plain packet at [10, end) of the lane's buffer, whose payload begins at `start`: it leaves by the end of the turn."""
+        size = end - start
+        run = session.run
+        if run is not None:
+            if (
+                size <= run.size
+                and ttl == run.ttl
+                and traffic_class == run.traffic_class
+                and dont_fragment is run.dont_fragment
+            ):
+                run.packets.append(lane.view[:end].tobytes())
+                if size < run.size or len(run.packets) == run.most:
+                    self._ship(session)
+                return
+            self._ship(session)
+        run = session.run = Run(size, start, ttl, traffic_class, dont_fragment)
+        run.packets.append(lane.view[:end].tobytes())
+        self.runs.append(session)
+        if self._worker.taps.passing is not None:
+            # Whoever captures is told what becomes of a packet while it is looked at.
+            self._ship(session)
+
+    def flush(self) -> None:
+        """The end of a turn: send what waits for it."""
+        runs, self.runs = self.runs, []
+        for session in runs:
+            if session.run is not None:
+                self._ship(session)
+
+    def _ship(self, session: UdpSession) -> None:
+        run, session.run = session.run, None
+        assert run is not None
+        packets, start = run.packets, run.start
+        self._header(session, run.ttl - 1, run.traffic_class, run.dont_fragment)
+        self._count_up(session, sum(map(len, packets)) - len(packets) * HEADER, len(packets))
+        if len(packets) > 1 and not session.singly:
+            if session.segment != run.size:
+                self._segment(session, run.size)
+            code = self.write(session, [memoryview(packet)[start:] for packet in packets])
+            if not code:
+                self._worker.counts[FORWARDED] += len(packets)
+                return
+            self._no_train(session, code)
+        for packet in packets:
+            code = self._one(session, memoryview(packet)[start:])
+            if code:
+                self.unsent(session, packet, code)
+            else:
+                self._worker.counts[FORWARDED] += 1
 
     @staticmethod
     def _segment(session: UdpSession, size: int) -> None:
@@ -207,13 +317,13 @@ class UdpSessions(Sessions[UdpSession]):
         size, ancillary, _, _ = sock.recvmsg_into(self._into[4 if heads.four else 6], datagrams.ANCILLARY)
         ttl, traffic_class, segment = 64, 0, 0
         for level, kind, data in ancillary:
-            place = (level, kind)
-            if place in _TTL:
-                ttl = data[0]
-            elif place in _CLASS:
-                traffic_class = data[0]
-            elif place == _TRAIN:
+            # Nothing else is asked for.
+            if level == datagrams.SOL_UDP:
                 segment = int.from_bytes(data[:4], "little")
+            elif kind in datagrams.TTLS:
+                ttl = data[0]
+            else:
+                traffic_class = data[0]
         ttl = ttl - 1 or 1
         at = HEADER if heads.four else _ROOM - heads.size
         if segment >= size:
@@ -249,7 +359,14 @@ class UdpSessions(Sessions[UdpSession]):
             # The headers overwrite the end of the datagram before, which has left.
             length = min(segment or size, end - begin)
             at = begin - heads.size
-            heads.put(self._buffer, at, length, ttl, traffic_class)
+            heads.put(
+                self._buffer,
+                at,
+                length,
+                ttl,
+                traffic_class,
+                payload=_residue(self._buffer, begin, begin + length),
+            )
             packet = self._view[at : begin + length]
             worker.counts[RECEIVED] += 1
             self.delivered(session, len(packet))
@@ -315,7 +432,9 @@ class UdpSessions(Sessions[UdpSession]):
         super().opened(session, fd, local, raw)
 
     def release(self, flow: UdpSession, reason: str) -> None:
-        """The external port is free with its last session."""
+        """What waits leaves; the external port is free with its last session."""
+        if flow.run is not None:
+            self._ship(flow)
         super().release(flow, reason)
         mapping = flow.mapping
         if mapping is None:
@@ -329,3 +448,15 @@ class UdpSessions(Sessions[UdpSession]):
                 self._ask(mapping.waiting.pop(0), mapping)
         if not mapping.sessions:
             del self._mappings[mapping.key]
+
+
+def _residue(data: bytearray, start: int, end: int) -> int:
+    """`falkirk.wire.checksum.residue` of [start, end)."""
+    length = end - start
+    if length < LONG:
+        return residue(memoryview(data)[start:end])
+    words = length >> 2
+    total = int(np.add.reduce(np.frombuffer(data, "<u4", words, start), dtype=np.uint64))
+    total += int.from_bytes(data[start + 4 * words : end], "little")
+    # 2^16 = 1 modulo 65,535, so 256 times a word is the word with its bytes swapped.
+    return total % 0xFFFF * 256 % 0xFFFF

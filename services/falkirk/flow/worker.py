@@ -265,6 +265,8 @@ class Worker:
         self.orphans.close()
 
     def _end_of_turn(self) -> None:
+        if self.udp.runs:
+            self.udp.flush()
         if self.lowering.finished:
             self.lowering.end_of_turn()
         if self.tracker.finished:

@@ -43,6 +43,8 @@ IPV6_RECVHOPLIMIT: Final = 51
 IPV6_HOPLIMIT: Final = 52
 IPV6_RECVTCLASS: Final = 66
 IPV6_TCLASS: Final = 67
+TTLS: Final = frozenset((IP_TTL, IPV6_HOPLIMIT))
+"""Kinds of the control messages that tell a TTL."""
 PMTUDISC_DONT: Final = 0
 PMTUDISC_DO: Final = 2
 SO_ATTACH_FILTER: Final = 26

@@ -11,11 +11,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from falkirk.flow import udp
 from falkirk.flow.session import HELD_PACKETS
 from falkirk.flow.settings import FlowSettings
 from falkirk.linux import datagrams
 from falkirk.wire import icmp, vnet
+from falkirk.wire.checksum import residue
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import SocketFailed, SocketOpened
 from tests.flow_rig import FlowRig, context, read
@@ -350,3 +354,56 @@ def test_a_sessions_timer_runs_from_what_the_client_sent_last(rig: FlowRig) -> N
 def test_timers_have_a_least(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least {value + 1}"):
         msgspec.structs.replace(FlowSettings(), **{name: value})
+
+
+@given(st.binary(max_size=3000), st.integers(0, 7))
+def test_sums_of_payloads_are_the_plain_ones(data: bytes, at: int) -> None:
+    assert udp._residue(bytearray(bytes(at) + data), at, at + len(data)) == residue(data)
+
+
+def test_datagrams_of_a_turn_leave_in_their_order_whatever_they_are(client: Client) -> None:
+    """Runs of equal ones, shorter and longer ones, other TTLs, empty ones, a super-packet among them."""
+    client.begin()
+    client.hears()
+    sent: list[tuple[bytes, int]] = []
+    for index, (size, ttl) in enumerate(
+        [
+            (100, 64),
+            (100, 64),
+            (100, 64),
+            (40, 64),
+            (100, 64),
+            (200, 64),
+            (200, 9),
+            (0, 9),
+            (1400, 9),
+            (1400, 9),
+            (1, 9),
+        ]
+        + [(500, 64)] * 70
+    ):
+        payload = bytes([index]) * size
+        sent.append((payload, ttl - 1))
+        packet = client.datagram(payload, ttl=ttl)
+        client.sock.send(packet if client.framing is Framing.RAW else vnet.ZERO + packet)
+    client.rig.until(lambda: client.rig.count("received") == len(sent) + 1)
+    client.rig.step()
+    assert [client.hears()[:2] for _ in sent] == sent
+    assert client.rig.balanced()
+
+
+def test_a_run_that_the_socket_takes_singly_only_leaves_singly(client: Client) -> None:
+    rig = client.rig
+    client.begin()
+    client.hears()
+    (session,) = rig.worker.tunnels[1].flows.values()
+    assert isinstance(session, udp.UdpSession)
+    assert session.sock is not None
+    # A socket without checksums takes no trains (udp(7): EIO).
+    session.sock.setsockopt(socket.SOL_SOCKET, 11, 1)
+    packets = [client.datagram(bytes([number]) * 50) for number in range(5)]
+    for packet in packets:
+        client.sock.send(packet if client.framing is Framing.RAW else vnet.ZERO + packet)
+    rig.step()
+    assert [client.hears()[0] for _ in packets] == [bytes([number]) * 50 for number in range(5)]
+    assert rig.balanced()
