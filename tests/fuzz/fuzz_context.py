@@ -41,7 +41,7 @@ def answer(parse: Any, data: bytes) -> str:
     try:
         request = parse(data)
         assert isinstance(request, ContextRequest)
-        GRANTS.check(UID, request.tenant)
+        GRANTS.check(UID, request.tenant, request.transport)
         admission = admit(TABLES, request)
     except Refusal as refusal:
         said = refusal.answer()
@@ -55,7 +55,7 @@ def answer(parse: Any, data: bytes) -> str:
     assert context.tenant in ("acme", "other")
     assert context.tenant == request.tenant
     assert context.device == request.device == "laptop"
-    assert review(TABLES, admission) == ""
+    assert review(TABLES, admission) is admission
     assert resumed(TABLES, context).context == context
     assert json.loads(greeting(1, context, 1500, request.framing))["admitted"]["framing"] in ("raw", "vnet")
     # It can be handed over.

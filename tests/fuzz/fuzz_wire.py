@@ -97,7 +97,7 @@ def _error(data: bytes, packet: Packet) -> None:
     try:
         quote = translate.quoted(data, packet)
     except MalformedPacket as error:
-        _known(error, ("icmp_not_error", "bad_l4_checksum", "bad_icmp_quote"))
+        _known(error, ("icmp_not_error", "bad_l4_checksum", "bad_icmp_quote", "icmp_mtu"))
         return
     slot = SLOT[packet.version]
     addresses = (quote.destination, quote.source)

@@ -29,10 +29,22 @@ VALID: tuple[dict[str, Any], ...] = (
     {"v": 1, "tenant": "other", "device": "laptop", "framing": "vnet"},
     {"v": 1, "tenant": "acme", "device": "laptop", "virtual_network": "lab", "attributes": {"site": "north"}},
 )
-KEYS = ("v", "tenant", "device", "virtual_network", "framing", "attributes", "Tenant", "extra", "")
+KEYS = (
+    "v",
+    "tenant",
+    "device",
+    "virtual_network",
+    "framing",
+    "transport",
+    "packed",
+    "attributes",
+    "Tenant",
+    "extra",
+    "",
+)
 VALUES: tuple[Any, ...] = (
     1, 2, 0, -1, 1.0, True, None, "", "acme", "other", "secret", "ghost", "laptop", "off", "bobs", "lab", "default",
-    "raw", "vnet", "x" * 300, "\ud800", "\0", "ä", [], {}, {"k": "v"}, {"k": 1}, {"k": None}, [1], 10**400,
+    "raw", "vnet", "socket", "device", "x" * 300, "\ud800", "\0", "ä", [], {}, {"k": "v"}, {"k": 1}, {"k": None}, [1], 10**400,
 )  # fmt: skip
 TOKENS = (
     b"{",

@@ -69,19 +69,22 @@ def sniffer(client: Client) -> Iterator[socket.socket]:
 
 
 def download(way: Way, client: socket.socket, server: socket.socket) -> tuple[int, Segment]:
-    """Bytes from server to client: the largest segment's payload, and the last segment."""
+    """Bytes from server to client: the largest segment's payload, and the last segment with the header of a largest one (an error about
+    a packet that is no larger than the path isn't believed)."""
     port = client.getsockname()[1]
     with sniffer(way.client) as wire:
         server.sendall(bytes(ANSWER))
         receive(client, ANSWER)
-        largest, last, left = 0, None, ANSWER
+        largest, head, last, left = 0, b"", None, ANSWER
         while left > 0:
             segment = Segment(wire.recv(1 << 17))
             if segment.tcp and segment.destination_port == port and segment.payload:
-                largest = max(largest, segment.payload)
+                if segment.payload > largest:
+                    largest, head = segment.payload, segment.head
                 left -= segment.next - segment.sequence & 0xFFFFFFFF
                 last = segment
     assert last is not None
+    last.head = head
     return largest, last
 
 

@@ -205,4 +205,5 @@ def test_descriptors_return(peers: Peers, way: Between) -> None:
             call.close()
         # gRPC itself keeps some from the first call on.
         before = before or held()
-    wait_for("descriptors", lambda: held() == before, DEADLINE_S)
+    # What an earlier test has left may still be closing.
+    wait_for("descriptors", lambda: all(count <= before.get(name, 0) for name, count in held().items()), DEADLINE_S)

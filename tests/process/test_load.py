@@ -49,7 +49,7 @@ def echo() -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("mode", "keys"),
-    [("connections", {"per_s", "failed"}), ("rtt", {"p50", "p99", "samples"}), ("messages", {"per_s"})],
+    [("connections", {"per_s", "failed", "total"}), ("rtt", {"p50", "p99", "samples"}), ("messages", {"per_s"})],
 )
 def test_the_client_measures_an_echo_server(echo: str, mode: str, keys: set[str]) -> None:
     command = [sys.executable, str(LOAD / "client.py"), mode, echo, "--seconds", "0.5", "--parallel", "4"]

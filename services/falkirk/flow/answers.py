@@ -16,6 +16,7 @@ from falkirk.flow.table import Tunnel
 from falkirk.wire import build
 from falkirk.wire.icmp import Unreachable
 from falkirk.wire.packet import Packet, parse
+from falkirk.wire.protocol import NO_NEXT_HEADER
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
@@ -65,7 +66,8 @@ class Answers:
     def not_built(self, tunnel: Tunnel, lane: Lane, packet: Packet, reason: str) -> None:
         """A protocol that this version doesn't carry."""
         data = bytes(lane.view[: HEADER + packet.total_length])
-        if not self._allowed(tunnel):
+        # RFC 8200 4.7: nothing follows, so nothing is missing.
+        if packet.protocol == NO_NEXT_HEADER or not self._allowed(tunnel):
             self._worker.drop(reason)
             return
         self._say(tunnel, build.unreachable(data, packet, Unreachable.PROTOCOL, self._source(packet)), reason)

@@ -262,6 +262,7 @@ class Worker:
         self._parent.close()
         self.spool.close()
         self.taps.close()
+        self.tenants.close()
         self.orphans.close()
 
     def _end_of_turn(self) -> None:
