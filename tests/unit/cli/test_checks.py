@@ -1,10 +1,10 @@
-"""What the doctor says of an interpreter."""
+"""What the doctor says of an interpreter, and of echo."""
 
 from __future__ import annotations
 
 import pytest
 
-from falkirk.cli.checks import interpreter
+from falkirk.cli.checks import echo, interpreter
 
 PLAIN = {"CONFIG_ARGS": "'--prefix=/root/.pyenv/versions/3.11.7' '--enable-shared'", "PY_CORE_CFLAGS": "-O3 -Wall"}
 
@@ -31,3 +31,10 @@ def test_an_interpreter_without_optimisation_is_warned_of(
     check = interpreter(variables, prefix)
     assert (check.name, check.state) == ("python", state)
     assert ("--enable-optimizations" in check.remedy) == (state == "warning")
+
+
+@pytest.mark.parametrize(("kind", "state"), [("ping", "ok"), ("raw", "ok"), ("", "warning")])
+def test_how_echo_leaves_is_told(kind: str, state: str) -> None:
+    check = echo(kind)
+    assert (check.name, check.state) == ("echo", state)
+    assert ("ping_group_range" in check.remedy) == (state != "ok")
