@@ -213,7 +213,11 @@ class Tracker(Segments):
         self._worker.wheel.place(flow, self._worker.second + LINGER)
 
     def cut(self, flow: TcpLift, reason: str) -> None:
-        """End it at once: its tunnel is gone."""
+        """End it at once: its tunnel is gone. A stream whose FINs have both passed is left to the upgrader, which may still have the
+        initiator's last bytes to deliver."""
+        if flow.fin_acked_up and flow.fin_acked_down:
+            self._worker.lifecycle.finish(flow, flow.reason or FINISHED)
+            return
         self._worker.to_upgrader.append(Abort(flow.slot))
         self._worker.lifecycle.finish(flow, reason)
 
