@@ -21,8 +21,6 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
-
 from falkirk.flow.counters import FORWARDED, RECEIVED
 from falkirk.flow.keys import key_of
 from falkirk.flow.lane import HEADER
@@ -42,8 +40,6 @@ if TYPE_CHECKING:
     from falkirk.flow.worker import Worker
 
 DNS: Final = 53
-LONG: Final = 700
-"""Bytes from which on numpy sums words faster than Python's integers do."""
 CHUNK: Final = 64
 """Datagrams of one send; older kernels take no more (UDP_MAX_SEGMENTS)."""
 MAX_PAYLOAD: Final = 65507
@@ -136,7 +132,7 @@ class UdpSessions(Sessions[UdpSession]):
         elif (
             not buffer[0] & 1
             and (buffer[36] or buffer[37])
-            and (_residue(buffer, 30, end) + session.pseudo + end - 30) % 0xFFFF
+            and (residue(view[30:end]) + session.pseudo + end - 30) % 0xFFFF
         ):
             self._worker.drop("bad_l4_checksum")
         elif buffer[1] or end == 38:
@@ -158,7 +154,7 @@ class UdpSessions(Sessions[UdpSession]):
             or view[:10] != session.vnet_ok
         ):
             self._worker.ingress.packet(lane, tunnel, end)
-        elif not buffer[0] & 1 and (_residue(buffer, 50, end) + session.pseudo + end - 50) % 0xFFFF:
+        elif not buffer[0] & 1 and (residue(view[50:end]) + session.pseudo + end - 50) % 0xFFFF:
             self._worker.drop("bad_l4_checksum")
         else:
             traffic_class = (buffer[10] & 15) << 4 | buffer[11] >> 4
@@ -359,14 +355,7 @@ class UdpSessions(Sessions[UdpSession]):
             # The headers overwrite the end of the datagram before, which has left.
             length = min(segment or size, end - begin)
             at = begin - heads.size
-            heads.put(
-                self._buffer,
-                at,
-                length,
-                ttl,
-                traffic_class,
-                payload=_residue(self._buffer, begin, begin + length),
-            )
+            heads.put(self._buffer, at, length, ttl, traffic_class)
             packet = self._view[at : begin + length]
             worker.counts[RECEIVED] += 1
             self.delivered(session, len(packet))
@@ -448,15 +437,3 @@ class UdpSessions(Sessions[UdpSession]):
                 self._ask(mapping.waiting.pop(0), mapping)
         if not mapping.sessions:
             del self._mappings[mapping.key]
-
-
-def _residue(data: bytearray, start: int, end: int) -> int:
-    """`falkirk.wire.checksum.residue` of [start, end)."""
-    length = end - start
-    if length < LONG:
-        return residue(memoryview(data)[start:end])
-    words = length >> 2
-    total = int(np.add.reduce(np.frombuffer(data, "<u4", words, start), dtype=np.uint64))
-    total += int.from_bytes(data[start + 4 * words : end], "little")
-    # 2^16 = 1 modulo 65,535, so 256 times a word is the word with its bytes swapped.
-    return total % 0xFFFF * 256 % 0xFFFF

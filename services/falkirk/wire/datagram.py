@@ -60,21 +60,18 @@ class Heads:
         *,
         partial: bool = False,
         identification: int = -1,
-        payload: int = -1,
     ) -> None:
         """Write the headers at `at`, whose payload of `length` bytes stands behind them already.
 
-        `partial` leaves the checksum to whoever sends it on (NEEDS_CSUM); `payload` is the payload's residue where that is known.
+        `partial` leaves the checksum to whoever sends it on (NEEDS_CSUM).
         """
         size = length + HEADER
         if partial:
             check = (self._fixed + size) % 0xFFFF
         else:
             start = at + self.size
-            if payload < 0:
-                payload = residue(memoryview(buf)[start : start + length])
             total = self._fixed + 2 * size + self._source_port + self._destination_port
-            check = -(total + payload) % 0xFFFF or 0xFFFF
+            check = -(total + residue(memoryview(buf)[start : start + length])) % 0xFFFF or 0xFFFF
         if self.four:
             whole = size + 20
             flags = _DONT_FRAGMENT if identification < 0 else 0

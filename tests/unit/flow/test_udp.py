@@ -11,15 +11,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from falkirk.flow import udp
 from falkirk.flow.session import HELD_PACKETS
 from falkirk.flow.settings import FlowSettings
 from falkirk.linux import datagrams
 from falkirk.wire import icmp, vnet
-from falkirk.wire.checksum import residue
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import SocketFailed, SocketOpened
 from tests.flow_rig import FlowRig, context, read
@@ -354,11 +351,6 @@ def test_a_sessions_timer_runs_from_what_the_client_sent_last(rig: FlowRig) -> N
 def test_timers_have_a_least(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least {value + 1}"):
         msgspec.structs.replace(FlowSettings(), **{name: value})
-
-
-@given(st.binary(max_size=3000), st.integers(0, 7))
-def test_sums_of_payloads_are_the_plain_ones(data: bytes, at: int) -> None:
-    assert udp._residue(bytearray(bytes(at) + data), at, at + len(data)) == residue(data)
 
 
 def test_datagrams_of_a_turn_leave_in_their_order_whatever_they_are(client: Client) -> None:
