@@ -15,7 +15,8 @@ The tunnel may be another worker's. The leg is its flow's worker's all the same,
 a stream's two descriptors stay with one upgrader worker, a crash takes both ends together, and with one worker there is no hop. The price is a hop a
 packet (a super-packet) where there are several.
 
-Limits: TCP only. A device that sends from an address behind it (a route's prefix) is known by its exact replies, as everywhere.
+Limits: TCP only. What a slow device is still owed when a client's side and tunnel have ended in order is delivered without a flow that could be listed or
+ended, at most what the sockets on its way hold. A device that sends from an address behind it (a route's prefix) is known by its exact replies, as everywhere.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from falkirk.flow.keys import key_of, lift_key, signature
 from falkirk.flow.segments import ACK, FIN, LINGER, RST, SYN, Segments
 from falkirk.flow.siblings import Carrier, Foreign, Forget, SiblingLink
 from falkirk.flow.table import Distant, Leg, State, TcpLift, Tunnel
-from falkirk.flow.tracker import OFFLINE
+from falkirk.flow.tracker import FINISHED, OFFLINE
 from falkirk.wire.context import Framing, TunnelContext
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, parse
@@ -230,8 +231,9 @@ class Lowering(Segments):
         if flow is not None:
             flow.owner.settle(flow)
 
-    def abandon(self, leg: Leg) -> None:
-        """Its flow has ended: it stays until the kernel's last word has passed."""
+    def abandon(self, leg: Leg, *, slow: bool = False) -> None:
+        """Its flow has ended: it stays until the kernel's last word has passed. That is a RST, which is about to come; or, of one that is `slow`, the
+        rest of what the device is owed, as long as something of it passes."""
         flow, leg.flow = leg.flow, None
         if flow is not None:
             flow.leg = None
@@ -239,7 +241,13 @@ class Lowering(Segments):
         if leg.reset:
             self.drop(leg)
         else:
-            self._worker.wheel.place(leg, self._worker.second + LINGER)
+            leg.reason = FINISHED if slow else ""
+            self._worker.wheel.place(leg, self._worker.second + (self._patience if slow else LINGER))
+            self.settle(leg)
+
+    @property
+    def _patience(self) -> int:
+        return self._worker.settings.transitory_idle_s
 
     def drop(self, leg: Leg) -> None:
         """Give it back. Doing it twice is doing it once."""
@@ -279,9 +287,12 @@ class Lowering(Segments):
             self.drop(flow)
 
     def expire(self, flow: TcpLift) -> None:
-        """It has lingered long enough."""
+        """It has lingered long enough, unless a slow device still fetches."""
         assert isinstance(flow, Leg)
-        self.drop(flow)
+        if flow.reason == FINISHED and flow.tick + self._patience > self._worker.second:
+            self._worker.wheel.place(flow, flow.tick + self._patience)
+        else:
+            self.drop(flow)
 
     def release(self, flow: TcpLift, reason: str) -> None:
         """It isn't in the tables of flows."""

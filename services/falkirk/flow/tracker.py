@@ -216,6 +216,8 @@ class Tracker(Segments):
         """End it at once: its tunnel is gone. A stream whose FINs have both passed is left to the upgrader, which may still have the
         initiator's last bytes to deliver."""
         if flow.fin_acked_up and flow.fin_acked_down:
+            if flow.leg is not None:
+                self._worker.lowering.abandon(flow.leg, slow=True)
             self._worker.lifecycle.finish(flow, flow.reason or FINISHED)
             return
         self._worker.to_upgrader.append(Abort(flow.slot))

@@ -13,7 +13,7 @@ from falkirk.linux import seqpacket
 from falkirk.wire.handover import Abort, Adopt, Closed, TunnelClosed
 from tests.flow_rig import TENANT
 from tests.forward_rig import LAPTOP, NAS, between, connect, echo, hop, reasons, who
-from tests.lower_rig import ACK, POLICIES, RST, SYN, Lowered, R
+from tests.lower_rig import ACK, FIN, POLICIES, PSH, RST, SYN, Lowered, R
 from tests.unit.flow.test_tap import Watcher
 
 
@@ -194,3 +194,26 @@ def test_a_forwarded_flow_with_the_ports_of_one_that_lingers(plain: Lowered) -> 
     plain.nas(SYN | ACK, 5000, 200_001)
     assert [packet.flags for packet in plain.at("laptop")] == [SYN | ACK]
     assert (plain.legs(), plain.lowered()) == (0, [])
+
+
+def test_what_a_slow_device_is_owed_outlives_the_clients_tunnel(plain: Lowered) -> None:
+    """The client's side has ended in order, and its tunnel with its command; the rest is the kernel's to deliver."""
+    plain.open()
+    plain.nas(FIN | ACK, 5001, 7001)
+    plain.lifting(FIN | ACK, 3001, 1001)
+    plain.laptop(FIN | ACK, 1001, 3002)
+    plain.lifting(ACK, 3002, 1002)
+    plain.pair.laptop.sock.close()
+    plain.pair.step()
+    assert (plain.asked(), plain.pair.flows(), plain.legs()) == ([], 0, 1)
+    assert reasons(plain.pair) == ["finished"]
+    plain.say(Closed(plain.slot, "finished", 0, 0))
+    plain.at("nas")
+    for _ in range(3):
+        plain.pass_time(100)
+        plain.lowering(ACK | PSH, 7001, 5002)
+        assert [packet.flags for packet in plain.at("nas")] == [ACK | PSH]
+    plain.lowering(FIN | ACK, 7001, 5002)
+    plain.nas(ACK, 5002, 7002)
+    assert [packet.flags for packet in plain.lowered()][-1] == ACK
+    assert (plain.legs(), plain.pair.passages()) == (0, 0)
