@@ -35,9 +35,8 @@ FIXED: Final = ("tenant_id", "device_id", "virtual_network_id", "addresses", "pa
 """What never changes in a tunnel's context."""
 MAX_TRACED: Final = 1024
 """Datagrams waiting for an on-ramp, beyond which it isn't told of sampled flows."""
-
-
 MAX_WORD: Final = 1024
+"""Bytes of what a producer says beside its device."""
 WANTED: Final = b'{"wanted":"device"}'
 """A worker that took the tunnel over asks for the device again."""
 ATTACHED: Final = b'{"attached":"device"}'
