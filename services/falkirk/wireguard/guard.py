@@ -76,7 +76,7 @@ class Guard:
 
     def may_ask(self, endpoint: tuple[Any, ...], now: float) -> bool:
         """Whether this address, which has shown a cookie, may have another handshake."""
-        address = _network(str(endpoint[0]))
+        address = network(str(endpoint[0]))
         bucket = self._addresses.get(address)
         if bucket is None:
             if len(self._addresses) >= ADDRESSES:
@@ -87,7 +87,7 @@ class Guard:
         return bucket.take(now)
 
 
-def _network(address: str) -> str:
+def network(address: str) -> str:
     """An IPv4 address as it is; of an IPv6 address its first four groups, written out."""
     if ":" not in address:
         return address
