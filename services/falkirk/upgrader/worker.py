@@ -42,7 +42,7 @@ from falkirk.upgrader.deadlines import Deadlines
 from falkirk.upgrader.lowering import Asked, Lowering
 from falkirk.upgrader.pairing import Pairing
 from falkirk.upgrader.relay import MAX_PIPES, Relay, TcpStream
-from falkirk.upgrader.stream import Phase, Reason, Stream
+from falkirk.upgrader.stream import DIALLED, End, Phase, Reason, Stream, Trace
 from falkirk.wire import handover
 from falkirk.wire.handover import Closed, Connected, DialFailed, OpenSocket, Prepare, SocketFailed, SocketOpened
 from falkirk.wire.slots import SlotPlan
@@ -240,16 +240,9 @@ class Worker:
         idle_s = wish.idle_timeout_s or IDLE_S
         if idle_s != self._idle_s:
             self._idle_s = idle_s
+        trace = Trace(wish.flow_id, wish.span_id, time.time_ns()) if wish.span_id else None
         stream: TcpStream = Stream(
-            wish.slot,
-            # Only spans name it. A stream lives long, so it keeps nothing that it doesn't need, and shares what is the same for all.
-            wish.flow_id if wish.span_id else b"",
-            wish.span_id,
-            upstream,
-            now,
-            wish.connect_timeout_ms / 1000,
-            self._idle_s,
-            time.time_ns() if wish.span_id else 0,
+            wish.slot, End(upstream, DIALLED), now, wish.connect_timeout_ms / 1000, self._idle_s, trace
         )
         self._slots[wish.slot] = stream
         self._dialling += 1
@@ -278,8 +271,8 @@ class Worker:
         code = dial.outcome(stream.upstream.handle, events)
         if code is None:
             return
-        took = int((now - stream.started) * 1e9)
-        if stream.span_id:
+        took = int((now - stream.active) * 1e9)
+        if stream.trace is not None:
             self._span("dial", stream, "" if code == 0 else os.strerror(code), errno=code)
         if code:
             self._forget(stream)
@@ -315,8 +308,8 @@ class Worker:
             self._open(stream, client, now)
 
     def _open(self, stream: TcpStream, client: Socket, now: float) -> None:
-        if stream.span_id:
-            stream.started_wall_ns = time.time_ns()
+        if stream.trace is not None:
+            stream.trace.since_ns = time.time_ns()
         self._relay.open(stream, client, now)
         self._deadlines.add(stream)
         self._add("opened")
@@ -329,10 +322,10 @@ class Worker:
         if stream.phase is not Phase.DIALLING:
             self._relay.reset(stream, stream.expired())
             return
-        if stream.span_id:
+        if stream.trace is not None:
             self._span("dial", stream, os.strerror(errno.ETIMEDOUT), errno=errno.ETIMEDOUT)
         self._forget(stream)
-        self._fail(stream.slot, errno.ETIMEDOUT, int((now - stream.started) * 1e9))
+        self._fail(stream.slot, errno.ETIMEDOUT, int((now - stream.active) * 1e9))
 
     def _fail(self, slot: int, code: int, took_ns: int) -> None:
         self._add(dial.kind(code))
@@ -352,7 +345,7 @@ class Worker:
         self._dialling -= stream.phase is Phase.DIALLING
         up, down = stream.relayed()
         self._ended(stream.slot, reason, up, down)
-        if stream.span_id and stream.phase is Phase.OPEN:
+        if stream.trace is not None and stream.phase is Phase.OPEN:
             status = "" if reason == Reason.FINISHED else reason
             self._span("relay", stream, status, reason=reason, bytes_up=up, bytes_down=down)
 
@@ -362,11 +355,13 @@ class Worker:
         self._pairing.say(Closed(slot, reason, up, down))
 
     def _span(self, name: str, stream: TcpStream, status: str, **attributes: str | int) -> None:
+        trace = stream.trace
+        assert trace is not None
         span = control.SpanEnded(
             name,
-            stream.flow_id,
-            stream.span_id,
-            stream.started_wall_ns,
+            trace.flow_id,
+            trace.span_id,
+            trace.since_ns,
             time.time_ns(),
             {"slot": stream.slot, "worker": self._setup.worker, **attributes},
             status,
