@@ -478,7 +478,7 @@ class Opening:
                 port=port,
                 egress=route.egress4 if session.family == 4 else route.egress6,
                 local=local,
-                flow_id=session.flow_id,
+                flow_id=self._worker.lifecycle.identity(session),
                 span_id=session.span_id,
             )
         )
