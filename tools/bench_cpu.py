@@ -43,13 +43,13 @@ def descendants(root: int) -> list[int]:
     return found
 
 
-def used_us(pid: int) -> int | None:
-    """Microseconds of processor time, user's and system's; None where it is gone."""
+def used_us(pid: int) -> tuple[int, int] | None:
+    """Microseconds of processor time, in all and the kernel's part of it; None where it is gone."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return (int(fields[11]) + int(fields[12])) * TICK_US
+    return (int(fields[11]) + int(fields[12])) * TICK_US, int(fields[12]) * TICK_US
 
 
 class Meter:
@@ -60,14 +60,23 @@ class Meter:
             pid: (kind, used) for pid in descendants(root) if (kind := name(pid)) and (used := used_us(pid)) is not None
         }
 
-    def used_us(self) -> dict[str, int]:
-        """Microseconds by kind."""
-        found: dict[str, int] = {}
+    def used_us(self) -> dict[str, tuple[int, int]]:
+        """Microseconds by kind: in all, and the kernel's part."""
+        found: dict[str, tuple[int, int]] = {}
         for pid, (kind, before) in self._before.items():
             now = used_us(pid)
             if now is not None:
-                found[kind] = found.get(kind, 0) + now - before
+                every, kernel = found.get(kind, (0, 0))
+                found[kind] = every + now[0] - before[0], kernel + now[1] - before[1]
         return found
+
+    def apiece(self, count: int) -> dict[str, float]:
+        """The same for one of `count` pieces of work: `cpu:KIND` in all, `kernel:KIND` the kernel's part."""
+        used = self.used_us()
+        pieces = max(1, count)
+        return {f"cpu:{kind}": every / pieces for kind, (every, _) in used.items()} | {
+            f"kernel:{kind}": kernel / pieces for kind, (_, kernel) in used.items()
+        }
 
 
 def memory(root: int, kind: str) -> int:

@@ -106,10 +106,7 @@ def _setup(place: Stage, mesh: Mesh, who: Contestant, seconds: float) -> dict[st
     meter = Meter(mesh.pid)
     client = [sys.executable, str(LOAD / "client.py"), "connections", place.targets, "--seconds", f"{seconds:g}"]
     result = measure(who.command(client), seconds)
-    used = meter.used_us()
-    return {"per_s": result["per_s"], "failed": result["failed"]} | {
-        f"cpu:{kind}": value / max(1, result["total"]) for kind, value in used.items()
-    }
+    return {"per_s": result["per_s"], "failed": result["failed"]} | meter.apiece(result["total"])
 
 
 def _decisions(routes: RouteTable, rules: RuleTable, context: TunnelContext, seed: int) -> dict[str, float]:

@@ -91,10 +91,7 @@ class Bench:
         meter = Meter(self.mesh_pid) if self.mesh_pid is not None and who.name == "falkirk" else None
         result = self.generator(who, "connections")
         self.failed[who.name] = self.failed.get(who.name, 0) + result["failed"]
-        used = meter.used_us() if meter is not None else {}
-        return {"connections": result["per_s"]} | {
-            f"cpu:{kind}": value / max(1, result["total"]) for kind, value in used.items()
-        }
+        return {"connections": result["per_s"]} | (meter.apiece(result["total"]) if meter is not None else {})
 
     def round_trips(self, who: Contestant) -> dict[str, float]:
         """Microseconds."""

@@ -46,7 +46,7 @@ def _sample(place: Stage, mesh: Mesh, packed: int, seconds: float) -> dict[str, 
     meter = Meter(mesh.pid)
     client = [sys.executable, str(LOAD / "packets.py"), str(mesh.run_dir / "tunnel.sock"), place.targets]
     result = measure([*client, "--flows", str(FLOWS), "--packed", str(packed), "--seconds", f"{seconds:g}"], seconds)
-    used = meter.used_us().get("flow.worker", 0)
+    used, _ = meter.used_us().get("flow.worker", (0, 0))
     forwarded = _forwarded(mesh) - before
     if forwarded < result["sent"]:
         raise LabError(f"of {result['sent']} packets only {forwarded} reached the device")

@@ -43,6 +43,9 @@ def bench(rounds: int, seconds: float) -> dict[str, Any]:
         return report(medians(samples), place.baseline(), shape(RULES, ROUTES, rounds, seconds, started))
 
 
+WORKERS = ("flow.worker", "upgrader.worker")
+
+
 def _sample(place: Stage, mesh: Mesh, who: Contestant, direction: str, seconds: float) -> dict[str, float]:
     meter = Meter(mesh.pid)
     options = ["-R"] if direction == "reverse" else []
@@ -52,7 +55,7 @@ def _sample(place: Stage, mesh: Mesh, who: Contestant, direction: str, seconds: 
     used = meter.used_us()
     return {
         direction: received["bits_per_second"] / 1e9,
-        f"{direction}_cpu": (used.get("flow.worker", 0) + used.get("upgrader.worker", 0)) / 1e6 / max(gigabits, 1e-9),
+        f"{direction}_cpu": sum(used[kind][0] for kind in WORKERS if kind in used) / 1e6 / max(gigabits, 1e-9),
     }
 
 

@@ -37,6 +37,7 @@ def _contestant(of: Mapping[str, float], medians: Medians) -> dict[str, Any]:
             "per_s": None if connections is None else round(connections),
             "of_loopback": _ratio(connections, loopback["connections"]),
             "cpu_us": {key[4:]: round(value, 1) for key, value in of.items() if key.startswith("cpu:")},
+            "kernel_us": {key[7:]: round(value, 1) for key, value in of.items() if key.startswith("kernel:")},
         },
         "rtt_us": {
             "p50": None if p50 is None else round(p50, 1),
@@ -66,6 +67,10 @@ def report(
     own = _contestant(medians.get("falkirk", {}), medians)
     for direction in ("forward", "reverse"):
         own[direction]["of_best_peer"] = against.get(direction)
+    if own["connections"]["cpu_us"]:
+        own["connections"]["of_loopback_without_python"] = _without_python(
+            own["connections"], loopback, baseline["cpus"]
+        )
     return {
         "veth_gbit_s": round(veth["forward_1"], 3),
         **own,
@@ -78,6 +83,14 @@ def report(
         "baseline": dict(baseline),
         "configuration": dict(shape),
     }
+
+
+def _without_python(connections: Mapping[str, Any], loopback: Mapping[str, float], processors: int) -> float | None:
+    """What connections/s over loopback's could be at most, did the interpreter take no time at all: what remains is the kernel's part, and the
+    load's. Holds where all processors are busy, as they are on a machine of two."""
+    python = sum(connections["cpu_us"].values()) - sum(connections["kernel_us"].values())
+    everything = processors * 1e6 / connections["per_s"]
+    return _ratio(processors * 1e6 / max(everything - python, 1e-9), loopback["connections"])
 
 
 def _against(falkirk: Mapping[str, float], peers: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,8 +175,15 @@ def show(result: Mapping[str, Any]) -> str:
         lines.append(f"falkirk / best peer: {against}")
     spent = {name: value for name, value in result["connections"].get("cpu_us", {}).items() if value >= 1}
     if spent:
-        said = ", ".join(f"{name} {value:.0f}" for name, value in sorted(spent.items(), key=lambda item: -item[1]))
+        kernel = result["connections"]["kernel_us"]
+        said = ", ".join(
+            f"{name} {value:.0f} ({kernel.get(name, 0):.0f} in the kernel)"
+            for name, value in sorted(spent.items(), key=lambda item: -item[1])
+        )
         lines.append(f"processor time of a connection, us: {said}")
+        lines.append(
+            f"connections/loopback were it not for Python's share: {result['connections']['of_loopback_without_python']}"
+        )
     failures = {name: count for name, count in result["failed_connections"].items() if count}
     if failures:
         lines.append(f"failed connections: {failures}")
