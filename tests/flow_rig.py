@@ -18,11 +18,11 @@ from falkirk.decide import routes as route_table
 from falkirk.decide import rules as rule_table
 from falkirk.flow import control, counters, limits
 from falkirk.flow.settings import FlowSettings
-from falkirk.flow.spool import AuditRecord, segments
 from falkirk.flow.worker import Worker
 from falkirk.linux import seqpacket
 from falkirk.runtime import blob
 from falkirk.runtime.counters import Counters
+from falkirk.runtime.spool import AuditRecord, segments
 from falkirk.wire import handover
 from falkirk.wire.context import Framing, TunnelContext
 from falkirk.wire.slots import SlotPlan

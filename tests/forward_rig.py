@@ -16,8 +16,8 @@ from falkirk.decide.routes import RouteEntry, RouteSource
 from falkirk.decide.rules import PolicySource, RuleSource
 from falkirk.flow import control
 from falkirk.flow.settings import FlowSettings
-from falkirk.flow.spool import AuditRecord
 from falkirk.linux import seqpacket
+from falkirk.runtime.spool import AuditRecord
 from falkirk.wire import icmp, ipv4, ipv6, vnet
 from falkirk.wire.build import icmp_packet, segment
 from falkirk.wire.checksum import checksum, pseudo_header

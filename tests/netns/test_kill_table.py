@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from falkirk.flow.spool import segments as spooled_segments
+from falkirk.runtime.spool import segments as spooled_segments
 from tests.netns.killed_mesh import KilledMesh, killed_mesh
 from tools.netlab import wait_for
 

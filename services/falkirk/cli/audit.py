@@ -1,6 +1,6 @@
 """`falkirk audit query` and `falkirk audit tail`: what happened to flows, by the policy service's audit log.
 
-With --json one record a line, as stored (its fields are documented in `falkirk.flow.spool`); `query` adds `stored_at`. Without it a table for
+With --json one record a line, as stored (its fields are documented in `falkirk.runtime.spool`); `query` adds `stored_at`. Without it a table for
 people. Exit status 1 with the server's reason where it refuses, 0 otherwise; an interrupted `tail` ends with 0.
 """
 

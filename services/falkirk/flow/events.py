@@ -18,8 +18,8 @@ import msgspec
 from falkirk.api.flow.v1 import flow_service_pb2 as pb
 from falkirk.api.net.v1 import net_pb2
 from falkirk.flow.messages import PROTOCOLS, TREATMENTS
-from falkirk.flow.spool import AuditRecord
 from falkirk.runtime import telemetry
+from falkirk.runtime.spool import AuditRecord
 from falkirk.wire.protocol import number as protocol_number
 
 QUEUE: Final = 10_000

@@ -19,7 +19,6 @@ from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
 from falkirk.flow import control, counters, limits
 from falkirk.flow.capture import Captures
-from falkirk.flow.delivery import Delivery
 from falkirk.flow.events import EventFeed
 from falkirk.flow.live import LiveReader, LiveRecord
 from falkirk.flow.roster import Roster
@@ -27,6 +26,7 @@ from falkirk.flow.settings import FlowSettings
 from falkirk.flow.text import address_text
 from falkirk.runtime import blob, telemetry
 from falkirk.runtime.counters import Counters
+from falkirk.runtime.delivery import Delivery
 from falkirk.runtime.replica import BlobReplica, SnapshotRefused
 from falkirk.runtime.settings import Shell
 from falkirk.runtime.workers import WorkerPool

@@ -31,8 +31,8 @@ import msgspec
 
 from falkirk.flow import records
 from falkirk.flow.live import Cursors, LiveReader, LiveRecord
-from falkirk.flow.spool import last_epoch, last_words, repair
 from falkirk.flow.table import TcpLift, native_sum
+from falkirk.runtime.spool import last_epoch, last_words, repair
 from falkirk.wire.build import segment
 from falkirk.wire.context import Framing, TunnelContext
 from falkirk.wire.slots import LOWERED, SlotPlan

@@ -2,7 +2,7 @@
 
 What a tunnel and a decision contribute is encoded when they are made, so a record costs two microseconds instead of the
 fifteen of filling and encoding a structure of thirty fields. The fields, and the reader's side, are
-`falkirk.flow.spool.AuditRecord`; a test holds the two together.
+`falkirk.runtime.spool.AuditRecord`; a test holds the two together.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import msgspec
 
 from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
-from falkirk.flow import control, counters, peers, records, spool
+from falkirk.flow import control, counters, peers, records
 from falkirk.flow.admin_flows import AdminFlows
 from falkirk.flow.answers import Answers
 from falkirk.flow.directory import Attachment
@@ -58,6 +58,7 @@ from falkirk.flow.tracker import Tracker
 from falkirk.flow.tunnels import Tunnels
 from falkirk.flow.udp import UdpSessions
 from falkirk.linux import scheduling, seqpacket
+from falkirk.runtime import spool
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire.context import Framing
@@ -433,7 +434,7 @@ class Worker:
     def _terminate(self, message: control.Terminate) -> None:
         tunnel = self.tunnels.get(message.tunnel)
         flow = tunnel.flows.get(message.key) if tunnel is not None else None
-        if flow is not None and flow.flow_id == message.flow_id:
+        if flow is not None and self.lifecycle.identity(flow) == message.flow_id:
             flow.owner.end(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
 

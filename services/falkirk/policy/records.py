@@ -1,7 +1,7 @@
 """Audit records as values: what is accepted, which are new, which a filter takes. PURE.
 
 A record comes as (node, worker, epoch, sequence) and a JSON object that says the same (its fields are documented in
-`falkirk.flow.spool`). It is stored as that object in compact form, so that bytes can be searched. Something else under a
+`falkirk.runtime.spool`). It is stored as that object in compact form, so that bytes can be searched. Something else under a
 valid id is never refused, which would block its sender for ever: it is stored as event "invalid" with its text in `raw`.
 
 High-water marks: a mark is the last sequence stored of a (node, worker, epoch). A record at or below its mark is a

@@ -6,12 +6,14 @@ filled stays. So a manifest that leaves it out can be applied again and again wi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from falkirk.api.registry.v1.device_service_pb2 import Device
 from falkirk.api.registry.v1.route_service_pb2 import Route
 from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
 from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
+from falkirk.decide import resolver
 from falkirk.registry import kinds, pools
 from falkirk.registry.kinds import BY_NAME, Value
 from falkirk.registry.refusal import Reason, Refused
@@ -34,6 +36,9 @@ def fill(engine: Engine, value: Value, stored: Value | None) -> None:
     elif isinstance(value, Device) and not value.addresses:
         assert stored is None or isinstance(stored, Device)
         value.addresses.extend(stored.addresses if stored else _take_addresses(engine, value.metadata.tenant_id))
+    elif isinstance(value, Device):
+        assert stored is None or isinstance(stored, Device)
+        _check_addresses(engine, value, stored.addresses if stored else ())
     elif isinstance(value, Route) and not value.virtual_network:
         assert stored is None or isinstance(stored, Route)
         value.virtual_network = (
@@ -109,10 +114,29 @@ def _default_network(engine: Engine, tenant_id: str) -> VirtualNetwork:
     return network
 
 
-def _take_addresses(engine: Engine, tenant_id: str) -> list[str]:
+def _tenant(engine: Engine, tenant_id: str) -> Tenant:
     (body,) = engine.connection.execute("SELECT body FROM resource WHERE id = ?", (tenant_id,)).fetchone()
     tenant = kinds.parse(BY_NAME["tenant"], body)
     assert isinstance(tenant, Tenant)
+    return tenant
+
+
+def _check_addresses(engine: Engine, device: Device, had: Iterable[str]) -> None:
+    """Refuse the resolver's address where it is asked for anew; a device that has it since before keeps it."""
+    tenant = _tenant(engine, device.metadata.tenant_id)
+    reserved = set(resolver.addresses(tenant.device_pool4, tenant.device_pool6)).difference(had)
+    for position, address in enumerate(device.addresses):
+        if address in reserved:
+            raise Refused(
+                Reason.ADDRESS_TAKEN,
+                f"{address} is the address of tenant {tenant.metadata.name}'s resolver; choose another one",
+                field=f"addresses[{position}]",
+                address=address,
+            )
+
+
+def _take_addresses(engine: Engine, tenant_id: str) -> list[str]:
+    tenant = _tenant(engine, tenant_id)
     return [_take(engine, tenant, 4, tenant.device_pool4), _take(engine, tenant, 6, tenant.device_pool6)]
 
 

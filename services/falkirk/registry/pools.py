@@ -1,8 +1,8 @@
 """Addresses for devices, taken from a tenant's two pools in turn. PURE.
 
 An address is a prefix and an index, the host part as a number. Index 0 is the prefix itself (in IPv6 the subnet-router
-anycast address, RFC 4291 section 2.6.1), index 1 is kept for a gateway, and the last one of an IPv4 pool is its
-broadcast address. Indexes are handed out upwards from the last one, so that a freed address rests as long as possible
+anycast address, RFC 4291 section 2.6.1), index 1 is kept for a gateway, the tenant's resolver has one of its own
+(`falkirk.decide.resolver`), and the last one of an IPv4 pool is its broadcast address. Indexes are handed out upwards from the last one, so that a freed address rests as long as possible
 before another device speaks from it; at the end of the pool the search starts over. Limit: 2^48 indexes of an IPv6 pool.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_network
+
+from falkirk.decide import resolver
 
 FIRST = 2
 """The first index that a device may have."""
@@ -27,15 +29,18 @@ def last(pool: str) -> int:
 
 def capacity(pool: str) -> int:
     """Devices that fit into a pool."""
-    return last(pool) - FIRST + 1
+    return last(pool) - FIRST + 1 - (resolver.index(pool) >= FIRST)
 
 
 def indexes(pool: str, cursor: int) -> Iterator[int]:
     """Every index once, in the order in which to try them, where `cursor` was the last one given."""
     end = last(pool)
     start = cursor + 1 if FIRST <= cursor + 1 <= end else FIRST
-    yield from range(start, end + 1)
-    yield from range(FIRST, start)
+    reserved = resolver.index(pool)
+    for places in (range(start, end + 1), range(FIRST, start)):
+        for index in places:
+            if index != reserved:
+                yield index
 
 
 def at(pool: str, index: int) -> str:

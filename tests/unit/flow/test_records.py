@@ -12,7 +12,7 @@ from falkirk.decide.rules import Verdict
 from falkirk.flow import records
 from falkirk.flow.decision import Decision, Outcome
 from falkirk.flow.keys import key_of
-from falkirk.flow.spool import AuditRecord
+from falkirk.runtime.spool import AuditRecord
 from falkirk.wire.context import TunnelContext
 
 CONTEXT = TunnelContext("t-1", "acme", "d-1", 'lap"top\\', "v-1", "default", (bytes(4),), user="älice")

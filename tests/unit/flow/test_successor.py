@@ -9,16 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from falkirk.flow.delivery import Delivery
 from falkirk.flow.events import EventFeed
 from falkirk.flow.fleet import Fleet
 from falkirk.flow.live import LiveTable
 from falkirk.flow.orphans import TRIES
 from falkirk.flow.settings import FlowSettings
-from falkirk.flow.spool import SpoolWriter, segments
 from falkirk.flow.worker import SECOND
 from falkirk.linux import seqpacket
+from falkirk.runtime.delivery import Delivery
 from falkirk.runtime.settings import shell_of
+from falkirk.runtime.spool import SpoolWriter, segments
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Adopt, Closed, Prepare
 from falkirk.wire.packet import Packet

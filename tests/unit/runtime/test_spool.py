@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from falkirk.flow import spool
-from falkirk.flow.spool import SpoolWriter, epoch_of, last_words, repair, segments
+from falkirk.runtime import spool
+from falkirk.runtime.spool import SpoolWriter, epoch_of, last_words, repair, segments
 
 
 def line(epoch: int, sequence: int, event: str = "started", flow_id: str = "") -> str:

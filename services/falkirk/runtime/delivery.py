@@ -3,7 +3,7 @@
 Two cursors run over a worker's spool. The *feed* follows it as it grows and hands records to watchers and to the trace
 exporter; it starts at the end, so nobody is told an old story. The *delivery* starts at the oldest segment on disk and
 streams records to `policy`; what is acknowledged is forgotten, a segment at a time, but for the newest two (see
-`falkirk.flow.spool`). While `policy` is away the spool grows; nothing is lost, and nothing waits for it.
+`falkirk.runtime.spool`). While `policy` is away the spool grows; nothing is lost, and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from falkirk.api.policy.v1 import policy_service_pb2, policy_service_pb2_grpc
-from falkirk.flow.spool import epoch_of, segments
+from falkirk.runtime.spool import epoch_of, segments
 
 BATCH: Final = 500
 """Records a message, of at most 1000 that the contract allows."""

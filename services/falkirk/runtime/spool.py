@@ -1,4 +1,4 @@
-"""The audit spool: what a worker did, on its own disk before the world sees it.
+"""The audit spool: what a packet process did, on its own disk before the world sees it.
 
 A record's id is (node, worker, epoch, sequence). The worker appends the records of a loop turn with one write, before
 the messages of that turn leave, so no flow's first packet goes out unrecorded. Segments are NDJSON files named
