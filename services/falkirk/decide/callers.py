@@ -83,7 +83,8 @@ def parse(uri: str, begin: float, end: float) -> Caller:
         raise NotAnIdentity("the certificate's role is unknown") from None
     if role is Role.ANYONE:
         raise NotAnIdentity("the certificate's role is unknown")
-    return Caller(parts[0], role, parts[2], parts[3], *parts[4:], begin=begin, end=end)
+    mesh, _, key, name, tenant_id, tenant = (*parts, "", "")[:6]
+    return Caller(mesh, role, key, name, tenant_id, tenant, begin, end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,9 +64,7 @@ def rule_of(found: MethodDescriptor) -> Rule | None:
     roles = ROLES.get(extensions[access_pb2.access])
     if roles is None:
         return None
-    return Rule(
-        roles | {role(number) for number in extensions[access_pb2.also]}, tuple(extensions[access_pb2.tenant])
-    )
+    return Rule(roles | {role(number) for number in extensions[access_pb2.also]}, tuple(extensions[access_pb2.tenant]))
 
 
 def tenants(request: Any, paths: tuple[str, ...]) -> tuple[list[str], list[str]]:

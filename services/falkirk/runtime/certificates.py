@@ -81,9 +81,7 @@ def caller_of_pem(pem: str) -> Caller:
 def fingerprints(pem: str) -> list[str]:
     """SHA-256 of each certificate of a PEM bundle, 64 hexadecimal digits. Raises ValueError."""
     found = x509.load_pem_x509_certificates(pem.encode())
-    return [
-        hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest() for certificate in found
-    ]
+    return [hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest() for certificate in found]
 
 
 def server_name(mesh: str) -> str:

@@ -64,7 +64,10 @@ class Front:
         self._connections: dict[str, _Connection] = {}
         self._handshakes: set[asyncio.Task[None]] = set()
         self._closed = Counter(
-            "falkirk_tcp_closed", "TCP connections that were closed before a call, by reason.", ("reason",), registry=metrics
+            "falkirk_tcp_closed",
+            "TCP connections that were closed before a call, by reason.",
+            ("reason",),
+            registry=metrics,
         )
         self._socket = _listen(address)
 

@@ -27,7 +27,15 @@ class CallRefused(FalkirkError):
     """A gate lets a call not pass."""
 
     def __init__(
-        self, code: grpc.StatusCode, reason: str, message: str, *, gate: str, caller: Caller | None, peer: str, **about: str
+        self,
+        code: grpc.StatusCode,
+        reason: str,
+        message: str,
+        *,
+        gate: str,
+        caller: Caller | None,
+        peer: str,
+        **about: str,
     ) -> None:
         super().__init__(code, reason, message, **about)
         self.gate, self.caller, self.peer = gate, caller, peer
@@ -110,9 +118,7 @@ class TcpGate:
             # A process of this machine that has found the socket behind the front.
             refusal = Refusal("CERTIFICATE_NEEDED", "this socket is the TCP front's own", unauthenticated=True)
             raise _refused(refusal, None, context.peer()) from None
-        refused = callers.admit(
-            access.rule(method), caller, self._standing.mesh, time.time(), self._standing.revoked
-        )
+        refused = callers.admit(access.rule(method), caller, self._standing.mesh, time.time(), self._standing.revoked)
         if refused is not None:
             raise _refused(refused, caller, peer)
         return caller

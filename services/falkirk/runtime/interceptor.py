@@ -26,7 +26,6 @@ import grpc
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from falkirk.decide.callers import Caller
 from falkirk.runtime import callers, sampling, telemetry, trace_context
 from falkirk.runtime.errors import FalkirkError, from_rpc
 from falkirk.runtime.gates import CallRefused, Gate
@@ -48,7 +47,10 @@ class Calls:
         self._streams: set[_Stream] = set()
         self._bound = sampling.bound(sample_ratio)
         self._count = Counter(
-            "falkirk_rpcs", "Calls answered; road is a socket directory, or tcp.", ("service", "method", "code", "road"), registry=registry
+            "falkirk_rpcs",
+            "Calls answered; road is a socket directory, or tcp.",
+            ("service", "method", "code", "road"),
+            registry=registry,
         )
         self._seconds = Histogram(
             "falkirk_rpc_seconds", "Time of unary calls.", ("service", "method"), registry=registry, buckets=_BUCKETS
