@@ -21,6 +21,7 @@ from falkirk.flow.fleet import Fleet
 from falkirk.flow.live import LiveRecord
 from falkirk.flow.match import FlowMatch
 from falkirk.flow.messages import flow_of_live
+from falkirk.runtime import callers
 from falkirk.runtime.contexts import context_of_proto
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wire.context import TunnelContext
@@ -186,7 +187,7 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
             text=request.filter,
             dropped_only=request.dropped_only,
             snaplen=request.snaplen,
-            by=request.by,
+            by=callers.actor(request.by),
         )
 
     def _records(self, worker: int, start: int) -> Iterator[LiveRecord]:

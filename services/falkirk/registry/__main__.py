@@ -1,4 +1,4 @@
-"""Starts the registry: settings, store, feed, seven services."""
+"""Starts the registry: settings, store, feed, its services."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 
 from falkirk.api.registry.v1 import (
+    authority_service_pb2_grpc,
     device_service_pb2_grpc,
     policy_document_service_pb2_grpc,
     registry_service_pb2_grpc,
@@ -15,8 +16,11 @@ from falkirk.api.registry.v1 import (
     user_service_pb2_grpc,
     virtual_network_service_pb2_grpc,
 )
+from falkirk.registry.authority import Authority
+from falkirk.registry.authority_service import AuthorityService
 from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.metrics import StoreCollector
+from falkirk.registry.sealing import Seal
 from falkirk.registry.service import Desk, RegistryService, ResourceService, surroundings
 from falkirk.registry.settings import Settings
 from falkirk.registry.store import Store, StoreError, Transaction
@@ -44,7 +48,11 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
         loop.call_soon_threadsafe(feed.publish, transaction)
 
     store.on_commit = committed
-    desk = Desk(store, feed, surroundings())
+    around = surroundings()
+    desk = Desk(store, feed, around)
+    key_file = settings.authority.key_file or shell.data("registry") / "authority.key"
+    authority = Authority(Seal(key_file, settings.authority.passphrase_file), settings.authority)
+    certificates = AuthorityService(authority, desk, around, shell.listen_tcp)
     server = Server("registry", shell)
     server.metrics.register(StoreCollector(store, feed))
     for name, register in _REGISTER.items():
@@ -54,8 +62,13 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
         RegistryService(desk, time.time_ns()),
         "falkirk.api.registry.v1.RegistryService",
     )
+    server.add(
+        authority_service_pb2_grpc.add_AuthorityServiceServicer_to_server,
+        certificates,
+        "falkirk.api.registry.v1.AuthorityService",
+    )
     server.set_ready(True)
-    await server.run()
+    await server.run(certificates.run)
 
 
 def main() -> int:

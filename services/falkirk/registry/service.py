@@ -46,6 +46,11 @@ _CODES = {
     Reason.TARGET_NOT_BUILT: grpc.StatusCode.UNIMPLEMENTED,
     Reason.TREATMENT_NOT_BUILT: grpc.StatusCode.UNIMPLEMENTED,
     Reason.REVISION_GONE: grpc.StatusCode.OUT_OF_RANGE,
+    Reason.AUTHORITY_LOCKED: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.NOT_FIRST: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.NO_CERTIFICATE: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.LOGIN_REFUSED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.NODE_FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
 }
 """What isn't listed is INVALID_ARGUMENT."""
 
@@ -72,7 +77,11 @@ class Desk:
         def inside(writing: Writing) -> T:
             return work(Engine(writing, self._surroundings))
 
-        return await self._outcome(self.store.write(inside))
+        return await self.transaction(inside)
+
+    async def transaction(self, work: Callable[[Writing], T]) -> T:
+        """Run work that needs no engine as one transaction."""
+        return await self._outcome(self.store.write(work))
 
     async def read(self, work: Callable[[Any], T]) -> T:
         """Run a read in one consistent view."""
