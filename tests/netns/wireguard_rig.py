@@ -5,15 +5,16 @@ Limit: needs root.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import ipaddress
-import json
 import os
 import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +56,9 @@ class Side:
 
     def run(self, *command: str) -> str:
         """A command inside, to its end; its output. Raises AssertionError where it fails."""
-        done = self.call(lambda: subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False))
+        done = self.call(
+            lambda: subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+        )
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -79,7 +82,10 @@ class Side:
     def ping(self, address: str, *, size: int = 56) -> bool:
         """Whether one echo comes back within two seconds."""
         command = ("ping", "-c1", "-W2", "-n", "-s", str(size), address)
-        return self.call(lambda: subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False)).returncode == 0
+        return (
+            self.call(lambda: subprocess.run(command, capture_output=True, timeout=DEADLINE_S, check=False)).returncode
+            == 0
+        )
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         """End a process of ours as an administrator would."""
@@ -101,7 +107,9 @@ class Side:
 class Ours(Side):
     """Our client, or our engine as a server: the same process."""
 
-    def start(self, other: Side, *, endpoint: str = "", keepalive_s: float = 0, **options: Any) -> subprocess.Popen[bytes]:
+    def start(
+        self, other: Side, *, endpoint: str = "", keepalive_s: float = 0, **options: Any
+    ) -> subprocess.Popen[bytes]:
         """Bring the interface up; it calls the other side where there is an endpoint."""
         peer = PeerRequest(
             public_key=other.public,
@@ -138,11 +146,13 @@ class Stock(Side):
     def start(self, other: Side, *, endpoint: str = "", keepalive_s: float = 0) -> subprocess.Popen[bytes]:
         """Bring the interface up; it calls the other side where there is an endpoint."""
         environment = {**os.environ, "WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
-        process = self.popen(self.program, "-f", self.name, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = self.popen(
+            self.program, "-f", self.name, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         until(lambda: Path(f"/var/run/wireguard/{self.name}.sock").exists(), "wireguard-go's socket")
         key = self.folder / f"{self.name}.key"
-        key.write_text(_base64(self.secret))
-        peer = [_base64(other.public), "allowed-ips", f"{other.inner}/32,{other.inner6}/128"]
+        key.write_text(text(self.secret))
+        peer = [text(other.public), "allowed-ips", f"{other.inner}/32,{other.inner6}/128"]
         if endpoint:
             peer += ["endpoint", endpoint]
         if keepalive_s:
@@ -161,8 +171,9 @@ class Stock(Side):
         return int(self.run("wg", "show", self.name, "latest-handshakes").split()[1])
 
 
-def _base64(data: bytes) -> str:
-    return str(json.loads(msgspec.json.encode(data)))
+def text(key: bytes) -> str:
+    """A key as `wg` writes it."""
+    return base64.b64encode(key).decode()
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = DEADLINE_S) -> None:
@@ -178,12 +189,10 @@ def cabled(one: Side, other: Side) -> Iterator[None]:
     """A cable between the two, with addresses of both families; both namespaces end with it."""
     device = f"fkc{random.getrandbits(36):09x}"
 
-    def end(side: Side) -> None:
+    def set_up() -> None:
         with Netlink() as links:
             links.set_link(socket.if_nametoindex("lo"))
             links.set_link(socket.if_nametoindex("eth0"))
-        for address in (side.outer, side.outer6):
-            side.add_outer(address)
 
     def make() -> None:
         with Netlink() as links:
@@ -193,16 +202,13 @@ def cabled(one: Side, other: Side) -> Iterator[None]:
     try:
         one.call(make)
         for side in (one, other):
-            side.call(lambda side=side: end_inside(side, end))  # type: ignore[misc]
+            side.call(set_up)
+            side.add_outer(side.outer)
+            side.add_outer(side.outer6)
         yield
     finally:
         one.close()
         other.close()
-
-
-def end_inside(side: Side, end: Callable[[Side], None]) -> None:
-    """Set up one end, in its own namespace already."""
-    end(side)
 
 
 def pour(sender: Side, receiver: Side, address: str, megabytes: int) -> tuple[str, str]:
@@ -224,8 +230,6 @@ def pour(sender: Side, receiver: Side, address: str, megabytes: int) -> tuple[st
                 sent.update(piece)
                 there.sendall(piece)
             there.shutdown(socket.SHUT_WR)
-
-        import threading
 
         thread = threading.Thread(target=send)
         thread.start()
