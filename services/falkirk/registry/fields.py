@@ -7,6 +7,7 @@ words, 1024 characters of free text.
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -134,6 +135,22 @@ def pool6(value: str, field: str) -> str:
     if not isinstance(parsed, IPv6Network) or parsed.prefixlen != 64 or parsed.network_address.packed[0] != 0xFD:
         raise _illegal(field, f"{parsed} isn't a /64 of fd00::/8 (RFC 4193)")
     return str(parsed)
+
+
+def public_key(value: str, field: str) -> str:
+    """A Curve25519 public key in canonical base64 (RFC 4648 section 4), or empty. The refusal doesn't show it: it may be a private one."""
+    if not value:
+        return value
+    try:
+        key = base64.b64decode(value, validate=True)
+    except ValueError:
+        key = b""
+    if len(key) != 32 or base64.b64encode(key).decode() != value:
+        raise _illegal(field, "isn't a public key: 32 bytes in base64, as `wg pubkey` prints it")
+    if not any(key):
+        # RFC 7748 section 6.1: what is agreed on with it is known to everybody.
+        raise _illegal(field, "is the zero key, which anybody could speak for")
+    return value
 
 
 def at_most(value: int, field: str, limit: int) -> None:
