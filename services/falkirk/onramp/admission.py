@@ -82,7 +82,7 @@ def admit(tables: Tables, request: ContextRequest) -> Admission:
 
 
 def admit_device(tables: Tables, device: DeviceRow) -> Admission:
-    """The context that a device gets whose key has been proved; rules see `attributes.onramp` as "wireguard". Raises Refusal."""
+    """The context that a device gets whose key has been proved; rules see `app.attributes.onramp` as "wireguard". Raises Refusal."""
     tenant = tables.tenant_by_id(device.tenant_id)
     if tenant is None:
         raise Refusal(Code.UNKNOWN_TENANT, f"the tenant of device {device.name} isn't known")
