@@ -177,23 +177,25 @@ def _throughput(place: Stage, server: Server, direction: str, seconds: float) ->
     return {direction: rate, f"{direction}_cpu": gigabits / max(spent(), 1e-3)}
 
 
-def _handshakes() -> float:
-    """Initiations that the engine answers in a second of processor time."""
+def _handshakes() -> dict[str, float]:
+    """Initiations that the engine answers in a second of processor time: first ones of their keys, and those that renew a session."""
     server = Node(os.urandom(32), rng=os.urandom, guard=Guard(1e9))
-    initiations = []
+    clients = []
     for _ in range(HANDSHAKES):
         client = Node(os.urandom(32), rng=os.urandom)
         server.add_peer(client.public_key)
-        peer = client.add_peer(server.public_key, endpoint=("192.0.2.1", PORT))
-        initiations += client.initiate(peer, 0.0, time.time_ns())
-    arrivals = Arrivals()
-    began = time.process_time()
-    for number, datagram in enumerate(initiations):
-        server.receive(datagram, ("192.0.2.2", 1024 + number), 1.0, 1, arrivals)
-    spent = time.process_time() - began
-    if len(arrivals.datagrams) != HANDSHAKES:
-        raise LabError(f"of {HANDSHAKES} initiations {len(arrivals.datagrams)} were answered")
-    return HANDSHAKES / spent
+        clients.append((client, client.add_peer(server.public_key, endpoint=("192.0.2.1", PORT))))
+    rates = {}
+    for name, now in (("first", 0.0), ("renewed", 10.0)):
+        initiations = [client.initiate(peer, now, time.time_ns()) for client, peer in clients]
+        arrivals = Arrivals()
+        began = time.process_time()
+        for number, (datagram,) in enumerate(initiations):
+            server.receive(datagram, ("192.0.2.2", 1024 + number), now + 1, 1, arrivals)
+        rates[name] = HANDSHAKES / (time.process_time() - began)
+        if len(arrivals.datagrams) != HANDSHAKES:
+            raise LabError(f"of {HANDSHAKES} initiations {len(arrivals.datagrams)} were answered")
+    return rates
 
 
 def _small_packets(place: Stage, mesh: Mesh, seconds: float) -> dict[str, float]:
@@ -265,7 +267,7 @@ REST_S = 8.0
 
 def report(
     found: dict[str, dict[str, float]],
-    handshakes: float,
+    handshakes: dict[str, float],
     small: dict[str, float],
     idle: dict[str, float],
     baseline: dict[str, Any],
@@ -291,7 +293,8 @@ def report(
     return {
         f"of_{DEBIAN}": against(DEBIAN),
         f"of_{NEWEST}": against(NEWEST),
-        "handshakes_per_core": round(handshakes),
+        "handshakes_per_core": round(handshakes["renewed"]),
+        "first_handshakes_per_core": round(handshakes["first"]),
         "bytes_per_idle_device": round(sum(value for kind, value in idle.items() if kind != "cpu_s")),
         "bytes_by_process": by_process,
         "idle_cpu": round(idle["cpu_s"], 4),
@@ -312,7 +315,9 @@ def show(result: dict[str, Any]) -> str:
         of = result[f"of_{name}"]
         if of is not None:
             lines.append(f"falkirk / {name}: {of['throughput']} in throughput, {of['per_cpu_second']} a CPU second")
-    lines.append(f"handshakes a CPU second: {result['handshakes_per_core']:,}")
+    lines.append(
+        f"handshakes a CPU second: {result['handshakes_per_core']:,}; first ones of a key {result['first_handshakes_per_core']:,}"
+    )
     lines.append(f"small packets, thousands a CPU second of the on-ramp worker: {result['pps']['kpps_per_cpu_second']}")
     lines.append(f"an idle device: {result['bytes_per_idle_device']:,} bytes ({result['bytes_by_process']})")
     return "\n".join(lines)
