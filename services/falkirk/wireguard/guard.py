@@ -20,6 +20,8 @@ LOAD_SECONDS: Final = 1.0
 ADDRESS_RATE: Final = 20.0
 ADDRESS_BURST: Final = 5.0
 ADDRESSES: Final = 4096
+_MAPPED: Final = "::ffff:"
+"""How a socket of both families gives IPv4 addresses."""
 
 
 class Bucket:
@@ -88,7 +90,9 @@ class Guard:
 
 
 def network(address: str) -> str:
-    """An IPv4 address as it is; of an IPv6 address its first four groups, written out."""
+    """An IPv4 address as it is, mapped or not; of an IPv6 address its first four groups, written out."""
+    if address.startswith(_MAPPED) and "." in address:
+        return address[len(_MAPPED) :]
     if ":" not in address:
         return address
     head, _, tail = address.partition("%")[0].partition("::")

@@ -71,3 +71,7 @@ def test_a_network_is_the_first_64_bits(address: ipaddress.IPv6Address) -> None:
     groups = address.exploded.split(":")[:4]
     assert [int(group, 16) for group in network(str(address)).split(":")] == [int(group, 16) for group in groups]
     assert network(f"{address}%eth0") == network(str(address))
+
+
+def test_ipv4_addresses_of_a_socket_of_both_families_are_told_apart() -> None:
+    assert network("::ffff:192.0.2.1") == network("192.0.2.1") != network("::ffff:192.0.2.2")
