@@ -1,4 +1,4 @@
-"""The on-ramp's worker process: gate, admission tables, tunnels and links in one loop.
+"""The on-ramp's worker process: gate, WireGuard, admission tables, tunnels and links in one loop.
 
     python -m falkirk.onramp.worker --control-fd N
 
@@ -24,12 +24,13 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from falkirk.linux import seqpacket
 from falkirk.linux.seqpacket import Peer
-from falkirk.onramp import admission, control, gate, parsers
-from falkirk.onramp.admission import Grants
+from falkirk.onramp import admission, control, gate, keys, parsers
+from falkirk.onramp.admission import Admission, Grants
 from falkirk.onramp.context import Code, ContextRequest, Refusal
 from falkirk.onramp.control import Changed, Close, Ended, Opened, Setup, State, Update
 from falkirk.onramp.gate import Gate
@@ -37,10 +38,12 @@ from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor
 from falkirk.onramp.tables import Row, Tables
 from falkirk.onramp.tunnels import Tunnel, TunnelTable
+from falkirk.onramp.wireguard import WireGuard, endpoint_text
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire import handover
 from falkirk.wire.handover import Adopted, AdoptRefused, Held, TunnelClosed
+from falkirk.wireguard.peer import Peer as WireGuardPeer
 
 CHUNKS_A_TURN: Final = 8
 REVIEWS_A_TURN: Final = 200
@@ -53,8 +56,15 @@ class Worker:
     """Everything of one worker, wired together."""
 
     def __init__(
-        self, reactor: Reactor, parent: socket.socket, setup: Setup, counters: Counters, listener: socket.socket
+        self,
+        reactor: Reactor,
+        parent: socket.socket,
+        setup: Setup,
+        counters: Counters,
+        listener: socket.socket,
+        outside: socket.socket | None = None,
     ) -> None:
+        """`outside` is WireGuard's UDP socket, where there is one."""
         self._reactor, self._parent, self._counters = reactor, parent, counters
         self._log = Log("onramp", setup.log_level, setup.log_format)
         self._tables = Tables()
@@ -104,6 +114,19 @@ class Worker:
             max_pending=setup.max_pending,
             max_pending_per_uid=setup.max_pending_per_uid,
         )
+        self._wireguard: WireGuard | None = None
+        if outside is not None:
+            self._wireguard = WireGuard(
+                reactor,
+                outside,
+                keys.read(Path(setup.wireguard_key)),
+                setup.wireguard_mtu,
+                lambda: self._tables if self._loaded else None,
+                lambda far, producer, admitted: self._admit_device(far, producer, admitted, setup.wireguard_mtu),
+                self._tunnels.close,
+                self._on_heard,
+                self._counters.add,
+            )
 
     def start(self) -> None:
         """Join the loop."""
@@ -113,6 +136,8 @@ class Worker:
         self._reactor.later(PATIENCE_S, self._gate.open)
         for link in self._links:
             link.connect()
+        if self._wireguard is not None:
+            self._wireguard.start()
         self._report_state()
 
     # From the parent.
@@ -157,6 +182,8 @@ class Worker:
         if not self._loaded:
             self._loaded = True
             self._gate.open()
+        if self._wireguard is not None:
+            self._wireguard.review(tables, None if update.full else touched)
         self._report_state()
 
     def _update(self) -> bool:
@@ -186,6 +213,18 @@ class Worker:
         except Refusal as refusal:
             self._on_refused(refusal.code)
             gate.refuse(sock, refusal.answer())
+
+    def _admit_device(self, far: socket.socket, producer: Peer, admitted: Admission, mtu: int) -> int:
+        """A WireGuard device has proved its key."""
+        try:
+            if len(self._reports) > MAX_REPORTS:
+                raise Refusal(Code.NOT_READY, "the on-ramp's parent doesn't answer; try again")
+            context = admitted.context
+            request = ContextRequest(context.tenant, context.device, packed=True)
+            return self._tunnels.admit(far, producer, admitted, request, time.time_ns(), mtu)
+        except Refusal as refusal:
+            self._on_refused(refusal.code)
+            raise
 
     def _on_refused(self, code: Code) -> None:
         self._counters.add(code.value)
@@ -236,6 +275,10 @@ class Worker:
                 resumed=resumed,
             )
         )
+
+    def _on_heard(self, tunnel: int, peer: WireGuardPeer) -> None:
+        endpoint = endpoint_text(peer.endpoint)
+        self._report(control.Heard(tunnel, endpoint, peer.handshake_wall_ns, peer.rx_bytes, peer.tx_bytes))
 
     def _on_changed(self, tunnel: Tunnel) -> None:
         self._report(Changed(tunnel.id, tunnel.context))
@@ -294,14 +337,17 @@ def main(argv: list[str] | None = None) -> None:
     first = _receive_setup(parent)
     if first is None:
         return
-    setup, (counters_fd, listener_fd) = first
+    setup, (counters_fd, listener_fd, *others) = first
     reactor = Reactor()
     signal.signal(signal.SIGTERM, lambda *_: reactor.stop())
     # A terminal's ^C goes to the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=listener_fd)
     listener.setblocking(False)
-    Worker(reactor, parent, setup, Counters.attach(counters_fd, control.COUNTERS), listener).start()
+    outside = socket.socket(fileno=others[0]) if others else None
+    if outside is not None:
+        outside.setblocking(False)
+    Worker(reactor, parent, setup, Counters.attach(counters_fd, control.COUNTERS), listener, outside).start()
     reactor.run()
 
 
