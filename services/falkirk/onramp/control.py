@@ -2,8 +2,8 @@
 
 One datagram is one MessagePack message; descriptors ride beside it. The parent speaks first:
 
-    parent -> worker   Setup (counters, listener, UDP socket) Update (rows) Close
-    worker -> parent   State Opened Changed Heard Ended Traced
+    parent -> worker   Setup (counters, listener, UDP socket) Update (rows) Restored (near end) Close
+    worker -> parent   State Opened Kept (near end) Changed Heard Ended Traced
 
 An `Update` is one transaction; its rows are in a memfd, so a transaction of any size is one message and is applied whole.
 The file holds chunks, each a 4-byte length (big endian) and a MessagePack `Chunk`.
@@ -77,6 +77,15 @@ class Update(Message, frozen=True, tag=True):
     number: int
 
 
+class Restored(Message, frozen=True, tag=True):
+    """A tunnel of a WireGuard device, from the worker before. One descriptor: its near end."""
+
+    tunnel: int
+    device_id: str
+    endpoint: str
+    """Where the device was last heard from; empty where that isn't known."""
+
+
 class Close(Message, frozen=True, tag=True):
     """Close a tunnel, where it is still open."""
 
@@ -106,6 +115,13 @@ class Opened(Message, frozen=True, tag=True):
     """Wall-clock nanoseconds."""
     resumed: bool = False
     transport: Transport = Transport.SOCKET
+
+
+class Kept(Message, frozen=True, tag=True):
+    """The near end of a WireGuard device's tunnel, which is to outlive this worker. One descriptor."""
+
+    tunnel: int
+    device_id: str
 
 
 class Changed(Message, frozen=True, tag=True):
@@ -151,8 +167,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     removed: tuple[str, ...] = ()
 
 
-TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Update | Close)
-TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Changed | Heard | Ended | Traced)
+TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Update | Restored | Close)
+TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Kept | Changed | Heard | Ended | Traced)
 _CHUNK: Final = msgspec.msgpack.Decoder(Chunk)
 _encoder: Final = msgspec.msgpack.Encoder()
 

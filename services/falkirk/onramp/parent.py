@@ -25,7 +25,7 @@ from falkirk.api.net.v1 import net_pb2
 from falkirk.api.registry.v1 import registry_service_pb2
 from falkirk.linux import seqpacket, trains
 from falkirk.onramp import control, keys
-from falkirk.onramp.control import Changed, Close, Ended, Heard, Opened, Setup, State, Traced, Update
+from falkirk.onramp.control import Changed, Close, Ended, Heard, Kept, Opened, Restored, Setup, State, Traced, Update
 from falkirk.onramp.rows import rows
 from falkirk.onramp.settings import Settings
 from falkirk.onramp.tables import Row, Tables
@@ -67,6 +67,8 @@ class Parent:
         """The node's public key; empty where WireGuard isn't on."""
         self.heard: dict[int, Heard] = {}
         """The newest of each WireGuard device, by its tunnel."""
+        self._near: dict[int, tuple[str, int]] = {}
+        """Device and near end of the tunnels of WireGuard devices, by tunnel: whatever happens to a worker, the tunnels stay open."""
         key_file = settings.wireguard.private_key_file
         self._key_file = Path(key_file) if key_file else shell.data("onramp") / "wireguard.key"
         self._lost: dict[int, Opened] = {}
@@ -171,6 +173,9 @@ class Parent:
         self._save_ids()
         if self.loaded:
             self._push_all()
+        for tunnel, (device_id, near) in self._near.items():
+            endpoint = self.heard[tunnel].endpoint if tunnel in self.heard else ""
+            self._pool.send(worker, control.encode(Restored(tunnel, device_id, endpoint)), (near,))
 
     def _on_exit(self, worker: int, status: int) -> None:
         log.warning("worker_ended", worker=worker, status=status, tunnels=len(self.tunnels))
@@ -187,9 +192,12 @@ class Parent:
         self._lost.clear()
 
     def _on_message(self, worker: int, data: bytes, descriptors: list[int]) -> None:
+        message = control.TO_PARENT.decode(data)
+        if isinstance(message, Kept) and descriptors:
+            self._near[message.tunnel] = message.device_id, descriptors.pop(0)
         for descriptor in descriptors:
             os.close(descriptor)
-        match control.TO_PARENT.decode(data):
+        match message:
             case State(epoch, number, links):
                 self.applied = net_pb2.Revision(epoch=epoch, number=number) if epoch else None
                 self._on_ready(bool(epoch) and all(links))
@@ -229,6 +237,9 @@ class Parent:
     def _on_ended(self, ended: Ended) -> None:
         opened = self.tunnels.pop(ended.tunnel, None)
         self.heard.pop(ended.tunnel, None)
+        kept = self._near.pop(ended.tunnel, None)
+        if kept is not None:
+            os.close(kept[1])
         if opened is not None:
             context = opened.context
             log.info(

@@ -11,7 +11,7 @@ other end stays here. So whatever closes a tunnel (a device that is disabled, re
 Of a device that may still come, but not as it was (another address or network), a handshake is asked at once, and the tunnel is made anew.
 
 Limits: one worker; a device's tunnel takes two descriptors here and one in its flow worker, for as long as it answers; 64 KiB a datagram of packets.
-Sessions end with the process: the next one asks each device that still sends for a handshake, by what it knows of keys and addresses.
+Sessions end with the process, tunnels don't: the parent keeps their near ends, and the next process asks each device that still sends for a handshake.
 """
 
 from __future__ import annotations
@@ -44,10 +44,13 @@ BUDGET: Final = 64
 DATAGRAM: Final = 65536
 """Bytes of a datagram of packets."""
 BUFFER: Final = 4 * 1024 * 1024
+PLACES: Final = 100_000
+"""Endpoints that are remembered; beyond, the oldest are forgotten, and their devices come back by their own timers."""
 REPORT_S: Final = 1.0
 """How often the parent hears of what has changed about devices."""
-Admit = Callable[[socket.socket, Producer, Admission], int]
-"""Hands the far end of a tunnel to its flow worker; the tunnel's number. Raises Refusal, and the socket stays the caller's."""
+Admit = Callable[[socket.socket, socket.socket, Producer, Admission], int]
+"""Hands the far end of a tunnel to its flow worker, and a copy of the near end to whoever keeps it; the tunnel's number. Raises Refusal, and the far end stays the
+caller's."""
 Close = Callable[[int, str], None]
 Heard = Callable[[int, Peer], None]
 """Something is new about the device of a tunnel: its endpoint, its last handshake, its bytes."""
@@ -88,6 +91,8 @@ class WireGuard:
         self._buffer = memoryview(bytearray(DATAGRAM))
         self._peers: dict[str, Peer] = {}
         """By device id."""
+        self._places: dict[Endpoint, str] = {}
+        """Where a device was heard from, authentically: its id, by endpoint."""
         self._news: set[Peer] = set()
         self._timer: Timer | None = None
         self._due = float("inf")
@@ -204,14 +209,34 @@ class WireGuard:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             sockets.raise_buffers(near, BUFFER)
-            link.tunnel = self._admit(far, self._producer, admission.admit_device(tables, row))
+            link.tunnel = self._admit(far, near, self._producer, admission.admit_device(tables, row))
         except Refusal:
             self._drop("not_admitted")
             near.close()
             far.close()
             return
-        link.near = near
+        self._attach(peer, near)
+
+    def _attach(self, peer: Peer, near: socket.socket) -> None:
+        peer.owner.near = near
         self._reactor.add(near.fileno(), select.EPOLLIN | select.EPOLLRDHUP, lambda _: self._from_flow(peer))
+
+    def restore(self, tunnel: int, device_id: str, endpoint: str, near: socket.socket) -> None:
+        """A device's tunnel from the process before; its session begins anew with the next packet either way."""
+        tables = self._tables()
+        row = tables.device_by_id(device_id) if tables is not None else None
+        if tables is None or row is None or device_id in self._peers or _unwelcome(tables, row, row.public_key):
+            # Its tunnel is closed by its own review.
+            near.close()
+            return
+        near.setblocking(False)
+        host, _, port = endpoint.rpartition(":")
+        place = trains.destination(self._sock, host.strip("[]"), int(port)) if host else None
+        peer = self._add(row, place)
+        peer.owner.tunnel = tunnel
+        if place is not None:
+            self._places[place] = device_id
+        self._attach(peer, near)
 
     def _up(self, peer: Peer, packets: list[bytes]) -> None:
         """Packets to the flow worker, as many in a datagram as there is room for."""
@@ -239,12 +264,15 @@ class WireGuard:
             at = stop
 
     def _recover(self, endpoint: Endpoint | None) -> None:
-        """Data of a session that isn't here: of the process before this one, or of before a device's tunnel was closed. Who is known to be there is asked for a
+        """Data of a session that isn't here: of the process before this one, or of before a device was let in again. Whoever was heard from there is asked for a
         handshake; nobody else is, as the datagram proves nothing."""
-        for peer in self._peers.values():
-            if peer.endpoint == endpoint and not peer.usable(time.monotonic()):
-                self._send(peer, self._node.initiate(peer, time.monotonic(), time.time_ns()))
-                return
+        tables, device = self._tables(), self._places.get(endpoint or ())
+        row = tables.device_by_id(device) if tables is not None and device is not None else None
+        if tables is None or row is None or not row.public_key or _unwelcome(tables, row, row.public_key):
+            return
+        peer = self._peers.get(row.id) or self._add(row, endpoint)
+        if not peer.usable(time.monotonic()):
+            self._send(peer, self._node.initiate(peer, time.monotonic(), time.time_ns()))
 
     # to devices
 
@@ -314,6 +342,11 @@ class WireGuard:
         for peer in news:
             if peer.owner.near is not None:
                 self._heard(peer.owner.tunnel, peer)
+            if peer.endpoint is not None and peer.handshake_wall_ns:
+                self._places.pop(peer.endpoint, None)
+                self._places[peer.endpoint] = peer.owner.device_id
+        while len(self._places) > PLACES:
+            del self._places[next(iter(self._places))]
         for reason, count in self._node.counters.items():
             more = count - self._counted[reason]  # type: ignore[index]
             if more:

@@ -32,7 +32,7 @@ from falkirk.linux.seqpacket import Peer
 from falkirk.onramp import admission, control, gate, keys, parsers
 from falkirk.onramp.admission import Admission, Grants
 from falkirk.onramp.context import Code, ContextRequest, Refusal
-from falkirk.onramp.control import Changed, Close, Ended, Opened, Setup, State, Update
+from falkirk.onramp.control import Changed, Close, Ended, Opened, Restored, Setup, State, Update
 from falkirk.onramp.gate import Gate
 from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor
@@ -71,7 +71,9 @@ class Worker:
         self._revision = ("", 0)
         self._updates: deque[Iterator[None]] = deque()
         self._reviews: deque[int] = deque()
-        self._reports: deque[bytes] = deque()
+        self._reports: deque[tuple[bytes, list[int]]] = deque()
+        """With copies of descriptors that go along, which are closed once they are sent."""
+        self._restored: list[tuple[Restored, socket.socket]] = []
         self._blocked = False
         self._loaded = False
         generation = time.time_ns()
@@ -115,6 +117,7 @@ class Worker:
             max_pending_per_uid=setup.max_pending_per_uid,
         )
         self._wireguard: WireGuard | None = None
+        self._wireguard_mtu = setup.wireguard_mtu
         if outside is not None:
             self._wireguard = WireGuard(
                 reactor,
@@ -122,7 +125,7 @@ class Worker:
                 keys.read(Path(setup.wireguard_key)),
                 setup.wireguard_mtu,
                 lambda: self._tables if self._loaded else None,
-                lambda far, producer, admitted: self._admit_device(far, producer, admitted, setup.wireguard_mtu),
+                self._admit_device,
                 self._tunnels.close,
                 self._on_heard,
                 self._counters.add,
@@ -156,8 +159,22 @@ class Worker:
         match control.TO_WORKER.decode(data):
             case Update() as update:
                 self._updates.append(self._load(update, descriptors[0]))
+            case Restored() as restored:
+                self._restored.append((restored, socket.socket(fileno=descriptors[0])))
+                self._restore()
             case Close(tunnel, reason):
                 self._tunnels.close(tunnel, reason)
+
+    def _restore(self) -> None:
+        """Take up the WireGuard devices of the worker before, once it is known who they are."""
+        if not self._loaded:
+            return
+        restored, self._restored = self._restored, []
+        for one, near in restored:
+            if self._wireguard is None:
+                near.close()
+            else:
+                self._wireguard.restore(one.tunnel, one.device_id, one.endpoint, near)
 
     def _load(self, update: Update, descriptor: int) -> Iterator[None]:
         """Decode an update in slices, then apply it at once."""
@@ -182,6 +199,7 @@ class Worker:
         if not self._loaded:
             self._loaded = True
             self._gate.open()
+        self._restore()
         if self._wireguard is not None:
             self._wireguard.review(tables, None if update.full else touched)
         self._report_state()
@@ -214,14 +232,16 @@ class Worker:
             self._on_refused(refusal.code)
             gate.refuse(sock, refusal.answer())
 
-    def _admit_device(self, far: socket.socket, producer: Peer, admitted: Admission, mtu: int) -> int:
-        """A WireGuard device has proved its key."""
+    def _admit_device(self, far: socket.socket, near: socket.socket, producer: Peer, admitted: Admission) -> int:
+        """A WireGuard device has proved its key. The parent has a copy of the near end, so that the flow tracker doesn't notice where this process dies."""
         try:
             if len(self._reports) > MAX_REPORTS:
                 raise Refusal(Code.NOT_READY, "the on-ramp's parent doesn't answer; try again")
             context = admitted.context
             request = ContextRequest(context.tenant, context.device, packed=True)
-            return self._tunnels.admit(far, producer, admitted, request, time.time_ns(), mtu)
+            tunnel = self._tunnels.admit(far, producer, admitted, request, time.time_ns(), self._wireguard_mtu)
+            self._report(control.Kept(tunnel, context.device_id), os.dup(near.fileno()))
+            return tunnel
         except Refusal as refusal:
             self._on_refused(refusal.code)
             raise
@@ -291,14 +311,15 @@ class Worker:
         epoch, number = self._revision
         self._report(State(epoch, number, tuple(link.up for link in self._links)))
 
-    def _report(self, message: control.Message) -> None:
-        self._reports.append(control.encode(message))
+    def _report(self, message: control.Message, *descriptors: int) -> None:
+        self._reports.append((control.encode(message), list(descriptors)))
 
     def _flush_reports(self) -> bool:
         try:
             while self._reports and not self._blocked:
-                if seqpacket.send(self._parent, self._reports[0]):
-                    self._reports.popleft()
+                if seqpacket.send(self._parent, *self._reports[0]):
+                    for descriptor in self._reports.popleft()[1]:
+                        os.close(descriptor)
                 else:
                     self._blocked = True
                     self._reactor.mask(self._parent.fileno(), select.EPOLLIN | select.EPOLLOUT)
