@@ -18,9 +18,8 @@ import structlog
 
 import falkirk
 from falkirk.api.registry.v1 import node_service_pb2 as node_pb
-from falkirk.api.registry.v1 import node_service_pb2_grpc
+from falkirk.api.registry.v1 import node_service_pb2_grpc, presence_service_pb2_grpc
 from falkirk.api.registry.v1 import presence_service_pb2 as pb
-from falkirk.api.registry.v1 import presence_service_pb2_grpc
 from falkirk.onramp.control import Heard, Opened
 from falkirk.onramp.parent import Parent
 
