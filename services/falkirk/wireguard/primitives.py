@@ -25,10 +25,11 @@ _WORDS: Final = Struct("<8I")
 _CONSTANTS: Final = Struct("<4I").unpack(b"expand 32-byte k")
 _FOUR: Final = Struct("<4I").unpack
 _BLOCK: Final = Struct("<16I").unpack
-_ZERO_BLOCK: Final = bytes(64)
-_ZERO_NONCE: Final = bytes(12)
+_BLOCK_SIZE: Final = 64
 _INNER: Final = bytes(byte ^ 0x36 for byte in range(256))
 _OUTER: Final = bytes(byte ^ 0x5C for byte in range(256))
+_ZERO_BLOCK: Final = bytes(64)
+_ZERO_NONCE: Final = bytes(12)
 _TAI64_EPOCH: Final = 0x400000000000000A
 """TAI64 of 1970, TAI then being ten seconds ahead. Leap seconds since don't matter: labels are only compared with each other."""
 _WHITEN: Final = ~0xFFFFFF
@@ -53,13 +54,9 @@ def mac(key: bytes, data: Buffer) -> bytes:
 
 
 def hmac_digest(key: bytes, data: bytes) -> bytes:
-    """HMAC-BLAKE2s, 32 bytes (RFC 2104). `key` has at most 64 bytes.
-
-    Written out, since a handshake has 21 of them and hmac.digest takes 2.3 us, this 1.3.
-    """
-    padded = key.ljust(64, b"\0")
-    inner = blake2s(padded.translate(_INNER) + data).digest()
-    return blake2s(padded.translate(_OUTER) + inner).digest()
+    """HMAC-BLAKE2s, 32 bytes (RFC 2104), with a key of at most 64. By hashlib's own BLAKE2s: OpenSSL's, which `hmac` takes, costs three times as much."""
+    block = key.ljust(_BLOCK_SIZE, b"\0")
+    return blake2s(block.translate(_OUTER) + blake2s(block.translate(_INNER) + data).digest()).digest()
 
 
 def same(one: Buffer, other: Buffer) -> bool:
