@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 
 from prometheus_client import Gauge
@@ -14,6 +15,7 @@ from falkirk.onramp.admission import Grants
 from falkirk.onramp.context import Code
 from falkirk.onramp.control import WIREGUARD
 from falkirk.onramp.parent import Parent
+from falkirk.onramp.presence import Reporter
 from falkirk.onramp.service import OnrampService
 from falkirk.onramp.settings import Settings
 from falkirk.runtime import client, telemetry
@@ -30,9 +32,9 @@ async def serve(shell: Shell, settings: Settings) -> None:
     """Until SIGTERM."""
     server = Server("onramp", shell)
     parent = Parent(shell, settings, server.set_ready)
-    replica = ResourceReplica(
-        "resources", shell.data("onramp") / "replica", client.channel(shell, "registry"), KINDS, parent.on_change
-    )
+    channel = client.channel(shell, "registry")
+    replica = ResourceReplica("resources", shell.data("onramp") / "replica", channel, KINDS, parent.on_change)
+    reporter = Reporter(shell.node, parent, channel)
     service = OnrampService(
         parent,
         Grants(settings.grants(), settings.device_uids()),
@@ -65,12 +67,15 @@ async def serve(shell: Shell, settings: Settings) -> None:
         )
     )
     Gauge("falkirk_onramp_tunnels", "Open tunnels.", registry=server.metrics).set_function(lambda: len(parent.tunnels))
-    await server.run(replica.run, parent.run)
+    await server.run(replica.run, parent.run, reporter.run)
 
 
 def main() -> int:
     """Reads settings and serves; the exit status."""
     shell, settings = arguments("onramp", Settings)
+    # It keeps one descriptor of each WireGuard device's tunnel.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     telemetry.setup("onramp", shell)
     try:
         parsers.load(settings.context_parser)

@@ -15,6 +15,9 @@ rewrites the bodies that show the old name in the same transaction, so whoever f
 by what it has been told. All writes go through one thread, one after another; a transaction that changes something
 raises the revision by one, and everything that the replicas of the other services do hangs on that number.
 
+Beside the resources stands the mesh's authority (`authority`, `principals`, `issue`, `sealing`): roots, who may log in, and the certificates of nodes and
+people, in tables of the same store that no watch shows.
+
 Goals: a write is either whole and durable or hasn't happened; a watcher sees every transaction once and in order; a
 mistake is answered with a reason, the field, and what would be right.
 

@@ -1,4 +1,4 @@
-"""Starts the registry: settings, store, feed, its services."""
+"""Starts the registry: settings, store, feed, the services."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import time
 from falkirk.api.registry.v1 import (
     authority_service_pb2_grpc,
     device_service_pb2_grpc,
+    device_token_service_pb2_grpc,
+    node_service_pb2_grpc,
     policy_document_service_pb2_grpc,
+    presence_service_pb2_grpc,
     registry_service_pb2_grpc,
     route_service_pb2_grpc,
     tenant_service_pb2_grpc,
@@ -18,14 +21,18 @@ from falkirk.api.registry.v1 import (
 )
 from falkirk.registry.authority import Authority
 from falkirk.registry.authority_service import AuthorityService
+from falkirk.registry.device_service import DeviceService, DeviceTokenService, private_key
 from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.metrics import StoreCollector
+from falkirk.registry.node_service import NodeService
+from falkirk.registry.presence_service import PresenceService
 from falkirk.registry.sealing import Seal
 from falkirk.registry.service import Desk, RegistryService, ResourceService, surroundings
 from falkirk.registry.settings import Settings
 from falkirk.registry.store import Store, StoreError, Transaction
 from falkirk.registry.watch import FEED_BYTES, Feed
 from falkirk.runtime import telemetry
+from falkirk.runtime.oidc import Trusted, Verifier
 from falkirk.runtime.server import MESSAGE_BYTES, Server
 from falkirk.runtime.settings import Shell, arguments
 
@@ -36,6 +43,7 @@ _REGISTER = {
     "virtual_network": virtual_network_service_pb2_grpc.add_VirtualNetworkServiceServicer_to_server,
     "route": route_service_pb2_grpc.add_RouteServiceServicer_to_server,
     "policy": policy_document_service_pb2_grpc.add_PolicyServiceServicer_to_server,
+    "node": node_service_pb2_grpc.add_NodeServiceServicer_to_server,
 }
 
 
@@ -44,19 +52,41 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
     loop = asyncio.get_running_loop()
     feed = Feed(store, settings.max_watches, min(FEED_BYTES, settings.history_bytes))
 
+    desk = Desk(store, feed, surroundings())
+    presence = PresenceService(desk)
+
+    def published(transaction: Transaction) -> None:
+        feed.publish(transaction)
+        presence.on_commit(transaction)
+
     def committed(transaction: Transaction) -> None:
-        loop.call_soon_threadsafe(feed.publish, transaction)
+        loop.call_soon_threadsafe(published, transaction)
 
     store.on_commit = committed
-    around = surroundings()
-    desk = Desk(store, feed, around)
     key_file = settings.authority.key_file or shell.data("registry") / "authority.key"
     authority = Authority(Seal(key_file, settings.authority.passphrase_file), settings.authority)
-    certificates = AuthorityService(authority, desk, around, shell.listen_tcp)
+    certificates = AuthorityService(authority, desk, surroundings(), shell.listen_tcp)
+    trusted = [Trusted(issuer.issuer, issuer.audience, issuer.jwks_url) for issuer in settings.oidc]
+    key = private_key(shell.data("registry") / "device.key")
+    servicers: dict[str, ResourceService] = {
+        "device": DeviceService(desk, key, settings.oidc, Verifier(trusted), presence.table.knows),
+        "node": NodeService(desk),
+    }
     server = Server("registry", shell)
     server.metrics.register(StoreCollector(store, feed))
     for name, register in _REGISTER.items():
-        server.add(register, ResourceService(BY_NAME[name], desk), BY_NAME[name].service)
+        servicer = servicers.get(name) or ResourceService(BY_NAME[name], desk)
+        server.add(register, servicer, BY_NAME[name].service)
+    server.add(
+        device_token_service_pb2_grpc.add_DeviceTokenServiceServicer_to_server,
+        DeviceTokenService(desk),
+        "falkirk.api.registry.v1.DeviceTokenService",
+    )
+    server.add(
+        presence_service_pb2_grpc.add_PresenceServiceServicer_to_server,
+        presence,
+        "falkirk.api.registry.v1.PresenceService",
+    )
     server.add(
         registry_service_pb2_grpc.add_RegistryServiceServicer_to_server,
         RegistryService(desk, time.time_ns()),
@@ -68,7 +98,7 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
         "falkirk.api.registry.v1.AuthorityService",
     )
     server.set_ready(True)
-    await server.run(certificates.run)
+    await server.run(presence.run, certificates.run)
 
 
 def main() -> int:
@@ -82,7 +112,8 @@ def main() -> int:
             history_bytes=settings.history_bytes,
             transaction_bytes=MESSAGE_BYTES * 3 // 4,
         )
-    except (StoreError, OSError) as error:
+        private_key(shell.data("registry") / "device.key")
+    except (StoreError, OSError, ValueError) as error:
         print(f"falkirk registry: {error}", file=sys.stderr)
         return 1
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from falkirk.runtime.oidc import check_url
 from falkirk.runtime.settings import Section
 
 
@@ -27,6 +28,40 @@ class AuthoritySettings(Section, frozen=True, kw_only=True):
                 raise ValueError(f"{name} must lie between 1 and {most}")
 
 
+class OidcIssuer(Section, frozen=True, kw_only=True):
+    """An issuer whose users may enrol devices in a tenant."""
+
+    issuer: str
+    """Its URL, exactly as its tokens say it (`iss`); https, or http on a loopback address."""
+    audience: str
+    """The client id that tokens must be for (`aud`)."""
+    tenant: str
+    """The tenant that its users belong to, by name. An issuer of several tenants has several entries."""
+    name_claim: str = "preferred_username"
+    """The claim that a new user's name is made of; what is before an @ counts."""
+    groups_claim: str = ""
+    """The claim that holds groups; the issuer then owns the groups of its users: each sign-in replaces them. Empty: it has no say in groups."""
+    required_groups: tuple[str, ...] = ()
+    """Only who is in one of them may sign in; empty: everyone whom the issuer signs in."""
+    needs_approval: bool = False
+    """Whether devices wait for an administrator's approval."""
+    device_lifetime_s: int = 0
+    """How long a device may connect after each sign-in, in seconds; 0 sets no end."""
+    jwks_url: str = ""
+    """Where its keys are; empty: found by OpenID Connect Discovery."""
+
+    def __post_init__(self) -> None:
+        check_url(self.issuer)
+        if self.jwks_url:
+            check_url(self.jwks_url)
+        if not self.audience or not self.tenant:
+            raise ValueError("audience and tenant must not be empty")
+        if self.required_groups and not self.groups_claim:
+            raise ValueError("required_groups needs groups_claim")
+        if not 0 <= self.device_lifetime_s <= 10 * 366 * 86400:
+            raise ValueError("device_lifetime_s must lie between 0 and 316224000")
+
+
 class Settings(Section, frozen=True, kw_only=True):
     """How much the registry keeps and serves."""
 
@@ -36,6 +71,8 @@ class Settings(Section, frozen=True, kw_only=True):
     """Watches open at once; further ones are refused with RESOURCE_EXHAUSTED."""
     authority: AuthoritySettings = AuthoritySettings()
     """Certificates."""
+    oidc: tuple[OidcIssuer, ...] = ()
+    """Issuers whose users may enrol devices."""
 
     def __post_init__(self) -> None:
         if self.history_bytes < 0:

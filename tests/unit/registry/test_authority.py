@@ -53,8 +53,8 @@ def put_user(connection: sqlite3.Connection, name: str, *, disabled: bool = Fals
     )
 
 
-def authority(directory: Path, **settings: int) -> Authority:
-    return Authority(Seal(directory / "authority.key", None), AuthoritySettings(**settings))
+def authority(directory: Path, root_days: int = 365) -> Authority:
+    return Authority(Seal(directory / "authority.key", None), AuthoritySettings(root_days=root_days))
 
 
 def sign(made: Authority, connection: sqlite3.Connection, now: int, role: Role = Role.NODE) -> Signed:
