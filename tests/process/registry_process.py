@@ -23,6 +23,7 @@ from falkirk.api.registry.v1 import (
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
     virtual_network_service_pb2_grpc,
+    zone_service_pb2_grpc,
 )
 from falkirk.runtime import client
 from falkirk.runtime.errors import FalkirkError, from_rpc
@@ -98,6 +99,7 @@ class Stubs:
         self.virtual_network: Any = virtual_network_service_pb2_grpc.VirtualNetworkServiceStub(channel)
         self.route: Any = route_service_pb2_grpc.RouteServiceStub(channel)
         self.policy: Any = policy_document_service_pb2_grpc.PolicyServiceStub(channel)
+        self.zone: Any = zone_service_pb2_grpc.ZoneServiceStub(channel)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from falkirk.api.registry.v1 import (
     tenant_service_pb2,
     user_service_pb2,
     virtual_network_service_pb2,
+    zone_service_pb2,
 )
 from tests.process.registry_process import DEADLINE_S, Registry, Stubs, refused, running
 
@@ -35,6 +36,7 @@ MODULES: dict[str, Any] = {
     "virtual_network": virtual_network_service_pb2,
     "route": route_service_pb2,
     "policy": policy_document_service_pb2,
+    "zone": zone_service_pb2,
 }
 VALUES: dict[str, dict[str, Any]] = {
     "tenant": {"display_name": "Acme"},
@@ -43,6 +45,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "virtual_network": {"comment": "second"},
     "route": {"prefix": "2001:db8::/32", "target": {"internet": {"egress_address6": "2001:db8::1"}}},
     "policy": {"priority": -3, "rules": [{"name": "web", "when": "net.port == 443", "action": 1}]},
+    "zone": {"domain": "corp.internal", "records": [{"name": "www", "type": 1, "value": "10.1.0.2"}]},
 }
 
 

@@ -14,6 +14,7 @@ from falkirk.api.registry.v1 import (
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
     virtual_network_service_pb2_grpc,
+    zone_service_pb2_grpc,
 )
 from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.metrics import StoreCollector
@@ -32,6 +33,7 @@ _REGISTER = {
     "virtual_network": virtual_network_service_pb2_grpc.add_VirtualNetworkServiceServicer_to_server,
     "route": route_service_pb2_grpc.add_RouteServiceServicer_to_server,
     "policy": policy_document_service_pb2_grpc.add_PolicyServiceServicer_to_server,
+    "zone": zone_service_pb2_grpc.add_ZoneServiceServicer_to_server,
 }
 
 

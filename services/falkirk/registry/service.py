@@ -1,4 +1,4 @@
-"""Messages to values and back: the six resource services, which are one class, and RegistryService.
+"""Messages to values and back: the services of resources, which are one class, and RegistryService.
 
 Requests of all kinds have the same fields but for the resource's own (`device`, `devices`), which the table of kinds
 knows. What the engine refuses becomes a `FalkirkError` here, in one table.
