@@ -120,7 +120,10 @@ class TrackerMachine(RuleBasedStateMachine):
         flow = self.rig.worker.flow_of(self.slots[which % len(self.slots)])
         if flow is not None:
             seqpacket.send(
-                self.rig._parent, encode([control.Terminate(flow.tunnel.id, flow.key, flow.flow_id, "operator")])
+                self.rig._parent,
+                encode(
+                    [control.Terminate(flow.tunnel.id, flow.key, self.rig.worker.lifecycle.identity(flow), "operator")]
+                ),
             )
             self._listen()
 
@@ -179,9 +182,10 @@ class TrackerMachine(RuleBasedStateMachine):
     @invariant()
     def the_live_table_shows_them(self) -> None:
         reader = LiveReader(self.rig.data_dir / "flow" / "live" / "worker-0")
+        identity = self.rig.worker.lifecycle.identity
         shown = {(record.flow_id, record.slot, record.state) for record in reader}
         reader.close()
-        assert shown == {(flow.flow_id, flow.slot, int(flow.state)) for flow in self._flows()}
+        assert shown == {(identity(flow), flow.slot, int(flow.state)) for flow in self._flows()}
 
     @invariant()
     def every_packet_is_accounted_for(self) -> None:

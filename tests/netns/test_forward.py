@@ -149,7 +149,8 @@ def test_traceroute_sees_falkirk_as_a_hop(pair: Pair, family: int) -> None:
     assert "Time to live exceeded" in done.stdout or "Hop limit" in done.stdout, done.stdout + done.stderr
 
 
-def test_both_devices_stand_in_the_audit_log(pair: Pair, family: int) -> None:
+def test_both_devices_stand_in_the_audit_log(devices: Devices, family: int) -> None:
+    pair = devices.pair("raw", "vnet")
     address = pair.nas.address[family]
     port = 31000 + family
     with pair.laptop.client.socket(FAMILIES[family]) as sock:

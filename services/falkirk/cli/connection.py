@@ -50,6 +50,7 @@ _REMEDIES: dict[str, str] = {
     "IS_DEFAULT": "`falkirk vnet update --tenant TENANT OTHER --default` gives the mark to another one",
     "NAME_TAKEN": "choose another name, or use `update` to change the one that has it",
     "PREFIX_TAKEN": "change the route that has the prefix, or put this one into another virtual network (--vnet)",
+    "KEY_TAKEN": "make another pair of keys for this device: a key tells whose packets they are",
     "ADDRESS_TAKEN": "leave the address out: a free one is taken from the tenant's pool",
     "NO_TUNNEL": "`grpcurl ... onramp.v1.OnrampService/List` shows which tunnels are open",
     "CONNECTION_REFUSED": "does a server listen on that port, on that address?",

@@ -218,6 +218,7 @@ SPECS: tuple[Spec, ...] = (
                 _list("addresses"),
             ),
             _VNET,
+            Flag("--public-key", str, "Its WireGuard public key, in base64.", _plain("public_key")),
             Flag("--posture", list[str], "KEY=VALUE, several times.", _pairs("posture")),
             _DISABLED,
             _MAX_FLOWS,

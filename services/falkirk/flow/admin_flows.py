@@ -97,7 +97,7 @@ class AdminFlows(Owner[AdminFlow]):
         worker.to_upgrader.append(
             Prepare(
                 slot=leg.slot,
-                flow_id=flow.flow_id,
+                flow_id=worker.lifecycle.identity(flow),
                 destination=address,
                 port=message.port,
                 egress=b"",

@@ -94,22 +94,22 @@ class Echoes(Sessions[Session]):
 
     # from the world
 
-    def receive(self, session: Session) -> None:
-        """One reply from the socket to the tunnel. Raises OSError where there is none."""
+    def receive(self, session: Session) -> bool:
+        """One reply from the socket to the tunnel. True: there may be more. Raises OSError where there is none."""
         sock, worker = session.sock, self._worker
         assert sock is not None
         size, ancillary, _, address = sock.recvmsg_into([self._buffer], datagrams.ANCILLARY)
         # A ping socket takes replies of its identifier from anyone.
         if address[0] != address_text(session.destination):
-            return
+            return True
         version = session.family
         start = (self._buffer[0] & 15) << 2 if session.raw and version == 4 else 0
         message = self._buffer[start:size]
         if len(message) < icmp.HEADER or (session.raw and version == 4 and not valid(message)):
-            return
+            return True
         kind, code, _, identifier, sequence = _HEAD.unpack_from(message)
         if (kind, code, identifier) != (REPLY[version], 0, session.local):
-            return
+            return True
         ttl, traffic_class = 64, 0
         for _, what, data in ancillary:
             if what in datagrams.TTLS:
@@ -124,6 +124,7 @@ class Echoes(Sessions[Session]):
         self.delivered(session, len(packet))
         mtu = session.path_mtu(worker.second)
         worker.counts[FORWARDED] += worker.fragments.say(session.tunnel, packet, mtu)
+        return True
 
     def quote(self, session: Session, quoted: bytes) -> bytes | None:
         """The client's request as far as an error quotes it; None where the error is about another's."""

@@ -19,7 +19,7 @@ from falkirk.flow.counters import DENIED, ENDED, STARTED
 from falkirk.flow.decision import Decision, Outcome
 from falkirk.flow.keys import signature
 from falkirk.flow.live import kind_of
-from falkirk.flow.table import Flow, State, Tunnel
+from falkirk.flow.table import Flow, Leg, State, Tunnel
 from falkirk.wire.context import Framing
 
 if TYPE_CHECKING:
@@ -71,11 +71,10 @@ class Lifecycle:
         assert index is not None  # `refusal` has said that there is room.
         flow.index = index
         flow.state = state
-        flow.flow_id = self._random(16)
+        flow_id = self._random(16)
         flow.decision = decision
-        flow.start = worker.now
         flow.tick = worker.second
-        if int.from_bytes(flow.flow_id[8:12], "big") < self._sampled_below:
+        if int.from_bytes(flow_id[8:12], "big") < self._sampled_below:
             flow.span_id = self._random(8)
         tunnel.flows[flow.key] = flow
         tunnel.device.flows += 1
@@ -88,7 +87,7 @@ class Lifecycle:
         wall = worker.wall
         sequence = worker.write_record(
             "started",
-            flow.flow_id,
+            flow_id,
             tunnel.audit + records.of_key(flow.key) + decision.audit + records.of_trace(flow.span_id, *timing),
         )
         worker.live.begin(
@@ -98,16 +97,22 @@ class Lifecycle:
             tunnel.id,
             flow.slot,
             flow.key,
-            flow.flow_id,
+            flow_id,
             sequence,
             wall,
             decision.route_bytes,
             decision.rule_bytes,
+            worker.now,
         )
         if flow.span_id:
-            worker.tunnels.trace(flow, wall)
+            worker.tunnels.trace(flow, flow_id, wall)
 
     # meanwhile
+
+    def identity(self, flow: Flow) -> bytes:
+        """The id of a flow that has begun, also in the turn in which it ends; a leg's is its flow's. It lies in the live table only, as it is rarely asked for."""
+        whose = flow.flow if isinstance(flow, Leg) else flow
+        return self._worker.live.identity(whose.index) if whose is not None and whose.index >= 0 else b""
 
     def state(self, flow: Flow, state: State) -> None:
         """A flow is somewhere else in its life. Leaving HELD is the caller's to count for the device."""
@@ -147,13 +152,17 @@ class Lifecycle:
         decision = flow.decision
         worker.write_record(
             "ended",
-            flow.flow_id,
+            worker.live.identity(flow.index),
             tunnel.audit
             + records.of_key(flow.key)
             + (decision.audit if decision is not None else "")
             + records.of_reason(reason)
             + records.of_counts(
-                flow.bytes_up, flow.bytes_down, flow.packets_up, flow.packets_down, worker.now - flow.start
+                flow.bytes_up,
+                flow.bytes_down,
+                flow.packets_up,
+                flow.packets_down,
+                worker.now - worker.live.born(flow.index),
             )
             + records.of_trace(flow.span_id),
         )

@@ -25,20 +25,21 @@ HEADER: Final = struct.Struct("<8sIIQQIIII")
 """magic, version, capacity, epoch, places in use so far, slot cursors of the vnet pool, of the raw pool, of those that lower."""
 HEADER_SIZE: Final = 4096
 MAGIC: Final = b"FKLIVE\0\0"
-VERSION: Final = 2
+VERSION: Final = 3
 RECORD_SIZE: Final = 256
-_RECORD: Final = struct.Struct("<BBBBIIHH16s16s16sQQQQQQQ16sB111sII")
-RULE_BYTES: Final = 111
+_RECORD: Final = struct.Struct("<BBBBIIHH16s16s16sQQQQQQQ16sB103sQII")
+RULE_BYTES: Final = 103
 _LEG: Final = struct.Struct("<II")
 _LEG_AT: Final = 248
 _COUNTS: Final = struct.Struct("<QQQQQ")
 _COUNTS_AT: Final = 80
 _HIGH_WATER_AT: Final = 24
 _CURSORS_AT: Final = 32
-_DECIDED: Final = struct.Struct("<16sB111s")
+_DECIDED: Final = struct.Struct("<16sB103s")
 _DECIDED_AT: Final = 120
 _STATE_TUNNEL: Final = struct.Struct("<BxxxI")
 _FLOW_ID_AT: Final = 16
+_BORN_AT: Final = 240
 _SOURCE_AT: Final = 32
 _HELD: Final = 1
 """`falkirk.flow.table.State.HELD`."""
@@ -142,8 +143,9 @@ class LiveTable:
         start: int,
         route_id: bytes,
         rule: bytes,
+        born: int = 0,
     ) -> None:
-        """Fill a claimed place with a new flow; `key` is its signature, `rule` is cut to `RULE_BYTES`."""
+        """Fill a claimed place with a new flow; `key` is its signature, `rule` is cut to `RULE_BYTES`, `born` is `start` on the monotonic clock."""
         at = HEADER_SIZE + index * RECORD_SIZE
         protocol, source, destination, source_port, destination_port = signature(key)
         _RECORD.pack_into(
@@ -170,10 +172,21 @@ class LiveTable:
             route_id,
             min(len(rule), RULE_BYTES),
             rule,
+            born,
             0,
             0,
         )
         self._map[at] = state
+
+    def identity(self, index: int) -> bytes:
+        """The id of the flow at a place; the last one's where it is free."""
+        at = HEADER_SIZE + index * RECORD_SIZE + _FLOW_ID_AT
+        return self._map[at : at + 16]
+
+    def born(self, index: int) -> int:
+        """When the flow at a place began, monotonic nanoseconds."""
+        born: int = _U64.unpack_from(self._map, HEADER_SIZE + index * RECORD_SIZE + _BORN_AT)[0]
+        return born
 
     def lowered(self, index: int, slot: int, tunnel: int) -> None:
         """A flow has a leg: its slot, and the tunnel that it leads to."""
@@ -261,7 +274,7 @@ class LiveReader:
         at = HEADER_SIZE + index * RECORD_SIZE
         if not self._map[at]:
             return None
-        *values, length, rule, lower_slot, lower_tunnel = _RECORD.unpack_from(self._map, at)
+        *values, length, rule, _, lower_slot, lower_tunnel = _RECORD.unpack_from(self._map, at)
         family = values[1]
         size = 4 if family == 4 else 16
         values[9] = values[9][:size]

@@ -133,7 +133,6 @@ class Lowering(Segments):
         """It is the other side of this flow, which is on record."""
         flow.leg = leg
         leg.flow = flow
-        leg.flow_id = flow.flow_id
         self._worker.live.lowered(flow.index, leg.slot, leg.tunnel.id)
 
     # segments

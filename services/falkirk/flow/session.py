@@ -167,8 +167,8 @@ class Sessions(Owner[S]):
         """Ask for its socket, now or when it can be."""
 
     @abstractmethod
-    def receive(self, session: S) -> None:
-        """One datagram (or a train of them) from the socket to the tunnel. Raises OSError where there is none."""
+    def receive(self, session: S) -> bool:
+        """One datagram (or a train of them) from the socket to the tunnel; False where no more is there. Raises OSError where there was none."""
 
     @abstractmethod
     def quote(self, session: S, quoted: bytes) -> bytes | None:
@@ -338,7 +338,8 @@ class Sessions(Owner[S]):
             if session.sock is None:
                 return
             try:
-                self.receive(session)
+                if not self.receive(session):
+                    return
             except BlockingIOError:
                 return
             except OSError:
@@ -484,7 +485,7 @@ class Opening:
                 port=port,
                 egress=route.egress4 if session.family == 4 else route.egress6,
                 local=local,
-                flow_id=session.flow_id,
+                flow_id=self._worker.lifecycle.identity(session),
                 span_id=session.span_id,
                 preface=preface,
             )

@@ -47,10 +47,10 @@ class Tap:
             not wanted.device or wanted.device == context.device
         )
 
-    def wants(self, tunnel: Tunnel | None, flow: Flow | None, said: Signature | None) -> bool:
-        """Whether a packet is wanted, which is of this flow or says that it would be of one like this."""
+    def wants(self, tunnel: Tunnel | None, flow: Flow | None, flow_id: bytes, said: Signature | None) -> bool:
+        """Whether a packet is wanted, which is of this flow (with this id; none: empty) or says that it would be of one like this."""
         wanted = self.wanted
-        if not self.watches(tunnel) or (wanted.flow_id and (flow is None or flow.flow_id != wanted.flow_id)):
+        if not self.watches(tunnel) or wanted.flow_id not in (b"", flow_id):
             return False
         if self._expression is None:
             return True

@@ -252,11 +252,12 @@ class Taps:
     ) -> None:
         """Give a packet to the taps that want it."""
         now = self._worker.now
+        flow_id = self._worker.lifecycle.identity(flow) if flow is not None else b""
         takers = [
             tap
             for tap in self._taps
             if (fate == captured.DROPPED or not tap.wanted.dropped_only)
-            and tap.wants(tunnel, flow, said)
+            and tap.wants(tunnel, flow, flow_id, said)
             and tap.has_room(now)
         ]
         if not takers:
@@ -272,7 +273,7 @@ class Taps:
                 side,
                 fate,
                 reason,
-                flow.flow_id if flow is not None else b"",
+                flow_id,
                 tunnel.context.tenant if tunnel is not None else "",
                 tunnel.context.device if tunnel is not None else "",
                 tunnel.id if tunnel is not None else 0,

@@ -87,7 +87,7 @@ class Tracker(Segments):
         worker.to_upgrader.append(
             Prepare(
                 slot=slot_number,
-                flow_id=flow.flow_id,
+                flow_id=worker.lifecycle.identity(flow),
                 destination=flow.destination,
                 port=flow.destination_port,
                 egress=route.egress4 if len(key) == 12 else route.egress6,

@@ -246,8 +246,8 @@ class Tunnels(dict[int, Tunnel]):
         for tunnel in self.values():
             link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.transport), tunnel.link)
 
-    def trace(self, flow: Flow, wall: int) -> None:
+    def trace(self, flow: Flow, flow_id: bytes, wall: int) -> None:
         """A sampled flow began, at `wall` nanoseconds: let the on-ramp add its span."""
         for link in self._worker.onramps:
             if link.backlog < MAX_TRACED:
-                link.send([Traced(flow.tunnel.id, flow.flow_id, flow.span_id, wall)])
+                link.send([Traced(flow.tunnel.id, flow_id, flow.span_id, wall)])

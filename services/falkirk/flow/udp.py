@@ -7,7 +7,8 @@ all routes of a device name the same).
 
 Offloads: a USO super-packet of a `vnet` tunnel leaves with one call (UDP_SEGMENT), and a train that the kernel joined (UDP_GRO) comes back as one
 super-packet; to a `raw` tunnel it goes as plain packets, in one datagram where its producer asked for that (`packed`). Plain packets of one session
-that come in one turn and differ in nothing but their payloads, of one length, leave with one call too.
+that come in one turn and differ in nothing but their payloads, of one length, leave with one call too; datagrams that wait in a session's socket and
+the kernel hasn't joined are joined here.
 
 A checksum is verified before the headers that carry it are taken off, so that what was damaged before stays known as damaged; a partial one
 (virtio NEEDS_CSUM) can't be. IPv4 may do without one (RFC 768), IPv6 may not (RFC 8200 8.1).
@@ -47,6 +48,7 @@ MAX_PAYLOAD: Final = 65507
 _NO_TRAIN: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE)
 _PROTOCOL: Final = bytes([UDP])
 _ROOM: Final = HEADER + 48
+_BUFFER: Final = 2 * 65536 + _ROOM
 
 
 class UdpSession(Session):
@@ -108,9 +110,11 @@ class UdpSessions(Sessions[UdpSession]):
         self.runs: list[UdpSession] = []
         """Sessions with packets that leave at the end of this turn."""
         self._mappings: dict[bytes, Mapping] = {}
-        self._buffer = bytearray(_ROOM + 65536)
+        self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
-        self._into = {4: [self._view[HEADER + 28 :]], 6: [self._view[_ROOM:]]}
+        self._ancillary: object = None
+        """What came beside the last datagram, and what it says: most say the same."""
+        self._header_was = 64, 0, 0
 
     # from a tunnel
 
@@ -309,25 +313,61 @@ class UdpSessions(Sessions[UdpSession]):
 
     # from the world
 
-    def receive(self, session: UdpSession) -> None:
-        """One datagram or a train from the socket to the tunnel. Raises OSError where there is none."""
-        sock, heads, worker = session.sock, session.heads, self._worker
-        assert sock is not None
-        size, ancillary, _, _ = sock.recvmsg_into(self._into[4 if heads.four else 6], datagrams.ANCILLARY)
-        ttl, traffic_class, segment = 64, 0, 0
-        for level, kind, data in ancillary:
-            # Nothing else is asked for.
-            if level == datagrams.SOL_UDP:
-                segment = int.from_bytes(data[:4], "little")
-            elif kind in datagrams.TTLS:
-                ttl = data[0]
-            else:
-                traffic_class = data[0]
-        ttl = ttl - 1 or 1
-        at = HEADER if heads.four else _ROOM - heads.size
-        if segment >= size:
-            segment = 0
-        tunnel = session.tunnel
+    def receive(self, session: UdpSession) -> bool:
+        """From the socket to the tunnel what makes one packet (or one datagram of packets) there: a datagram, a train, or several datagrams of one length,
+        which the kernel hasn't joined where the way they came by doesn't. False where the socket is empty. Raises OSError where there was nothing."""
+        tunnel, heads = session.tunnel, session.heads
+        start = HEADER + heads.size if heads.four else _ROOM
+        size, header = self._read(session, start)
+        step, apiece = header[2] or size, 0
+        joins = tunnel.context.packed
+        if joins:
+            apiece = heads.size
+        elif tunnel.framing is Framing.VNET:
+            joins = self.trains
+        alive = True
+        while joins and size and size % step == 0 and start + size + MAX_PAYLOAD < _BUFFER:
+            count = size // step + 1
+            if count > CHUNK or count * (step + apiece) > MAX_PAYLOAD:
+                break
+            try:
+                more, other = self._read(session, start + size)
+            except OSError:
+                # An error is in its queue as well.
+                alive = False
+                break
+            like = other[2] == step if other[2] else more <= step
+            if like and other[:2] == header[:2] and 0 < more <= MAX_PAYLOAD - size:
+                size += more
+                continue
+            self._give(session, start, size, step, header)
+            start, size, header, step = start + size, more, other, other[2] or more
+        self._give(session, start, size, step, header)
+        return alive
+
+    def _read(self, session: UdpSession, at: int) -> tuple[int, tuple[int, int, int]]:
+        """A datagram or a train into the buffer; its size, and TTL, traffic class, and size of a train's datagrams."""
+        assert session.sock is not None
+        size, ancillary, _, _ = session.sock.recvmsg_into((self._view[at:],), datagrams.ANCILLARY)
+        if ancillary != self._ancillary:
+            ttl, traffic_class, segment = 64, 0, 0
+            for level, kind, data in ancillary:
+                # Nothing else is asked for.
+                if level == datagrams.SOL_UDP:
+                    segment = int.from_bytes(data[:4], "little")
+                elif kind in datagrams.TTLS:
+                    ttl = data[0]
+                else:
+                    traffic_class = data[0]
+            self._ancillary, self._header_was = ancillary, (ttl - 1 or 1, traffic_class, segment)
+        return size, self._header_was
+
+    def _give(self, session: UdpSession, start: int, size: int, step: int, header: tuple[int, int, int]) -> None:
+        """The datagrams of `step` bytes (the last may be shorter) at `start` of the buffer to the tunnel."""
+        worker, heads, tunnel = self._worker, session.heads, session.tunnel
+        ttl, traffic_class, _ = header
+        at = start - heads.size
+        segment = step if step < size else 0
         longest = heads.size + (segment or size)
         large = longest > session.mtu and longest > session.path_mtu(worker.second)
         if tunnel.framing is Framing.VNET and not large and (self.trains or not segment):
@@ -335,18 +375,18 @@ class UdpSessions(Sessions[UdpSession]):
             heads.put_vnet(self._buffer, at - HEADER, segment)
             worker.counts[RECEIVED] += 1
             self.delivered(session, heads.size + size)
-            if worker.tunnels.deliver(tunnel, self._view[at - HEADER : at + heads.size + size]):
+            if worker.tunnels.deliver(tunnel, self._view[at - HEADER : start + size]):
                 worker.counts[FORWARDED] += 1
             return
         if segment and tunnel.context.packed and not large:
-            train = heads.packed(self._view[at + heads.size : at + heads.size + size], segment, ttl, traffic_class)
+            train = heads.packed(self._view[start : start + size], segment, ttl, traffic_class)
             count = -(-size // segment)
             worker.counts[RECEIVED] += count
             self.delivered(session, len(train), count)
             if worker.tunnels.deliver(tunnel, memoryview(train), packets=count):
                 worker.counts[FORWARDED] += count
             return
-        self._apart(session, at + heads.size, size, segment, ttl, traffic_class, large)
+        self._apart(session, start, size, segment, ttl, traffic_class, large)
 
     def _apart(
         self, session: UdpSession, start: int, size: int, segment: int, ttl: int, traffic_class: int, large: bool

@@ -436,7 +436,7 @@ class Worker:
     def _terminate(self, message: control.Terminate) -> None:
         tunnel = self.tunnels.get(message.tunnel)
         flow = tunnel.flows.get(message.key) if tunnel is not None else None
-        if flow is not None and flow.flow_id == message.flow_id:
+        if flow is not None and self.lifecycle.identity(flow) == message.flow_id:
             flow.owner.end(flow, f"terminated: {message.reason}" if message.reason else "terminated")
 
 

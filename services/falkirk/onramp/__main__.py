@@ -9,9 +9,10 @@ from prometheus_client import Gauge
 
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.api.registry.v1 import registry_service_pb2 as registry
-from falkirk.onramp import parsers
+from falkirk.onramp import keys, parsers
 from falkirk.onramp.admission import Grants
 from falkirk.onramp.context import Code
+from falkirk.onramp.control import WIREGUARD
 from falkirk.onramp.parent import Parent
 from falkirk.onramp.service import OnrampService
 from falkirk.onramp.settings import Settings
@@ -44,7 +45,8 @@ async def serve(shell: Shell, settings: Settings) -> None:
 
     def refusals() -> list[tuple[dict[str, str], int]]:
         counts = parent.counters.values()
-        return [({"service": "onramp", "reason": code.value.lower()}, counts[code.value]) for code in Code]
+        names = [code.value for code in Code] + [name for name in counts if name.startswith(WIREGUARD)]
+        return [({"service": "onramp", "reason": name.lower()}, counts[name]) for name in names]
 
     server.metrics.register(
         CountersCollector(
@@ -55,7 +57,12 @@ async def serve(shell: Shell, settings: Settings) -> None:
         )
     )
     server.metrics.register(
-        CountersCollector("falkirk_drops", "Tunnels refused, by reason.", ("service", "reason"), refusals)
+        CountersCollector(
+            "falkirk_drops",
+            "Tunnels refused, and what comes by WireGuard and comes to nothing, by reason.",
+            ("service", "reason"),
+            refusals,
+        )
     )
     Gauge("falkirk_onramp_tunnels", "Open tunnels.", registry=server.metrics).set_function(lambda: len(parent.tunnels))
     await server.run(replica.run, parent.run)
@@ -68,7 +75,7 @@ def main() -> int:
     try:
         parsers.load(settings.context_parser)
         asyncio.run(serve(shell, settings))
-    except (SettingsError, AlreadyRunning, parsers.UnknownParser) as error:
+    except (SettingsError, AlreadyRunning, parsers.UnknownParser, keys.UnusableKey) as error:
         print(f"falkirk onramp: {error}", file=sys.stderr)
         return 1
     return 0

@@ -81,6 +81,18 @@ def admit(tables: Tables, request: ContextRequest) -> Admission:
     return Admission(context, bool(request.virtual_network))
 
 
+def admit_device(tables: Tables, device: DeviceRow) -> Admission:
+    """The context that a device gets whose key has been proved; rules see `app.attributes.onramp` as "wireguard". Raises Refusal."""
+    tenant = tables.tenant_by_id(device.tenant_id)
+    if tenant is None:
+        raise Refusal(Code.UNKNOWN_TENANT, f"the tenant of device {device.name} isn't known")
+    network = tables.network(tenant.id, device.virtual_network)
+    if network is None:
+        name = device.virtual_network or "default"
+        raise Refusal(Code.UNKNOWN_VIRTUAL_NETWORK, f"tenant {tenant.name} has no virtual network {shown(name)}")
+    return Admission(_context(tables, tenant, device, network, {"onramp": "wireguard"}, packed=True), False)
+
+
 def review(tables: Tables, admission: Admission) -> Admission | str:
     """The admission as it is now (the same object where nothing has changed), or why the tunnel must be closed."""
     held = admission.context

@@ -2,8 +2,8 @@
 
 One datagram is one MessagePack message; descriptors ride beside it. The parent speaks first:
 
-    parent -> worker   Setup (counters, listener) Update (rows) Close
-    worker -> parent   State Opened Ended Traced
+    parent -> worker   Setup (counters, listener, UDP socket) Update (rows) Restored (near end) Close
+    worker -> parent   State Opened Kept (near end) Changed Heard Ended Traced
 
 An `Update` is one transaction; its rows are in a memfd, so a transaction of any size is one message and is applied whole.
 The file holds chunks, each a 4-byte length (big endian) and a MessagePack `Chunk`.
@@ -20,9 +20,20 @@ import msgspec
 from falkirk.onramp.context import Code
 from falkirk.onramp.tables import Row, chunks
 from falkirk.wire.context import Framing, Transport, TunnelContext
+from falkirk.wireguard.counters import REASONS
 
-COUNTERS: Final = ("admitted", "closed", *(code.value for code in Code))
-"""Names of the shared counters: tunnels admitted and closed, refusals by code."""
+WIREGUARD: Final = "wireguard_"
+"""What the names of WireGuard's counters begin with."""
+DROPS: Final = ("not_ready", "not_admitted", "tunnel_full", "no_tunnel", "bad_packet_of_ours", "socket_full")
+"""WireGuard's drops that aren't the protocol's: the tables are empty still; the device isn't let in; its flow worker doesn't keep up, or has no tunnel for it; what
+the flow worker sent is no packet; the socket doesn't keep up."""
+COUNTERS: Final = (
+    "admitted",
+    "closed",
+    *(code.value for code in Code),
+    *(WIREGUARD + reason for reason in (*REASONS, *DROPS)),
+)
+"""Names of the shared counters: tunnels admitted and closed, refusals by code, what WireGuard drops by reason."""
 
 _LENGTH: Final = struct.Struct(">I")
 
@@ -32,7 +43,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Setup(Message, frozen=True, tag=True):
-    """All that the worker must know. Two descriptors: the counters' memory and the listening tunnel socket."""
+    """All that the worker must know. Descriptors: the counters' memory, the listening tunnel socket, and WireGuard's UDP socket where there is one."""
 
     mesh_dir: str
     """Where the flow workers' sockets are."""
@@ -53,6 +64,9 @@ class Setup(Message, frozen=True, tag=True):
     max_tunnels_per_device: int
     log_level: str = "info"
     log_format: str = "json"
+    wireguard_key: str = ""
+    """The file of the node's private key; empty where WireGuard isn't on."""
+    wireguard_mtu: int = 1420
 
 
 class Update(Message, frozen=True, tag=True):
@@ -61,6 +75,15 @@ class Update(Message, frozen=True, tag=True):
     full: bool
     epoch: str
     number: int
+
+
+class Restored(Message, frozen=True, tag=True):
+    """A tunnel of a WireGuard device, from the worker before. One descriptor: its near end."""
+
+    tunnel: int
+    device_id: str
+    endpoint: str
+    """Where the device was last heard from; empty where that isn't known."""
 
 
 class Close(Message, frozen=True, tag=True):
@@ -94,11 +117,31 @@ class Opened(Message, frozen=True, tag=True):
     transport: Transport = Transport.SOCKET
 
 
+class Kept(Message, frozen=True, tag=True):
+    """The near end of a WireGuard device's tunnel, which is to outlive this worker. One descriptor."""
+
+    tunnel: int
+    device_id: str
+
+
 class Changed(Message, frozen=True, tag=True):
     """The context of an open tunnel is another one now."""
 
     tunnel: int
     context: TunnelContext
+
+
+class Heard(Message, frozen=True, tag=True):
+    """What is known of the WireGuard device at the other end of a tunnel."""
+
+    tunnel: int
+    endpoint: str
+    handshake: int
+    """Wall-clock nanoseconds of the last one."""
+    received_bytes: int
+    """Of inner packets from the device, in all."""
+    sent_bytes: int
+    """To it."""
 
 
 class Ended(Message, frozen=True, tag=True):
@@ -124,8 +167,8 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     removed: tuple[str, ...] = ()
 
 
-TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Update | Close)
-TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Changed | Ended | Traced)
+TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Update | Restored | Close)
+TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Kept | Changed | Heard | Ended | Traced)
 _CHUNK: Final = msgspec.msgpack.Decoder(Chunk)
 _encoder: Final = msgspec.msgpack.Encoder()
 

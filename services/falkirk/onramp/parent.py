@@ -10,10 +10,12 @@ Limit: packing the whole state for a worker that (re)starts takes the loop about
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -21,9 +23,9 @@ import structlog
 
 from falkirk.api.net.v1 import net_pb2
 from falkirk.api.registry.v1 import registry_service_pb2
-from falkirk.linux import seqpacket
-from falkirk.onramp import control
-from falkirk.onramp.control import Changed, Close, Ended, Opened, Setup, State, Traced, Update
+from falkirk.linux import seqpacket, trains
+from falkirk.onramp import control, keys
+from falkirk.onramp.control import Changed, Close, Ended, Heard, Kept, Opened, Restored, Setup, State, Traced, Update
 from falkirk.onramp.rows import rows
 from falkirk.onramp.settings import Settings
 from falkirk.onramp.tables import Row, Tables
@@ -59,6 +61,16 @@ class Parent:
         self._ids = TunnelIds(shell.data("onramp") / "tunnel-ids")
         self._revision = net_pb2.Revision()
         self._listener: socket.socket | None = None
+        self._outside: socket.socket | None = None
+        self.wireguard = settings.wireguard
+        self.wireguard_key = b""
+        """The node's public key; empty where WireGuard isn't on."""
+        self.heard: dict[int, Heard] = {}
+        """The newest of each WireGuard device, by its tunnel."""
+        self._near: dict[int, tuple[str, int]] = {}
+        """Device and near end of the tunnels of WireGuard devices, by tunnel: whatever happens to a worker, the tunnels stay open."""
+        key_file = settings.wireguard.private_key_file
+        self._key_file = Path(key_file) if key_file else shell.data("onramp") / "wireguard.key"
         self._lost: dict[int, Opened] = {}
         self._closing: dict[int, asyncio.Future[bool]] = {}
         self._pool = WorkerPool("onramp.worker", 1, _command, self._on_message, self._on_start, self._on_exit)
@@ -71,10 +83,27 @@ class Parent:
         path.unlink(missing_ok=True)
         self._listener = seqpacket.listen(path, self._settings.tunnel_mode)
         try:
+            self._open_outside()
             await self._pool.run()
         finally:
             self._listener.close()
+            if self._outside is not None:
+                self._outside.close()
             path.unlink(missing_ok=True)
+
+    def _open_outside(self) -> None:
+        """WireGuard's socket is the parent's: while a worker is restarted datagrams wait in it. Raises OSError, keys.UnusableKey."""
+        wireguard = self._settings.wireguard
+        if not wireguard.port:
+            return
+        keys.make(self._key_file)
+        self.wireguard_key = keys.public(self._key_file)
+        try:
+            self._outside = trains.open_socket(wireguard.address, wireguard.port)
+        except OSError as error:
+            where = f"{wireguard.address or '*'}:{wireguard.port}"
+            raise OSError(error.errno, f"onramp.wireguard: can't listen at UDP {where}: {error.strerror}") from error
+        log.info("wireguard_listens", port=wireguard.port, public_key=base64.b64encode(self.wireguard_key).decode())
 
     def on_change(
         self,
@@ -134,11 +163,19 @@ class Parent:
             max_tunnels_per_device=settings.max_tunnels_per_device,
             log_level=shell.log.level,
             log_format=shell.log.format,
+            wireguard_key=str(self._key_file) if self._outside is not None else "",
+            wireguard_mtu=settings.wireguard.mtu,
         )
-        self._pool.send(worker, control.encode(setup), (self.counters.fd, self._listener.fileno()))
+        descriptors = [self.counters.fd, self._listener.fileno()]
+        if self._outside is not None:
+            descriptors.append(self._outside.fileno())
+        self._pool.send(worker, control.encode(setup), descriptors)
         self._save_ids()
         if self.loaded:
             self._push_all()
+        for tunnel, (device_id, near) in self._near.items():
+            endpoint = self.heard[tunnel].endpoint if tunnel in self.heard else ""
+            self._pool.send(worker, control.encode(Restored(tunnel, device_id, endpoint)), (near,))
 
     def _on_exit(self, worker: int, status: int) -> None:
         log.warning("worker_ended", worker=worker, status=status, tunnels=len(self.tunnels))
@@ -155,9 +192,12 @@ class Parent:
         self._lost.clear()
 
     def _on_message(self, worker: int, data: bytes, descriptors: list[int]) -> None:
+        message = control.TO_PARENT.decode(data)
+        if isinstance(message, Kept) and descriptors:
+            self._near[message.tunnel] = message.device_id, descriptors.pop(0)
         for descriptor in descriptors:
             os.close(descriptor)
-        match control.TO_PARENT.decode(data):
+        match message:
             case State(epoch, number, links):
                 self.applied = net_pb2.Revision(epoch=epoch, number=number) if epoch else None
                 self._on_ready(bool(epoch) and all(links))
@@ -165,6 +205,9 @@ class Parent:
                 self._on_opened(opened)
             case Changed(tunnel, context):
                 self._on_changed(tunnel, context)
+            case Heard() as heard:
+                if heard.tunnel in self.tunnels:
+                    self.heard[heard.tunnel] = heard
             case Ended() as ended:
                 self._on_ended(ended)
             case Traced() as traced:
@@ -193,6 +236,10 @@ class Parent:
 
     def _on_ended(self, ended: Ended) -> None:
         opened = self.tunnels.pop(ended.tunnel, None)
+        self.heard.pop(ended.tunnel, None)
+        kept = self._near.pop(ended.tunnel, None)
+        if kept is not None:
+            os.close(kept[1])
         if opened is not None:
             context = opened.context
             log.info(

@@ -5,6 +5,7 @@ Limit: an address that isn't one (the registry refuses them) is left out: the de
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
 from ipaddress import ip_address
 
@@ -45,6 +46,7 @@ def _row(resource: registry_service_pb2.Resource) -> Row | None:
                 posture=dict(device.posture),
                 disabled=device.disabled,
                 max_flows=device.max_flows,
+                public_key=base64.b64decode(device.public_key),
             )
         case _:
             return None

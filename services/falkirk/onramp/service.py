@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -12,7 +13,7 @@ from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.onramp.admission import Grants, admit
 from falkirk.onramp.context import Code, ContextRequest, Refusal
-from falkirk.onramp.control import Opened
+from falkirk.onramp.control import WIREGUARD, Opened
 from falkirk.onramp.parent import Parent, WorkerAway
 from falkirk.runtime.contexts import context_proto
 from falkirk.runtime.errors import FalkirkError
@@ -55,16 +56,15 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
             if number > after and request.tenant in ("", opened.context.tenant)
         )
         return pb.ListResponse(
-            tunnels=[_tunnel(self._parent.tunnels[number]) for number in found[:size]],
+            tunnels=[self._tunnel(number) for number in found[:size]],
             next_page_token=str(found[size - 1]) if len(found) > size else "",
         )
 
     async def Get(self, request: pb.GetRequest, context: Any) -> pb.GetResponse:
         """One open tunnel."""
-        opened = self._parent.tunnels.get(request.id)
-        if opened is None:
+        if request.id not in self._parent.tunnels:
             raise _no_tunnel(request.id)
-        return pb.GetResponse(tunnel=_tunnel(opened))
+        return pb.GetResponse(tunnel=self._tunnel(request.id))
 
     async def Close(self, request: pb.CloseRequest, context: Any) -> pb.CloseResponse:
         """Returns when the tunnel is closed."""
@@ -104,6 +104,31 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
             refused=[net_pb2.Counter(name=code, value=counts[code]) for code in Code],
             replicas=[self._replica.status(), self._admission()],
             processes=self._processes(),
+            wireguard=self._wireguard(),
+        )
+
+    def _tunnel(self, number: int) -> pb.Tunnel:
+        tunnel, heard = _tunnel(self._parent.tunnels[number]), self._parent.heard.get(number)
+        if heard is not None:
+            tunnel.wireguard.endpoint = heard.endpoint
+            tunnel.wireguard.received_bytes, tunnel.wireguard.sent_bytes = heard.received_bytes, heard.sent_bytes
+            tunnel.wireguard.last_handshake.FromNanoseconds(heard.handshake)
+        return tunnel
+
+    def _wireguard(self) -> pb.WireGuardStatus | None:
+        if not self._parent.wireguard_key:
+            return None
+        counts = self._parent.counters.values()
+        return pb.WireGuardStatus(
+            public_key=base64.b64encode(self._parent.wireguard_key).decode(),
+            port=self._parent.wireguard.port,
+            endpoints=self._parent.wireguard.endpoints,
+            devices=len(self._parent.heard),
+            dropped=[
+                net_pb2.Counter(name=name.removeprefix(WIREGUARD), value=count)
+                for name, count in counts.items()
+                if name.startswith(WIREGUARD)
+            ],
         )
 
     def _admission(self) -> net_pb2.ReplicaStatus:

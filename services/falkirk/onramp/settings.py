@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_address
 
 from falkirk.onramp.admission import ANY
 from falkirk.runtime.settings import Section
@@ -20,8 +21,38 @@ class TunnelGrant(Section, frozen=True, kw_only=True):
     stack of its owner's namespace, on the packet worker's time: for programs that are trusted with that."""
 
 
+class WireGuardSettings(Section, frozen=True, kw_only=True):
+    """The UDP port to which WireGuard clients come."""
+
+    port: int = 0
+    """The port, of all addresses unless `address` says one; 51820 is the usual one. 0: no WireGuard."""
+    address: str = ""
+    """The address to listen at; empty is every one, of both families."""
+    endpoints: tuple[str, ...] = ()
+    """HOST:PORT by which devices reach this node, as they are told; the first is the best. Not set: they must be told by other means."""
+    mtu: int = 1420
+    """Largest IP packet inside, in bytes: what the way outside takes, less 80; 1280 to 65455."""
+    private_key_file: str = ""
+    """Where the node's private key is; made at the first start where it isn't there. Empty: onramp/wireguard.key in the data directory."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ValueError("wireguard.port must lie between 0 and 65535")
+        if not 1280 <= self.mtu <= 65455:
+            raise ValueError("wireguard.mtu must lie between 1280 and 65455")
+        if self.address:
+            ip_address(self.address)
+        for endpoint in self.endpoints:
+            host, colon, port = endpoint.rpartition(":")
+            if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+                raise ValueError(f"wireguard.endpoints: {endpoint!r} isn't HOST:PORT")
+
+
 class Settings(Section, frozen=True, kw_only=True):
     """Section `onramp`."""
+
+    wireguard: WireGuardSettings = WireGuardSettings()
+    """Where WireGuard clients come in."""
 
     tunnels: tuple[TunnelGrant, ...] | None = None
     """Who may open connected tunnels. Not set: the on-ramp's own uid and 0, for every tenant."""

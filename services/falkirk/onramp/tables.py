@@ -56,6 +56,8 @@ class DeviceRow(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     posture: dict[str, str] = {}
     disabled: bool = False
     max_flows: int = 0
+    public_key: bytes = b""
+    """Of WireGuard, 32 bytes; empty where it has none."""
 
 
 Row = TenantRow | UserRow | NetworkRow | DeviceRow
@@ -80,6 +82,7 @@ class Tables:
         self._networks: dict[tuple[str, str], NetworkRow] = {}
         self._devices: dict[tuple[str, str], DeviceRow] = {}
         self._defaults: dict[str, NetworkRow] = {}
+        self._keys: dict[bytes, DeviceRow] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -101,6 +104,10 @@ class Tables:
         """By id."""
         row = self.rows.get(device_id)
         return row if isinstance(row, DeviceRow) else None
+
+    def device_by_key(self, public_key: bytes) -> DeviceRow | None:
+        """By its WireGuard public key, of whichever tenant."""
+        return self._keys.get(public_key)
 
     def user(self, tenant_id: str, name: str) -> UserRow | None:
         """By name within a tenant."""
@@ -138,6 +145,8 @@ class Tables:
                 self._users[row.tenant_id, row.name] = row
             case DeviceRow():
                 self._devices[row.tenant_id, row.name] = row
+                if row.public_key:
+                    self._keys[row.public_key] = row
             case NetworkRow():
                 self._networks[row.tenant_id, row.name] = row
                 if row.is_default:
@@ -151,6 +160,7 @@ class Tables:
                 self._users.pop((row.tenant_id, row.name), None)
             case DeviceRow():
                 self._devices.pop((row.tenant_id, row.name), None)
+                self._keys.pop(row.public_key, None)
             case NetworkRow():
                 self._networks.pop((row.tenant_id, row.name), None)
                 if row.is_default:

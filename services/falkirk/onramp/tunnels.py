@@ -104,22 +104,24 @@ class TunnelTable:
     def __len__(self) -> int:
         return len(self._tunnels)
 
-    def admit(self, sock: socket.socket, peer: Peer, admitted: Admission, request: ContextRequest, now: int) -> None:
-        """A new tunnel; `now` is wall-clock nanoseconds. Raises Refusal, and the socket stays the caller's."""
+    def admit(
+        self, sock: socket.socket, peer: Peer, admitted: Admission, request: ContextRequest, now: int, mtu: int = 0
+    ) -> int:
+        """A new tunnel, and its number; `now` is wall-clock nanoseconds, `mtu` 0 the on-ramp's own. Raises Refusal, and the socket stays the caller's."""
         device_id = admitted.context.device_id
         if len(self._tunnels) >= self._max_tunnels:
             raise Refusal(Code.LIMIT, f"this node has {self._max_tunnels} tunnels")
         if len(self._by_device.get(device_id, ())) >= self._max_per_device:
             raise Refusal(Code.LIMIT, f"device {admitted.context.device} has {self._max_per_device} tunnels")
         worker = crc32(device_id.encode()) % len(self._links)
-        tunnel = Tunnel(
-            self._new_id(), sock, peer, admitted.context, request.framing, request.transport, self._mtu, worker
-        )
+        mtu = mtu or self._mtu
+        tunnel = Tunnel(self._new_id(), sock, peer, admitted.context, request.framing, request.transport, mtu, worker)
         tunnel.admission, tunnel.admitted_at = admitted, now
-        tunnel.greeting = admission.greeting(tunnel.id, tunnel.context, self._mtu, request.framing, request.transport)
+        tunnel.greeting = admission.greeting(tunnel.id, tunnel.context, mtu, request.framing, request.transport)
         tunnel.timer = self._reactor.later(self._adopt_timeout_s, lambda: self._on_adopt_timeout(tunnel))
         self._insert(tunnel)
         self._adopt(tunnel)
+        return tunnel.id
 
     def hold(self, worker: int, generation: int, what: Held, sock: socket.socket, peer: Peer, now: int) -> None:
         """A tunnel that a flow worker reads since before this on-ramp; nothing where it is known."""

@@ -1,4 +1,4 @@
-"""The on-ramp's worker process: gate, admission tables, tunnels and links in one loop.
+"""The on-ramp's worker process: gate, WireGuard, admission tables, tunnels and links in one loop.
 
     python -m falkirk.onramp.worker --control-fd N
 
@@ -24,23 +24,26 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 from falkirk.linux import seqpacket
 from falkirk.linux.seqpacket import Peer
-from falkirk.onramp import admission, control, gate, parsers
-from falkirk.onramp.admission import Grants
+from falkirk.onramp import admission, control, gate, keys, parsers
+from falkirk.onramp.admission import Admission, Grants
 from falkirk.onramp.context import Code, ContextRequest, Refusal
-from falkirk.onramp.control import Changed, Close, Ended, Opened, Setup, State, Update
+from falkirk.onramp.control import Changed, Close, Ended, Opened, Restored, Setup, State, Update
 from falkirk.onramp.gate import Gate
 from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor
 from falkirk.onramp.tables import Row, Tables
 from falkirk.onramp.tunnels import Tunnel, TunnelTable
+from falkirk.onramp.wireguard import WireGuard, endpoint_text
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire import handover
 from falkirk.wire.handover import Adopted, AdoptRefused, Held, TunnelClosed
+from falkirk.wireguard.peer import Peer as WireGuardPeer
 
 CHUNKS_A_TURN: Final = 8
 REVIEWS_A_TURN: Final = 200
@@ -53,15 +56,24 @@ class Worker:
     """Everything of one worker, wired together."""
 
     def __init__(
-        self, reactor: Reactor, parent: socket.socket, setup: Setup, counters: Counters, listener: socket.socket
+        self,
+        reactor: Reactor,
+        parent: socket.socket,
+        setup: Setup,
+        counters: Counters,
+        listener: socket.socket,
+        outside: socket.socket | None = None,
     ) -> None:
+        """`outside` is WireGuard's UDP socket, where there is one."""
         self._reactor, self._parent, self._counters = reactor, parent, counters
         self._log = Log("onramp", setup.log_level, setup.log_format)
         self._tables = Tables()
         self._revision = ("", 0)
         self._updates: deque[Iterator[None]] = deque()
         self._reviews: deque[int] = deque()
-        self._reports: deque[bytes] = deque()
+        self._reports: deque[tuple[bytes, list[int]]] = deque()
+        """With copies of descriptors that go along, which are closed once they are sent."""
+        self._restored: list[tuple[Restored, socket.socket]] = []
         self._blocked = False
         self._loaded = False
         generation = time.time_ns()
@@ -104,6 +116,20 @@ class Worker:
             max_pending=setup.max_pending,
             max_pending_per_uid=setup.max_pending_per_uid,
         )
+        self._wireguard: WireGuard | None = None
+        self._wireguard_mtu = setup.wireguard_mtu
+        if outside is not None:
+            self._wireguard = WireGuard(
+                reactor,
+                outside,
+                keys.read(Path(setup.wireguard_key)),
+                setup.wireguard_mtu,
+                lambda: self._tables if self._loaded else None,
+                self._admit_device,
+                self._tunnels.close,
+                self._on_heard,
+                self._counters.add,
+            )
 
     def start(self) -> None:
         """Join the loop."""
@@ -113,6 +139,8 @@ class Worker:
         self._reactor.later(PATIENCE_S, self._gate.open)
         for link in self._links:
             link.connect()
+        if self._wireguard is not None:
+            self._wireguard.start()
         self._report_state()
 
     # From the parent.
@@ -131,8 +159,22 @@ class Worker:
         match control.TO_WORKER.decode(data):
             case Update() as update:
                 self._updates.append(self._load(update, descriptors[0]))
+            case Restored() as restored:
+                self._restored.append((restored, socket.socket(fileno=descriptors[0])))
+                self._restore()
             case Close(tunnel, reason):
                 self._tunnels.close(tunnel, reason)
+
+    def _restore(self) -> None:
+        """Take up the WireGuard devices of the worker before, once it is known who they are."""
+        if not self._loaded:
+            return
+        restored, self._restored = self._restored, []
+        for one, near in restored:
+            if self._wireguard is None:
+                near.close()
+            else:
+                self._wireguard.restore(one.tunnel, one.device_id, one.endpoint, near)
 
     def _load(self, update: Update, descriptor: int) -> Iterator[None]:
         """Decode an update in slices, then apply it at once."""
@@ -157,6 +199,9 @@ class Worker:
         if not self._loaded:
             self._loaded = True
             self._gate.open()
+        self._restore()
+        if self._wireguard is not None:
+            self._wireguard.review(tables, None if update.full else touched)
         self._report_state()
 
     def _update(self) -> bool:
@@ -186,6 +231,20 @@ class Worker:
         except Refusal as refusal:
             self._on_refused(refusal.code)
             gate.refuse(sock, refusal.answer())
+
+    def _admit_device(self, far: socket.socket, near: socket.socket, producer: Peer, admitted: Admission) -> int:
+        """A WireGuard device has proved its key. The parent has a copy of the near end, so that the flow tracker doesn't notice where this process dies."""
+        try:
+            if len(self._reports) > MAX_REPORTS:
+                raise Refusal(Code.NOT_READY, "the on-ramp's parent doesn't answer; try again")
+            context = admitted.context
+            request = ContextRequest(context.tenant, context.device, packed=True)
+            tunnel = self._tunnels.admit(far, producer, admitted, request, time.time_ns(), self._wireguard_mtu)
+            self._report(control.Kept(tunnel, context.device_id), os.dup(near.fileno()))
+            return tunnel
+        except Refusal as refusal:
+            self._on_refused(refusal.code)
+            raise
 
     def _on_refused(self, code: Code) -> None:
         self._counters.add(code.value)
@@ -237,6 +296,10 @@ class Worker:
             )
         )
 
+    def _on_heard(self, tunnel: int, peer: WireGuardPeer) -> None:
+        endpoint = endpoint_text(peer.endpoint)
+        self._report(control.Heard(tunnel, endpoint, peer.handshake_wall_ns, peer.rx_bytes, peer.tx_bytes))
+
     def _on_changed(self, tunnel: Tunnel) -> None:
         self._report(Changed(tunnel.id, tunnel.context))
 
@@ -248,14 +311,15 @@ class Worker:
         epoch, number = self._revision
         self._report(State(epoch, number, tuple(link.up for link in self._links)))
 
-    def _report(self, message: control.Message) -> None:
-        self._reports.append(control.encode(message))
+    def _report(self, message: control.Message, *descriptors: int) -> None:
+        self._reports.append((control.encode(message), list(descriptors)))
 
     def _flush_reports(self) -> bool:
         try:
             while self._reports and not self._blocked:
-                if seqpacket.send(self._parent, self._reports[0]):
-                    self._reports.popleft()
+                if seqpacket.send(self._parent, *self._reports[0]):
+                    for descriptor in self._reports.popleft()[1]:
+                        os.close(descriptor)
                 else:
                     self._blocked = True
                     self._reactor.mask(self._parent.fileno(), select.EPOLLIN | select.EPOLLOUT)
@@ -294,14 +358,17 @@ def main(argv: list[str] | None = None) -> None:
     first = _receive_setup(parent)
     if first is None:
         return
-    setup, (counters_fd, listener_fd) = first
+    setup, (counters_fd, listener_fd, *others) = first
     reactor = Reactor()
     signal.signal(signal.SIGTERM, lambda *_: reactor.stop())
     # A terminal's ^C goes to the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=listener_fd)
     listener.setblocking(False)
-    Worker(reactor, parent, setup, Counters.attach(counters_fd, control.COUNTERS), listener).start()
+    outside = socket.socket(fileno=others[0]) if others else None
+    if outside is not None:
+        outside.setblocking(False)
+    Worker(reactor, parent, setup, Counters.attach(counters_fd, control.COUNTERS), listener, outside).start()
     reactor.run()
 
 

@@ -7,6 +7,7 @@ words, 1024 characters of free text.
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -178,6 +179,22 @@ def endpoint(value: str, field: str) -> str:
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
         raise _illegal(field, f"{_shown(port)} isn't a port")
     return f"[{canonical}]:{int(port)}" if ":" in canonical else f"{canonical}:{int(port)}"
+
+
+def public_key(value: str, field: str) -> str:
+    """A Curve25519 public key in canonical base64 (RFC 4648 section 4), or empty. The refusal doesn't show it: it may be a private one."""
+    if not value:
+        return value
+    try:
+        key = base64.b64decode(value, validate=True)
+    except ValueError:
+        key = b""
+    if len(key) != 32 or base64.b64encode(key).decode() != value:
+        raise _illegal(field, "isn't a public key: 32 bytes in base64, as `wg pubkey` prints it")
+    if not any(key):
+        # RFC 7748 section 6.1: what is agreed on with it is known to everybody.
+        raise _illegal(field, "is the zero key, which anybody could speak for")
+    return value
 
 
 def at_most(value: int, field: str, limit: int) -> None:

@@ -136,6 +136,7 @@ def _judge_device(value: Value) -> None:
     assert isinstance(value, Device)
     value.groups[:] = fields.words(value.groups, "groups")
     fields.pairs(value.posture, "posture")
+    value.public_key = fields.public_key(value.public_key, "public_key")
     found: dict[int, str] = {}
     for position, text in enumerate(value.addresses):
         place = f"addresses[{position}]"
@@ -149,7 +150,10 @@ def _judge_device(value: Value) -> None:
 
 def _device_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
     assert isinstance(value, Device)
-    return [
+    key = Claim(
+        "key", value.public_key, Reason.KEY_TAKEN, "another device has this public key", {"field": "public_key"}
+    )
+    return [key] * bool(value.public_key) + [
         Claim(
             f"address:{value.metadata.tenant_id}",
             text,

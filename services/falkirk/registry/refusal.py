@@ -34,6 +34,8 @@ class Reason(StrEnum):
     """Another route of the virtual network has the prefix; metadata `code` is 1014."""
     ADDRESS_TAKEN = "ADDRESS_TAKEN"
     """Another device of the tenant has the address."""
+    KEY_TAKEN = "KEY_TAKEN"
+    """Another device of the mesh has the public key."""
     POOL_EXHAUSTED = "POOL_EXHAUSTED"
     """The tenant's pool has no free address."""
     REVISION_CONFLICT = "REVISION_CONFLICT"

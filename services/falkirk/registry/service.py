@@ -36,6 +36,7 @@ _CODES = {
     Reason.NAME_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
     Reason.PREFIX_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
     Reason.ADDRESS_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
+    Reason.KEY_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
     Reason.POOL_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.TOO_MANY_WATCHES: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.WATCH_TOO_SLOW: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -1,9 +1,9 @@
 """What happens around every call that a Falkirk server answers, in this order:
 
-road (may this method be called by this directory?), draining, trace, deadline, handler, error -> status, metrics.
+gate (may this method be called by this directory, or by this caller over TCP?), draining, trace, deadline, handler, error -> status, metrics.
 
-- A method whose declared access is above the road is refused with PERMISSION_DENIED, reason ROAD_FORBIDDEN, metadata `road` and `needs`. One
-  without a declared access is refused on every road.
+- What the gate refuses (`falkirk.runtime.gates`) is told to `Calls.on_refused`, for the audit log.
+- A call over TCP ends with its caller's certificate, streams too: UNAUTHENTICATED, reason CERTIFICATE_EXPIRED.
 - Unary calls have a cap of `UNARY_SECONDS` besides the client's deadline (which gRPC itself enforces): DEADLINE_EXCEEDED, reason SERVER_CAP.
 - Streams end with UNAVAILABLE, reason DRAINING, when the server drains: at once where the handler waits, else after the message being sent.
 - A traceparent that is sampled makes a server span; without one a share of calls makes a root (telemetry.sample_ratio), health and
@@ -26,9 +26,9 @@ import grpc
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from falkirk.runtime import roads, sampling, telemetry, trace_context
+from falkirk.runtime import callers, sampling, telemetry, trace_context
 from falkirk.runtime.errors import FalkirkError, from_rpc
-from falkirk.runtime.settings import Road
+from falkirk.runtime.gates import CallRefused, Gate
 from falkirk.runtime.trace_context import SpanContext
 
 UNARY_SECONDS: Final = 30.0
@@ -42,10 +42,15 @@ class Calls:
 
     def __init__(self, service: str, registry: CollectorRegistry, sample_ratio: float) -> None:
         self.draining = False
+        self.on_refused: Callable[[str, CallRefused], None] = lambda method, refused: None
+        """Called with the method and what its gate said, for each call that a gate refuses."""
         self._streams: set[_Stream] = set()
         self._bound = sampling.bound(sample_ratio)
         self._count = Counter(
-            "falkirk_rpcs", "Calls answered.", ("service", "method", "code", "road"), registry=registry
+            "falkirk_rpcs",
+            "Calls answered; road is a socket directory, or tcp.",
+            ("service", "method", "code", "road"),
+            registry=registry,
         )
         self._seconds = Histogram(
             "falkirk_rpc_seconds", "Time of unary calls.", ("service", "method"), registry=registry, buckets=_BUCKETS
@@ -61,21 +66,31 @@ class Calls:
                 stream.task.cancel()
 
     @contextlib.asynccontextmanager
-    async def call(self, method: str, road: Road, context: Any, *, unary: bool) -> AsyncIterator[None]:
-        """Everything that surrounds a handler."""
+    async def call(
+        self, method: str, gate: Gate, context: Any, *, unary: bool
+    ) -> AsyncIterator[Callable[[Any, bool], None]]:
+        """Everything that surrounds a handler. Yields what must be called with each request, and whether it is the first one, before the handler has it."""
         code = grpc.StatusCode.OK
         start = time.perf_counter()
         start_ns = time.time_ns()
-        token = None
+        token = caller_token = caller = None
         parent: SpanContext | None = None
+        limit = UNARY_SECONDS if unary else None
         try:
-            self._admit(method, road)
+            caller = gate.enter(method, context)
+            if self.draining and not method.startswith("/grpc."):
+                raise draining()
+            if caller is not None:
+                caller_token = callers.current.set(caller)
+                limit = min(limit or caller.end, max(0.0, caller.end - time.time()))
             span, parent = self._span(method, context)
             token = trace_context.current.set(span) if span else None
-            async with asyncio.timeout(UNARY_SECONDS if unary else None) as cap:
-                yield
+            async with asyncio.timeout(limit) as cap:
+                yield lambda request, first: gate.look(method, context, caller, request, first=first)
         except FalkirkError as error:
             code = error.code
+            if isinstance(error, CallRefused):
+                self.on_refused(method, error)
             await _abort(context, error)
         except grpc.aio.AioRpcError as error:
             failed = from_rpc(error)
@@ -94,15 +109,20 @@ class Calls:
             if not cap.expired():
                 code = grpc.StatusCode.INTERNAL
                 await _abort(context, _internal(method, error))
+            if caller is not None and time.time() >= caller.end:
+                code = grpc.StatusCode.UNAUTHENTICATED
+                await _abort(context, FalkirkError(code, "CERTIFICATE_EXPIRED", "the client certificate has expired"))
             code = grpc.StatusCode.DEADLINE_EXCEEDED
             await _abort(context, FalkirkError(code, "SERVER_CAP", f"not answered within {UNARY_SECONDS:g} s"))
         except Exception as error:  # noqa: BLE001 - the one place where a handler's fault becomes a status
             code = grpc.StatusCode.INTERNAL
             await _abort(context, _internal(method, error))
         finally:
-            self._count.labels(self._service, method, code.name, road).inc()
+            self._count.labels(self._service, method, code.name, gate.name).inc()
             if unary:
                 self._seconds.labels(self._service, method).observe(time.perf_counter() - start)
+            if caller_token is not None:
+                callers.current.reset(caller_token)
             if token is not None:
                 _emit(method, parent, start_ns, code)
                 trace_context.current.reset(token)
@@ -123,20 +143,6 @@ class Calls:
             raise draining() from None
         finally:
             self._streams.discard(record)
-
-    def _admit(self, method: str, road: Road) -> None:
-        needs = roads.required(method)
-        if not roads.allowed(road, needs):
-            where = f"it is served from {needs}/" if needs else "it declares no access"
-            raise FalkirkError(
-                grpc.StatusCode.PERMISSION_DENIED,
-                "ROAD_FORBIDDEN",
-                f"{method.removeprefix('/')} can't be called by {road}/: {where}",
-                road=road,
-                needs=needs or "",
-            )
-        if self.draining and not method.startswith("/grpc."):
-            raise draining()
 
     def _span(self, method: str, context: Any) -> tuple[SpanContext | None, SpanContext | None]:
         """The span of this call, and its parent where the client sent one."""
@@ -162,11 +168,11 @@ class _Stream:
         self.task, self.waiting, self.ended = task, False, False
 
 
-class RoadInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Wraps the handlers of one road's server."""
+class GateInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Wraps the handlers of the server behind one gate."""
 
-    def __init__(self, road: Road, calls: Calls) -> None:
-        self._road, self._calls = road, calls
+    def __init__(self, gate: Gate, calls: Calls) -> None:
+        self._gate, self._calls = gate, calls
         self._wrapped: dict[str, tuple[Any, Any]] = {}
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
@@ -192,21 +198,23 @@ class RoadInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                 if handler.request_streaming
                 else grpc.unary_unary_rpc_method_handler
             )
-            return make(self._single(method, behaviour, unary=not handler.request_streaming), **codec)
+            return make(self._single(method, behaviour, handler), **codec)
         behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
         make = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
         if inspect.isasyncgenfunction(behaviour):
-            return make(self._many(method, behaviour), **codec)
-        return make(self._single(method, behaviour, unary=False), **codec)
+            return make(self._many(method, behaviour, handler), **codec)
+        return make(self._single(method, behaviour, handler), **codec)
 
-    def _single(self, method: str, behaviour: Any, *, unary: bool) -> Any:
+    def _single(self, method: str, behaviour: Any, handler: Any) -> Any:
         """A handler that is awaited: unary answers, and response streams that write by themselves."""
-        calls, road = self._calls, self._road
+        calls, gate, streamed = self._calls, self._gate, handler.request_streaming
+        unary = not streamed and not handler.response_streaming
 
         async def wrapped(request: Any, context: Any) -> Any:
-            async with calls.call(method, road, context, unary=unary):
+            async with calls.call(method, gate, context, unary=unary) as look:
+                request = _looked(look, request) if streamed else _look(look, request)
                 if unary:
                     return await behaviour(request, context)
                 with calls.stream() as stream:
@@ -215,13 +223,14 @@ class RoadInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
 
         return wrapped
 
-    def _many(self, method: str, behaviour: Any) -> Any:
+    def _many(self, method: str, behaviour: Any, handler: Any) -> Any:
         """A handler that yields its answers."""
-        calls, road = self._calls, self._road
+        calls, gate, streamed = self._calls, self._gate, handler.request_streaming
         itself = method.startswith("/grpc.health.")  # Watch says NOT_SERVING first, then ends by itself
 
         async def wrapped(request: Any, context: Any) -> Any:
-            async with calls.call(method, road, context, unary=False):
+            async with calls.call(method, gate, context, unary=False) as look:
+                request = _looked(look, request) if streamed else _look(look, request)
                 with calls.stream() as stream:
                     async with contextlib.aclosing(behaviour(request, context)) as answers:
                         while True:
@@ -237,6 +246,20 @@ class RoadInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # 
                             yield answer
 
         return wrapped
+
+
+def _look(look: Callable[[Any, bool], None], request: Any) -> Any:
+    look(request, True)
+    return request
+
+
+async def _looked(look: Callable[[Any, bool], None], requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    """A stream of requests, each looked at before the handler has it."""
+    first = True
+    async for request in requests:
+        look(request, first)
+        first = False
+        yield request
 
 
 def draining() -> FalkirkError:

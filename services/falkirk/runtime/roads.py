@@ -22,9 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from google.protobuf import descriptor_pool
-
 from falkirk.api.net.v1 import access_pb2
+from falkirk.runtime import access
 from falkirk.runtime.settings import ROADS, Road, RoadSettings, SettingsError, Shell
 
 SOCKET_MODES: Final[dict[Road, int]] = {"admin": 0o600, "mesh": 0o660, "read": 0o666}
@@ -34,23 +33,16 @@ _LEVEL: Final[dict[Road, int]] = {
     "admin": access_pb2.ACCESS_ADMIN,
 }
 _ROAD_OF: Final[dict[int, Road]] = {level: road for road, level in _LEVEL.items()}
-_OPEN: Final = (
-    "/grpc.health.v1.Health/",
-    "/grpc.reflection.v1alpha.ServerReflection/",
-    "/grpc.reflection.v1.ServerReflection/",
-)
 
 
 def required(method: str) -> Road | None:
     """The least privileged road of a full method name ("/package.Service/Method"); None where none was declared: refuse it."""
-    if method.startswith(_OPEN):
+    if method.startswith(access.OPEN):
         return "read"
-    service, _, name = method.removeprefix("/").partition("/")
-    try:
-        descriptor = descriptor_pool.Default().FindServiceByName(service)
-        options: Any = descriptor.methods_by_name[name].GetOptions()
-    except KeyError:
+    found = access.method(method)
+    if found is None:
         return None
+    options: Any = found.GetOptions()
     return _ROAD_OF.get(options.Extensions[access_pb2.access])
 
 

@@ -1,4 +1,5 @@
-"""One service's gRPC: one asyncio loop, three servers (admin/, mesh/, read/) that share the servicer objects.
+"""One service's gRPC: one asyncio loop, three servers (admin/, mesh/, read/) that share the servicer objects; a fourth one for TCP, where settings
+name an address (`listen_tcp`), behind a front that knows callers by their certificates (`falkirk.runtime.tcp`).
 
 A `__main__.py` does no more than::
 
@@ -24,6 +25,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import Any, Final
 
 import grpc
@@ -33,9 +35,11 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from falkirk.api.net.v1 import net_pb2
-from falkirk.runtime import metrics, roads, supervised, telemetry
+from falkirk.runtime import metrics, roads, supervised, tcp, telemetry
 from falkirk.runtime.errors import FalkirkError
-from falkirk.runtime.interceptor import Calls, RoadInterceptor, draining
+from falkirk.runtime.gates import Gate, RoadGate
+from falkirk.runtime.interceptor import Calls, GateInterceptor, draining
+from falkirk.runtime.refusals import Refusals
 from falkirk.runtime.settings import ROADS, UNIX_PATH_MAX, Road, SettingsError, Shell
 
 GRACE_SECONDS: Final = 5.0
@@ -110,6 +114,8 @@ class Server:
         self.metrics = CollectorRegistry()
         ProcessCollector(registry=self.metrics)
         self._calls = Calls(name, self.metrics, shell.telemetry.sample_ratio)
+        self._refusals = Refusals(name, shell)
+        self._calls.on_refused = self._refusals.call
         self._health = Health()
         self._services: list[tuple[Callable[[Any, Any], None], Any]] = []
         self._stop = asyncio.Event()
@@ -162,7 +168,12 @@ class Server:
         loop = asyncio.get_running_loop()
         roads.prepare(self.shell)
         with roads.sole(self.shell.run_dir, self.name):
-            servers = [self._bind(road) for road in ROADS]
+            servers = [self._bind_road(road) for road in ROADS]
+            background = (self._refusals.run, *background)
+            port = tcp.Port.wanted(self.name, self.shell, self.metrics, self._refusals)
+            if port is not None:
+                servers.append(self._bind(port.gate, port.backend, "admin"))
+                background = (port.run, *background)
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._stop.set)
             try:
@@ -195,11 +206,15 @@ class Server:
             for server in servers:
                 tasks.create_task(server.stop(self.grace))
 
-    def _bind(self, road: Road) -> grpc.aio.Server:
+    def _bind_road(self, road: Road) -> grpc.aio.Server:
         path = self.shell.socket(road, self.name)
         if len(os.fsencode(path)) > UNIX_PATH_MAX:
             raise SettingsError(f"{path} is too long for a unix socket; choose a shorter --run-dir")
-        server = grpc.aio.server(interceptors=[RoadInterceptor(road, self._calls)], options=OPTIONS)
+        return self._bind(RoadGate(road), path, road)
+
+    def _bind(self, gate: Gate, path: Path, road: Road) -> grpc.aio.Server:
+        """A server behind a gate, on a socket in a road's directory."""
+        server = grpc.aio.server(interceptors=[GateInterceptor(gate, self._calls)], options=OPTIONS)
         for register, servicer in self._services:
             register(servicer, server)
         reflection.enable_server_reflection((*sorted(self._health.names - {""}), reflection.SERVICE_NAME), server)

@@ -129,6 +129,10 @@ class Shell(Section, frozen=True, kw_only=True):
     """Traces."""
     metrics: dict[str, str] = {}
     """By service: host:port where Prometheus metrics are served besides read/<svc>.metrics.sock."""
+    listen_tcp: dict[str, str] = {}
+    """By service: host:port where its gRPC is served over TCP besides its unix sockets, with mutual TLS and roles (services/ROLES.md)."""
+    tcp_names: tuple[str, ...] = ()
+    """DNS names and addresses of this node, for clients that check them in its certificate; Falkirk's own check another name."""
     roads: Roads = Roads()
     """Who may enter the socket directories."""
     mesh_uids: tuple[int, ...] = ()
@@ -137,13 +141,16 @@ class Shell(Section, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= 64:
             raise ValueError("workers must lie between 1 and 64")
-        for service, address in self.metrics.items():
-            if service not in SERVICES:
-                raise ValueError(f"metrics: {service!r} is not a service")
-            try:
-                host_port(address)
-            except ValueError as error:
-                raise ValueError(f"metrics.{service}: {error}") from error
+        for key, addresses in (("metrics", self.metrics), ("listen_tcp", self.listen_tcp)):
+            for service, address in addresses.items():
+                if service not in SERVICES:
+                    raise ValueError(f"{key}: {service!r} is not a service")
+                try:
+                    host_port(address)
+                except ValueError as error:
+                    raise ValueError(f"{key}.{service}: {error}") from error
+        if self.listen_tcp and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", self.node):
+            raise ValueError("node: with listen_tcp it stands in certificates: at most 63 letters, digits and ._-")
 
     def socket(self, road: Road, service: str) -> Path:
         """The gRPC socket of a service on a road."""

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Final
 
 from falkirk.linux import sockets
+from falkirk.linux.sockets import Socket
 
 _FAMILY: Final = {4: socket.AF_INET, 16: socket.AF_INET6}
 _TYPE: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -34,7 +35,7 @@ def usable(congestion: str) -> str:
         return sockets.set_congestion(probe, congestion) or "" if congestion else ""
 
 
-def start(destination: bytes, port: int, egress: bytes, congestion: str) -> socket.socket:
+def start(destination: bytes, port: int, egress: bytes, congestion: str) -> Socket:
     """A socket that connects. `egress` and `congestion` may be empty: the kernel's choice.
 
     Raises OSError: what connect() or bind() say at once, EAFNOSUPPORT where the families differ.
@@ -42,7 +43,7 @@ def start(destination: bytes, port: int, egress: bytes, congestion: str) -> sock
     family = _FAMILY.get(len(destination))
     if family is None or (egress and len(egress) != len(destination)):
         raise OSError(errno.EAFNOSUPPORT, "egress and destination must be of one address family")
-    sock = socket.socket(family, _TYPE)
+    sock = Socket(family, _TYPE)
     try:
         sockets.reset_on_close(sock)
         sockets.no_delay(sock)
@@ -60,7 +61,7 @@ def start(destination: bytes, port: int, egress: bytes, congestion: str) -> sock
     return sock
 
 
-def outcome(sock: socket.socket, events: int) -> int | None:
+def outcome(sock: Socket, events: int) -> int | None:
     """What the socket's epoll events say of its handshake: 0 connected, an errno failed, None nothing yet."""
     if events & _ERROR:
         return sockets.pending_error(sock) or None

@@ -23,6 +23,7 @@ import msgspec
 
 from falkirk.linux import namespace_messages as messages
 from falkirk.linux import seqpacket
+from falkirk.linux.sockets import Socket
 from falkirk.wire.handover import Prepare
 from falkirk.wire.slots import LOWERED
 
@@ -113,7 +114,7 @@ class Lowering:
             return
         self._epoll.modify(self._fd, _READ | (select.EPOLLOUT if self._unsent else 0))
 
-    def on_event(self, events: int) -> Iterator[tuple[Asked, socket.socket | int]]:
+    def on_event(self, events: int) -> Iterator[tuple[Asked, Socket | int]]:
         """Readiness of the pair: sockets that came, or the errno of those that don't."""
         if events & select.EPOLLOUT:
             self._send()
@@ -130,7 +131,7 @@ class Lowering:
             if answer is not None:
                 yield answer
 
-    def _answer(self, data: bytes, fds: list[int]) -> tuple[Asked, socket.socket | int] | None:
+    def _answer(self, data: bytes, fds: list[int]) -> tuple[Asked, Socket | int] | None:
         """What a datagram answers; None where nobody waits for it, or where it is the end."""
         try:
             message = messages.TO_WORKER.decode(data)
@@ -145,7 +146,7 @@ class Lowering:
             return None
         if isinstance(message, messages.NotConnecting):
             return asked, message.errno
-        return asked, socket.socket(fileno=fds[0]) if fds else errno.EMFILE
+        return asked, Socket(fileno=fds[0]) if fds else errno.EMFILE
 
     def close(self) -> None:
         """Give the pair up."""

@@ -23,6 +23,7 @@ from typing import Final
 import msgspec
 
 from falkirk.linux import seqpacket
+from falkirk.linux.sockets import Socket
 from falkirk.wire import handover
 from falkirk.wire.handover import Devices, Hello, Message, SocketFailed, SocketOpened
 
@@ -45,7 +46,7 @@ class Pairing:
         devices: tuple[Devices, Sequence[int]],
         uids: frozenset[int],
         refused: Callable[..., None],
-        bury: Callable[[socket.socket], None],
+        bury: Callable[[Socket], None],
     ) -> None:
         self._epoll = epoll
         self._listener = listener

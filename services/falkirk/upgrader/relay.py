@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Final
 
 from falkirk.linux import sockets, splice
+from falkirk.linux.sockets import Socket
 from falkirk.upgrader.stream import DIALLED, READ, Command, End, Reason, Stream, fin, interest, took
 
 BUFFER: Final = 64 * 1024
@@ -39,7 +40,6 @@ MAX_PIPES: Final = 128
 _ERROR: Final = select.EPOLLERR | select.EPOLLHUP
 _READABLE: Final = READ | _ERROR
 
-Socket = socket.socket
 TcpEnd = End[Socket]
 TcpStream = Stream[Socket]
 

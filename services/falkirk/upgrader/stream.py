@@ -22,6 +22,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final, Generic, TypeVar
 
+import msgspec
+
 READ: Final = 0x1
 """EPOLLIN."""
 WRITE: Final = 0x4
@@ -32,6 +34,10 @@ PARKED: Final = EDGE
 """Tell of errors only, each once."""
 DIALLED: Final = WRITE | EDGE
 """For a socket that connects; needs no change when it is connected: until it is opened, it is as good as parked."""
+
+FIN_READ: Final = 1
+"""Nothing more comes from an end, but what it sent before isn't all with the other one yet."""
+FIN_PASSED: Final = 2
 
 Handle = TypeVar("Handle")
 
@@ -68,86 +74,64 @@ class Command(Enum):
     """Both FINs have passed with this one: close both ends in order."""
 
 
-class End(Generic[Handle]):
+class End(msgspec.Struct, Generic[Handle], gc=False, eq=False):
     """One peer of a stream, and what it has sent. `handle` is the relay's own and isn't looked at here."""
 
-    __slots__ = ("bulk", "ended", "handle", "mask", "passed", "relayed", "waiting")
-
-    def __init__(self, handle: Handle, mask: int) -> None:
-        self.handle = handle
-        self.mask = mask
-        """What the handle is waited for at present."""
-        self.waiting = 0
-        """Bytes of this peer that were read and that the other end hasn't taken."""
-        self.bulk = False
-        """The last read brought as much as it could: the next one is worth a pipe."""
-        self.ended = False
-        """This peer's FIN was read."""
-        self.passed = False
-        """This peer's FIN was passed to the other end."""
-        self.relayed = 0
-        """Bytes of this peer that the other end took."""
+    handle: Handle
+    mask: int
+    """What the handle is waited for at present."""
+    waiting: int = 0
+    """Bytes of this peer that were read and that the other end hasn't taken."""
+    relayed: int = 0
+    """Bytes of this peer that the other end took."""
+    bulk: bool = False
+    """The last read brought as much as it could: the next one is worth a pipe."""
+    ended: int = 0
+    """This peer's FIN: 0 awaited, `FIN_READ`, or `FIN_PASSED` to the other end."""
 
 
-class Stream(Generic[Handle]):
-    """A slot's stream. Times are monotonic seconds unless they say wall clock."""
+class Trace(msgspec.Struct, gc=False):
+    """What spans of a sampled flow say."""
 
-    __slots__ = (
-        "active",
-        "client",
-        "due",
-        "flow_id",
-        "idle_s",
-        "phase",
-        "slot",
-        "span_id",
-        "started",
-        "started_wall_ns",
-        "timeout_s",
-        "upstream",
-    )
+    flow_id: bytes
+    span_id: bytes
+    """Its root's."""
+    since_ns: int
+    """When the present phase began, wall clock."""
 
-    def __init__(
-        self,
-        slot: int,
-        flow_id: bytes,
-        span_id: bytes,
-        upstream: Handle,
-        now: float,
-        timeout_s: float,
-        idle_s: int,
-        wall_ns: int = 0,
-    ) -> None:
-        """A stream whose upstream is being dialled since `now`, for at most `timeout_s`."""
-        self.slot = slot
-        self.flow_id = flow_id
-        self.span_id = span_id
-        self.phase = Phase.DIALLING
-        self.upstream = End(upstream, DIALLED)
-        self.client: End[Handle] | None = None
-        self.started = now
-        """When the present phase began."""
-        self.started_wall_ns = wall_ns
-        """When the present phase began, wall clock; 0 where the flow isn't sampled."""
-        self.active = now
-        """When bytes or a FIN last moved."""
-        self.timeout_s = timeout_s
-        """Seconds without activity after which the present phase is given up."""
-        self.idle_s = idle_s
-        self.due = -1
-        """Where `deadlines` keeps it."""
+
+class Stream(msgspec.Struct, Generic[Handle], gc=False, eq=False):
+    """A slot's stream, whose upstream is being dialled since `active`, for at most `timeout_s`. Times are monotonic seconds.
+
+    There are very many, most of them idle: they have no header for the garbage collector, which finds no cycle in them.
+    """
+
+    slot: int
+    upstream: End[Handle]
+    active: float
+    """When the present phase began, or bytes or a FIN last moved."""
+    timeout_s: float
+    """Seconds without activity after which the present phase is given up."""
+    idle_s: int
+    """The same, once it is open."""
+    trace: Trace | None = None
+    """Set where the flow is sampled."""
+    phase: Phase = Phase.DIALLING
+    client: End[Handle] | None = None
+    due: int = -1
+    """Where `deadlines` keeps it."""
 
     def connected(self, now: float, open_timeout_s: float) -> None:
         """The upstream's handshake is done: wait for the client's."""
         self.phase = Phase.HELD
-        self.started = self.active = now
+        self.active = now
         self.timeout_s = open_timeout_s
 
     def opened(self, client: Handle, mask: int, now: float) -> None:
         """The client's handshake is done: bytes may move."""
         self.client = End(client, mask)
         self.phase = Phase.OPEN
-        self.started = self.active = now
+        self.active = now
         self.timeout_s = self.idle_s
 
     def expires(self) -> float:
@@ -186,12 +170,12 @@ def took(end: End[Handle], other: End[Handle], offered: int, count: int) -> Comm
 
 def fin(end: End[Handle], other: End[Handle]) -> Command | None:
     """`end`'s FIN was read: nothing more comes from it."""
-    end.ended = True
+    end.ended = end.ended or FIN_READ
     return _pass_fin(end, other)
 
 
 def _pass_fin(end: End[Handle], other: End[Handle]) -> Command | None:
-    if not end.ended or end.waiting or end.passed:
+    if end.ended != FIN_READ or end.waiting:
         return None
-    end.passed = True
-    return Command.FINISH if other.passed else Command.PASS_FIN
+    end.ended = FIN_PASSED
+    return Command.FINISH if other.ended == FIN_PASSED else Command.PASS_FIN

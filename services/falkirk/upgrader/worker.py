@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Final
 
 from falkirk.linux import scheduling, seqpacket, sockets
+from falkirk.linux.sockets import Socket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.upgrader import control, dial, resolver, sessions
@@ -41,7 +42,7 @@ from falkirk.upgrader.deadlines import Deadlines
 from falkirk.upgrader.lowering import Asked, Lowering
 from falkirk.upgrader.pairing import Pairing
 from falkirk.upgrader.relay import MAX_PIPES, Relay, TcpStream
-from falkirk.upgrader.stream import Phase, Reason, Stream
+from falkirk.upgrader.stream import DIALLED, End, Phase, Reason, Stream, Trace
 from falkirk.wire import handover
 from falkirk.wire.handover import Closed, Connected, DialFailed, OpenSocket, Prepare, SocketFailed, SocketOpened
 from falkirk.wire.slots import SlotPlan
@@ -53,6 +54,7 @@ EVENTS: Final = 256
 DRAIN_S: Final = 2.5
 RESERVED: Final = 64 + 2 * MAX_PIPES
 """Descriptors kept for everything but streams."""
+_STREAM: Final = int(socket.SOCK_STREAM)
 IDLE_S: Final = 7440
 """RFC 5382 REQ-5: not before 2 h 4 min, where flow doesn't say."""
 
@@ -91,7 +93,7 @@ class Worker:
         self._dialling = 0
         self._idle_s = IDLE_S
         self._deadlines: Deadlines[TcpStream | Asked] = Deadlines(time.monotonic())
-        self._listeners = {listener.fileno(): listener for listener in listeners}
+        self._listeners = {listener.fileno(): (listener, int(listener.family)) for listener in listeners}
         for listener in listeners:
             # Clients' sockets inherit these, which spares two calls a stream.
             sockets.reset_on_close(listener)
@@ -151,7 +153,7 @@ class Worker:
                 else:
                     self._relay.on_event(stream, fd, events, now)
             elif fd in self._listeners:
-                self._accept(self._listeners[fd], now)
+                self._accept(*self._listeners[fd], now)
             elif self._pairing.owns(fd):
                 for message in self._pairing.on_event(fd, events):
                     self._obey(message, now)
@@ -224,7 +226,7 @@ class Worker:
         self._dialling += 1
         self._deadlines.add(asked)
 
-    def _answered(self, asked: Asked, result: socket.socket | int, now: float) -> None:
+    def _answered(self, asked: Asked, result: Socket | int, now: float) -> None:
         """A socket of the lowering namespace has come, or doesn't."""
         self._forget_asked(asked)
         if isinstance(result, int):
@@ -238,21 +240,14 @@ class Worker:
         del self._asked[asked.wish.slot]
         self._dialling -= 1
 
-    def _dial(self, wish: Prepare, upstream: socket.socket, now: float) -> None:
+    def _dial(self, wish: Prepare, upstream: Socket, now: float) -> None:
         """Await the outcome of a socket that connects since `now`."""
         idle_s = wish.idle_timeout_s or IDLE_S
         if idle_s != self._idle_s:
             self._idle_s = idle_s
+        trace = Trace(wish.flow_id, wish.span_id, time.time_ns()) if wish.span_id else None
         stream: TcpStream = Stream(
-            wish.slot,
-            # Only spans name it. A stream lives long, so it keeps nothing that it doesn't need, and shares what is the same for all.
-            wish.flow_id if wish.span_id else b"",
-            wish.span_id,
-            upstream,
-            now,
-            wish.connect_timeout_ms / 1000,
-            self._idle_s,
-            time.time_ns() if wish.span_id else 0,
+            wish.slot, End(upstream, DIALLED), now, wish.connect_timeout_ms / 1000, self._idle_s, trace
         )
         self._slots[wish.slot] = stream
         self._dialling += 1
@@ -284,8 +279,8 @@ class Worker:
         code = dial.outcome(stream.upstream.handle, events)
         if code is None:
             return
-        took = int((now - stream.started) * 1e9)
-        if stream.span_id:
+        took = int((now - stream.active) * 1e9)
+        if stream.trace is not None:
             self._span("dial", stream, "" if code == 0 else os.strerror(code), errno=code)
         if code:
             self._forget(stream)
@@ -300,16 +295,18 @@ class Worker:
         if caller is not None:
             self._open(stream, caller, now)
 
-    def _accept(self, listener: socket.socket, now: float) -> None:
+    def _accept(self, listener: socket.socket, family: int, now: float) -> None:
         for _ in range(ACCEPTS):
             try:
-                client, address = listener.accept()
+                # What accept() wraps, which would make one more object, and ask the kernel what is known here.
+                fd, address = listener._accept()  # type: ignore[attr-defined]
             except BlockingIOError:
                 return
             except OSError:
                 # ECONNABORTED: it has gone already. Others (no memory) may pass.
                 self._add("accept_failed")
                 return
+            client = Socket(family, _STREAM, 0, fd)
             stream = self._slots.get(self._slot_of(address[0]))
             if stream is None or stream.phase is not Phase.HELD:
                 self._add("accept_unknown_slot")
@@ -318,9 +315,9 @@ class Worker:
             client.setblocking(False)
             self._open(stream, client, now)
 
-    def _open(self, stream: TcpStream, client: socket.socket, now: float) -> None:
-        if stream.span_id:
-            stream.started_wall_ns = time.time_ns()
+    def _open(self, stream: TcpStream, client: Socket, now: float) -> None:
+        if stream.trace is not None:
+            stream.trace.since_ns = time.time_ns()
         self._relay.open(stream, client, now)
         self._deadlines.add(stream)
         self._add("opened")
@@ -333,10 +330,10 @@ class Worker:
         if stream.phase is not Phase.DIALLING:
             self._relay.reset(stream, stream.expired())
             return
-        if stream.span_id:
+        if stream.trace is not None:
             self._span("dial", stream, os.strerror(errno.ETIMEDOUT), errno=errno.ETIMEDOUT)
         self._forget(stream)
-        self._fail(stream.slot, errno.ETIMEDOUT, int((now - stream.started) * 1e9))
+        self._fail(stream.slot, errno.ETIMEDOUT, int((now - stream.active) * 1e9))
 
     def _fail(self, slot: int, code: int, took_ns: int) -> None:
         self._add(dial.kind(code))
@@ -356,7 +353,7 @@ class Worker:
         self._dialling -= stream.phase is Phase.DIALLING
         up, down = stream.relayed()
         self._ended(stream.slot, reason, up, down)
-        if stream.span_id and stream.phase is Phase.OPEN:
+        if stream.trace is not None and stream.phase is Phase.OPEN:
             status = "" if reason == Reason.FINISHED else reason
             self._span("relay", stream, status, reason=reason, bytes_up=up, bytes_down=down)
 
@@ -366,11 +363,13 @@ class Worker:
         self._pairing.say(Closed(slot, reason, up, down))
 
     def _span(self, name: str, stream: TcpStream, status: str, **attributes: str | int) -> None:
+        trace = stream.trace
+        assert trace is not None
         span = control.SpanEnded(
             name,
-            stream.flow_id,
-            stream.span_id,
-            stream.started_wall_ns,
+            trace.flow_id,
+            trace.span_id,
+            trace.since_ns,
             time.time_ns(),
             {"slot": stream.slot, "worker": self._setup.worker, **attributes},
             status,
@@ -409,7 +408,7 @@ class Worker:
         self._lowering.close()
         self._callers.close()
         self._relay.close()
-        for listener in self._listeners.values():
+        for listener, _ in self._listeners.values():
             listener.close()
         self._epoll.close()
 

@@ -12,7 +12,7 @@ import pytest
 from falkirk.decide.rules import PolicySource, RuleSource
 from falkirk.flow import control
 from falkirk.flow import review as review_module
-from falkirk.flow.live import LiveReader
+from falkirk.flow.live import RULE_BYTES, LiveReader
 from falkirk.wire.build import segment
 from falkirk.wire.context import Framing, TunnelContext
 from falkirk.wire.handover import Abort, Closed, Connected, Held, Hello, Prepare, Recontext, TunnelClosed
@@ -246,7 +246,7 @@ def test_a_reader_sees_the_new_rule_whole(rig: FlowRig) -> None:
     established(client)
     long = "r" * 100
     rig.change_rules([PolicySource(TENANT, long, 0, [RuleSource(long, "true", "allow")])])
-    assert live(rig) == {80: f"{long}/{long}"[:111]}
+    assert live(rig) == {80: f"{long}/{long}"[:RULE_BYTES]}
     rig.change_rules(ALLOW_WEB)
     assert live(rig) == {80: "main/all"}
 

@@ -63,7 +63,8 @@ class WorkerNode:
                 flow = tunnel.flows.get(key)
                 if flow is not None and tunnel.context == whose:
                     mtu = flow.to.mtu if isinstance(flow, ForwardFlow) and flow.to is not None else 0
-                    return Existing(flow.flow_id.hex(), flow.state.name.lower(), "", mtu=mtu)
+                    identity = self._rig.worker.lifecycle.identity(flow).hex()
+                    return Existing(identity, flow.state.name.lower(), "", mtu=mtu)
         return None
 
     def load(self, whose: TunnelContext, *, lifted: bool) -> quota.Load:

@@ -252,6 +252,27 @@ def test_a_train_comes_back_as_one_super_packet_or_as_plain_packets(client: Clie
     assert rig.balanced()
 
 
+def test_datagrams_that_wait_come_back_as_few_packets_as_can_be(client: Client) -> None:
+    """What the kernel hasn't joined is joined while it is read: of one length, a shorter one ends it, and neither order nor headers get lost."""
+    rig = client.rig
+    client.begin()
+    client.hears()
+    sizes = [700] * 5 + [699, 700, 1, 0, 30, 40, 40] + [1400] * 70
+    sent = [os.urandom(size) for size in sizes]
+    for payload in sent:
+        client.far.sendto(payload, client.peer)
+    client.far.setsockopt(
+        socket.IPPROTO_IP if client.family == 4 else socket.IPPROTO_IPV6, 2 if client.family == 4 else 16, 20
+    )
+    client.far.sendto(bytes(1400), client.peer)
+    packets = client.packets()
+    assert [payload for _, payload in packets] == [*sent, bytes(1400)]
+    assert [packet.ttl for packet, _ in packets] == [63] * len(sent) + [19]
+    # 5 and the 699; 700 and the 1; none; 30; 40 twice; 1,400 as often as 65,507 bytes hold, the rest, and the one with another TTL.
+    assert client.came == (8 if client.framing is Framing.VNET else len(packets))
+    assert rig.balanced()
+
+
 def test_without_the_kernels_help_a_train_is_plain_packets(rig: FlowRig) -> None:
     rig.worker.udp.trains = False
     client = Client(rig, Framing.VNET, 4)

@@ -86,7 +86,7 @@ def test_an_operator_ends_a_session_and_the_client_is_told(client: Client) -> No
     client.begin()
     client.hears()
     (flow,) = rig.worker.tunnels[1].flows.values()
-    seqpacket.send(rig._parent, encode([control.Terminate(1, flow.key, flow.flow_id, "enough")]))
+    seqpacket.send(rig._parent, encode([control.Terminate(1, flow.key, rig.worker.lifecycle.identity(flow), "enough")]))
     ((error, quoted),) = client.packets()
     assert (error.icmp_type, error.icmp_code) == unreachable(client, icmp.Unreachable.PROHIBITED)
     quote = parse(quoted, 0, len(quoted))

@@ -28,6 +28,18 @@ def test_lookups() -> None:
     assert tables.device("other", "laptop") is None
 
 
+def test_a_key_leads_to_the_device_that_has_it_now() -> None:
+    tables = Tables()
+    tables.apply([T, DeviceRow("d", "t", "laptop", public_key=b"k" * 32), DeviceRow("e", "t", "phone")])
+    assert [tables.device_by_key(key) for key in (b"k" * 32, b"o" * 32, b"")] == [tables.device_by_id("d"), None, None]
+    tables.apply(
+        [DeviceRow("d", "t", "laptop", public_key=b"o" * 32), DeviceRow("e", "t", "phone", public_key=b"k" * 32)]
+    )
+    assert [row.id if row else "" for row in map(tables.device_by_key, (b"k" * 32, b"o" * 32))] == ["e", "d"]
+    tables.apply([], ["e"])
+    assert tables.device_by_key(b"k" * 32) is None
+
+
 def test_touched_names_who_may_be_concerned() -> None:
     tables = Tables()
     tables.apply([T, UserRow("u", "t", "ann"), DeviceRow("d", "t", "laptop"), DeviceRow("e", "t", "phone")])

@@ -130,6 +130,18 @@ def test_addresses_come_from_the_pools_and_rest_after_use(acme: Ledger) -> None:
     assert acme.create("device", "two", "acme").addresses[0] == "100.96.0.3"
 
 
+def test_a_public_key_is_unique_over_the_mesh(acme: Ledger) -> None:
+    key = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg="
+    acme.create("device", "one", "acme", public_key=key)
+    acme.create("tenant", "other")
+    refusal = refused(lambda: acme.create("device", "two", "other", public_key=key))
+    assert (refusal.reason, refusal.about["field"]) == (Reason.KEY_TAKEN, "public_key")
+    # Nothing of the other tenant is told.
+    assert "acme" not in refusal.message
+    acme.delete("device", "one", "acme")
+    assert acme.create("device", "two", "other", public_key=key).public_key == key
+
+
 def test_addresses_are_unique_in_a_tenant_only(acme: Ledger) -> None:
     acme.create("device", "one", "acme", addresses=["fd00:0::7", "10.9.9.9"])
     assert list(acme.get("device", "one", "acme").addresses) == ["10.9.9.9", "fd00::7"]

@@ -133,3 +133,13 @@ def test_pairs_text_and_numbers_have_limits() -> None:
     assert refused(lambda: fields.text("bell\x07", "comment")).about["field"] == "comment"
     assert refused(lambda: fields.at_most(5, "max", 4)).about["field"] == "max"
     assert refused(lambda: fields.empty("x", "metadata.id")).about["field"] == "metadata.id"
+
+
+def test_a_public_key_is_canonical_base64_of_32_bytes_and_is_not_shown() -> None:
+    good = "xTIBA5rboUvnH4htodjb6e697QjLERt1NAB4mZqp8Dg="
+    assert fields.public_key(good, "public_key") == good
+    assert fields.public_key("", "public_key") == ""
+    for bad in (good[:-1], good[:-2] + "h=", good + "A", good + "\n", "a" * 44, "A" * 43 + "=", good.replace("x", "é")):
+        refusal = refused(lambda text=bad: fields.public_key(text, "public_key"))  # type: ignore[misc]
+        assert refusal.reason is Reason.INVALID_FIELD
+        assert good[:8] not in refusal.message

@@ -27,8 +27,8 @@ def _ends() -> tuple[End[str], End[str]]:
     return End("client", READ), End("upstream", READ)
 
 
-def _stream(**fields: int) -> Stream[str]:
-    return Stream(7, b"f" * 16, b"", "upstream", now=100.0, timeout_s=10.0, idle_s=60, **fields)
+def _stream() -> Stream[str]:
+    return Stream(7, End("upstream", DIALLED), active=100.0, timeout_s=10.0, idle_s=60)
 
 
 def test_masks_are_epolls() -> None:
@@ -52,7 +52,7 @@ def test_masks_are_epolls() -> None:
 def test_interest(ended: bool, waiting: int, other_waiting: int, mask: int) -> None:
     """`waiting`: bytes of this end that the other doesn't take; `other_waiting`: bytes that this one doesn't take."""
     end, other = _ends()
-    end.ended, end.waiting, other.waiting = ended, waiting, other_waiting
+    end.ended, end.waiting, other.waiting = int(ended), waiting, other_waiting
     assert interest(end, other) == mask
 
 

@@ -1,0 +1,386 @@
+"""WireGuard clients: datagrams of a UDP socket in, a tunnel for each device that has a session out.
+
+    socket ──train──► Node.receive ──packets by peer──► one datagram of packets ──near end══far end──► flow worker
+           ◄─train─── Node.send ◄──packets of a datagram────────────────────────near end══far end◄────
+
+The key is what tells whose packets they are: `Tables.device_by_key`, whatever address they come from. A key that is no device's, or that of a
+device or user which isn't let in, costs one Diffie-Hellman and has no answer. A device that has proved its key, by the first packet of a session, is
+admitted as a producer with a context would be, and from then on there is no difference: its tunnel is one end of a socket pair, of which the
+other end stays here. So whatever closes a tunnel (a device that is disabled, removed or moved; an operator) ends its sessions in the same turn.
+
+Of a device that may still come, but not as it was (another address or network), a handshake is asked at once, and the tunnel is made anew.
+
+Limits: one worker; a device's tunnel takes two descriptors here and one in its flow worker, for as long as it answers; 64 KiB a datagram of packets.
+Sessions end with the process, tunnels don't: the parent keeps their near ends, and the next process asks each device that still sends for a handshake.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from falkirk.linux import sockets, trains
+from falkirk.linux.seqpacket import Peer as Producer
+from falkirk.onramp import admission
+from falkirk.onramp.admission import Admission
+from falkirk.onramp.context import Refusal
+from falkirk.onramp.control import WIREGUARD
+from falkirk.onramp.reactor import Reactor, Timer
+from falkirk.onramp.tables import DeviceRow, Tables, Touched
+from falkirk.wire.malformed import MalformedPacket
+from falkirk.wire.packet import split
+from falkirk.wireguard.counters import REASONS
+from falkirk.wireguard.dialogue import Whose
+from falkirk.wireguard.node import Node
+from falkirk.wireguard.outcome import Arrivals
+from falkirk.wireguard.peer import Endpoint, Peer
+
+BUDGET: Final = 64
+"""Trains of the socket, and datagrams of one tunnel, a turn."""
+DATAGRAM: Final = 65536
+"""Bytes of a datagram of packets."""
+BUFFER: Final = 4 * 1024 * 1024
+PLACES: Final = 100_000
+"""Endpoints that are remembered; beyond, the oldest are forgotten, and their devices come back by their own timers."""
+REPORT_S: Final = 1.0
+"""How often the parent hears of what has changed about devices."""
+Admit = Callable[[socket.socket, socket.socket, Producer, Admission], int]
+"""Hands the far end of a tunnel to its flow worker, and a copy of the near end to whoever keeps it; the tunnel's number. Raises Refusal, and the far end stays the
+caller's."""
+Close = Callable[[int, str], None]
+Heard = Callable[[int, Peer], None]
+"""Something is new about the device of a tunnel: its endpoint, its last handshake, its bytes."""
+
+
+class Link:
+    """A device with a session: the near end of its tunnel."""
+
+    __slots__ = ("device_id", "near", "tunnel")
+
+    def __init__(self, device_id: str) -> None:
+        self.device_id = device_id
+        self.near: socket.socket | None = None
+        """Not there before its first packet, and after its tunnel is closed."""
+        self.tunnel = 0
+
+
+class WireGuard:
+    """Everything of one UDP socket. `tables` gives what is known at present, None while that is nothing."""
+
+    def __init__(
+        self,
+        reactor: Reactor,
+        sock: socket.socket,
+        private_key: bytes,
+        mtu: int,
+        tables: Callable[[], Tables | None],
+        admit: Admit,
+        close: Close,
+        heard: Heard,
+        count: Callable[[str, int], None],
+    ) -> None:
+        self._reactor, self._sock, self._tables = reactor, sock, tables
+        self._admit, self._close, self._heard, self._count = admit, close, heard, count
+        self._node = Node(private_key, rng=os.urandom, mtu=mtu, find=self._find)
+        self._arrivals = Arrivals()
+        self._train = memoryview(bytearray(trains.MAX_RECEIVE))
+        self._buffer = memoryview(bytearray(DATAGRAM))
+        self._peers: dict[str, Peer] = {}
+        """By device id."""
+        self._places: dict[Endpoint, str] = {}
+        """Where a device was heard from, authentically: its id, by endpoint."""
+        self._news: set[Peer] = set()
+        self._timer: Timer | None = None
+        self._due = float("inf")
+        self._counted = dict.fromkeys(REASONS, 0)
+        self._producer = Producer(os.getpid(), os.getuid(), os.getgid())
+
+    def start(self) -> None:
+        """Join the loop."""
+        self._reactor.add(self._sock.fileno(), select.EPOLLIN, self._from_socket)
+        self._reactor.after.append(self._after)
+        self._reactor.later(REPORT_S, self._report)
+
+    # who may come
+
+    def _find(self, public_key: bytes) -> Peer | Whose:
+        """The engine asks for a key that it doesn't know."""
+        tables = self._tables()
+        if tables is None:
+            self._drop("not_ready")
+            return Whose.NOBODY
+        row = tables.device_by_key(public_key)
+        if row is None:
+            return Whose.NOBODY
+        try:
+            admission.admit_device(tables, row)
+        except Refusal:
+            self._drop("not_admitted")
+            return Whose.NOBODY
+        return self._add(row, None)
+
+    def _add(self, row: DeviceRow, endpoint: Endpoint | None) -> Peer:
+        allowed = [(address, 8 * len(address)) for address in row.addresses]
+        peer = self._node.add_peer(row.public_key, allowed=allowed, endpoint=endpoint)
+        peer.owner = Link(row.id)
+        self._peers[row.id] = peer
+        return peer
+
+    def review(self, tables: Tables, touched: Touched | None) -> None:
+        """The tables have changed, in what was touched (None: in everything). A tunnel whose context is another one is closed by its own review."""
+        if touched is None or touched.tenants:
+            devices = list(self._peers)
+        else:
+            devices = [device for device in touched.devices if device in self._peers]
+        for device in devices:
+            peer, row = self._peers[device], tables.device_by_id(device)
+            reason = _unwelcome(tables, row, peer.public_key)
+            if reason:
+                self._forget(peer, reason)
+            elif row is not None and peer.allowed.addresses != frozenset(row.addresses):
+                self._again(peer, "context_changed")
+
+    def _forget(self, peer: Peer, reason: str) -> None:
+        """It has no session and no tunnel from now on."""
+        link: Link = peer.owner
+        self._node.remove_peer(peer.public_key)
+        self._peers.pop(link.device_id, None)
+        self._news.discard(peer)
+        near, link.near = link.near, None
+        if near is not None:
+            self._reactor.remove(near.fileno())
+            near.close()
+            self._close(link.tunnel, reason)
+
+    def _again(self, peer: Peer, reason: str) -> None:
+        """It begins anew, where it may."""
+        endpoint, link = peer.endpoint, peer.owner
+        self._forget(peer, reason)
+        tables = self._tables()
+        row = tables.device_by_id(link.device_id) if tables is not None else None
+        if tables is None or row is None or _unwelcome(tables, row, peer.public_key):
+            return
+        fresh = self._add(row, endpoint)
+        if endpoint is not None:
+            self._send(fresh, self._node.initiate(fresh, time.monotonic(), time.time_ns()))
+
+    # from devices
+
+    def _from_socket(self, _: int) -> None:
+        now, wall = time.monotonic(), time.time_ns()
+        receive, arrivals = self._node.receive, self._arrivals
+        for _ in range(BUDGET):
+            got = trains.receive(self._sock, self._train)
+            if got is None:
+                break
+            length, segment, address = got
+            receive(self._train[:length], address, now, wall, arrivals, segment)
+        self._deliver(now, wall)
+
+    def _deliver(self, now: float, wall: int) -> None:
+        arrivals = self._arrivals
+        for event in arrivals.events:
+            if event.kind == "unknown_index":
+                self._recover(event.endpoint)
+            elif event.peer is not None:
+                self._news.add(event.peer)
+                if event.kind == "handshake":
+                    self._open(event.peer)
+                elif event.kind == "silent":
+                    self._close_tunnel(event.peer, "silent")
+        for peer, packets in arrivals.packets.items():
+            self._news.add(peer)
+            self._up(peer, packets)
+        for endpoint, datagram in arrivals.datagrams:
+            self._lost(trains.send(self._sock, endpoint, (datagram,)))
+        arrivals.clear()
+
+    def _open(self, peer: Peer) -> None:
+        """It has proved its key: its tunnel, where it has none."""
+        link: Link = peer.owner
+        tables = self._tables()
+        row = tables.device_by_id(link.device_id) if tables is not None else None
+        if link.near is not None or tables is None or row is None:
+            return
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+        try:
+            sockets.raise_buffers(near, BUFFER)
+            link.tunnel = self._admit(far, near, self._producer, admission.admit_device(tables, row))
+        except Refusal:
+            self._drop("not_admitted")
+            near.close()
+            far.close()
+            return
+        self._attach(peer, near)
+
+    def _attach(self, peer: Peer, near: socket.socket) -> None:
+        peer.owner.near = near
+        self._reactor.add(near.fileno(), select.EPOLLIN | select.EPOLLRDHUP, lambda _: self._from_flow(peer))
+
+    def restore(self, tunnel: int, device_id: str, endpoint: str, near: socket.socket) -> None:
+        """A device's tunnel from the process before; its session begins anew with the next packet either way."""
+        tables = self._tables()
+        row = tables.device_by_id(device_id) if tables is not None else None
+        if tables is None or row is None or device_id in self._peers or _unwelcome(tables, row, row.public_key):
+            # Its tunnel is closed by its own review.
+            near.close()
+            return
+        near.setblocking(False)
+        host, _, port = endpoint.rpartition(":")
+        place = trains.destination(self._sock, host.strip("[]"), int(port)) if host else None
+        peer = self._add(row, place)
+        peer.owner.tunnel = tunnel
+        if place is not None:
+            self._places[place] = device_id
+        self._attach(peer, near)
+
+    def _up(self, peer: Peer, packets: list[bytes]) -> None:
+        """Packets to the flow worker, as many in a datagram as there is room for."""
+        link: Link = peer.owner
+        near = link.near
+        if near is None:
+            self._open(peer)
+            near = link.near
+        if near is None:
+            self._drop("no_tunnel", len(packets))
+            return
+        at = 0
+        while at < len(packets):
+            size = len(packets[at])
+            stop = at + 1
+            while stop < len(packets) and size + len(packets[stop]) <= DATAGRAM:
+                size += len(packets[stop])
+                stop += 1
+            try:
+                near.sendmsg(packets[at:stop])
+            except BlockingIOError:
+                self._drop("tunnel_full", stop - at)
+            except OSError:
+                self._drop("no_tunnel", stop - at)
+            at = stop
+
+    def _recover(self, endpoint: Endpoint | None) -> None:
+        """Data of a session that isn't here: of the process before this one, or of before a device was let in again. Whoever was heard from there is asked for a
+        handshake; nobody else is, as the datagram proves nothing."""
+        tables, device = self._tables(), self._places.get(endpoint or ())
+        row = tables.device_by_id(device) if tables is not None and device is not None else None
+        if tables is None or row is None or not row.public_key or _unwelcome(tables, row, row.public_key):
+            return
+        peer = self._peers.get(row.id) or self._add(row, endpoint)
+        if not peer.usable(time.monotonic()):
+            self._send(peer, self._node.initiate(peer, time.monotonic(), time.time_ns()))
+
+    # to devices
+
+    def _from_flow(self, peer: Peer) -> None:
+        link: Link = peer.owner
+        near, buffer = link.near, self._buffer
+        packets: list[bytes] = []
+        closed = False
+        for _ in range(BUDGET):
+            if near is None:
+                return
+            try:
+                size = near.recv_into(buffer)
+            except BlockingIOError:
+                break
+            except OSError:
+                size = 0
+            if not size:
+                closed = True
+                break
+            if buffer[0] == 0x7B:
+                # The admission's answer, for producers who wait for it.
+                continue
+            try:
+                packets += [bytes(buffer[at : at + length]) for at, length in split(buffer, size)]
+            except MalformedPacket:
+                self._drop("bad_packet_of_ours")
+        if packets:
+            self._news.add(peer)
+            self._send(peer, self._node.send(peer, packets, time.monotonic(), time.time_ns()))
+        if closed:
+            self._again(peer, "closed")
+
+    def _send(self, peer: Peer, datagrams: list[bytes]) -> None:
+        if datagrams and peer.endpoint is not None:
+            self._lost(trains.send(self._sock, peer.endpoint, datagrams))
+
+    def _close_tunnel(self, peer: Peer, reason: str) -> None:
+        """It doesn't answer: others are told that it isn't there, until it comes again."""
+        link: Link = peer.owner
+        near, link.near = link.near, None
+        if near is not None:
+            self._reactor.remove(near.fileno())
+            near.close()
+            self._close(link.tunnel, reason)
+
+    # time
+
+    def _after(self) -> bool:
+        now = time.monotonic()
+        due = self._node.next_deadline()
+        if now >= due:
+            wall = time.time_ns()
+            self._node.poll(now, wall, self._arrivals)
+            self._deliver(now, wall)
+            due = self._node.next_deadline()
+        if due < self._due or now >= self._due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._due = due
+            self._timer = self._reactor.later(max(due - now, 0), _nothing) if due != float("inf") else None
+        return False
+
+    def _report(self) -> None:
+        self._reactor.later(REPORT_S, self._report)
+        news, self._news = self._news, set()
+        for peer in news:
+            if peer.owner.near is not None:
+                self._heard(peer.owner.tunnel, peer)
+            if peer.endpoint is not None and peer.handshake_wall_ns:
+                self._places.pop(peer.endpoint, None)
+                self._places[peer.endpoint] = peer.owner.device_id
+        while len(self._places) > PLACES:
+            del self._places[next(iter(self._places))]
+        for reason, count in self._node.counters.items():
+            more = count - self._counted[reason]  # type: ignore[index]
+            if more:
+                self._counted[reason] = count  # type: ignore[index]
+                self._count(WIREGUARD + reason, more)
+
+    def _drop(self, reason: str, packets: int = 1) -> None:
+        self._count(WIREGUARD + reason, packets)
+
+    def _lost(self, datagrams: int) -> None:
+        if datagrams:
+            self._drop("socket_full", datagrams)
+
+
+def _unwelcome(tables: Tables, row: DeviceRow | None, public_key: bytes) -> str:
+    """Why the device with this key isn't let in any more; empty where it is."""
+    if row is None:
+        return "device_removed"
+    if row.public_key != public_key:
+        return "key_replaced"
+    try:
+        admission.admit_device(tables, row)
+    except Refusal as refusal:
+        return refusal.code.lower()
+    return ""
+
+
+def _nothing() -> None:
+    """The loop's turn is all that is wanted."""
+
+
+def endpoint_text(endpoint: tuple[Any, ...] | None) -> str:
+    """An address and port as people write it; empty for none."""
+    if endpoint is None:
+        return ""
+    host, port = str(endpoint[0]).removeprefix("::ffff:"), endpoint[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,284 @@
+"""Stock wireguard-go clients and a whole mesh: they come in, reach servers and each other, roam, and are cut off.
+
+Limit: needs root, wireguard-go and wg.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
+from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
+from tools.mesh import Mesh, resource, rule
+from tools.netlab import Lab, LabError, Namespace, wait_for
+from tools.wg_device import StockDevice, key_pair
+
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(180)]
+DEADLINE_S = 20.0
+SERVER4, SERVER6 = "198.18.101.2", "fd12:101::2"
+PORT = 51820
+
+
+class Place:
+    """A node with its mesh, a server, and two devices of one tenant whose owner differs, and one of another tenant with the first one's address."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.lab, self.directory = lab, lab.directory()
+        self.node, self.server = lab.namespace("node"), lab.namespace("server")
+        lab.cable(self.node, self.server, ["198.18.101.1/24", "fd12:101::1/64"], [f"{SERVER4}/24", f"{SERVER6}/64"])
+        self.node.sysctl("net.ipv4.ping_group_range", "0 2147483647")
+        self.one, self.two, self.twin = (StockDevice(lab, name, self.directory) for name in ("one", "two", "twin"))
+        for number, device in enumerate((self.one, self.two, self.twin), 102):
+            near = [f"198.18.{number}.1/24", f"fd12:{number}::1/64"]
+            lab.cable(
+                self.node,
+                device.namespace,
+                near,
+                [f"198.18.{number}.2/24", f"198.18.{number}.3/24", f"fd12:{number}::2/64"],
+            )
+        self.mesh = Mesh(lab, self.directory, self.node)
+        self.mesh.start({"onramp": {"wireguard": {"port": PORT}}})
+        self.addresses = ["100.96.0.9", "fd00:96::9"]
+        documents = []
+        for tenant in ("acme", "other"):
+            documents += [
+                resource("Tenant", tenant, devicePool6="fd00:96::/64"),
+                resource("Route", "four", tenant, prefix="0.0.0.0/0", target={"internet": {}}),
+                resource("Route", "six", tenant, prefix="::/0", target={"internet": {}}),
+            ]
+        documents += [
+            resource("User", "ann", "acme", groups=["staff"]),
+            resource("Device", "one", "acme", user="ann", publicKey=self.one.public_key, addresses=self.addresses),
+            resource("Device", "two", "acme", publicKey=self.two.public_key),
+            resource("Device", "twin", "other", publicKey=self.twin.public_key, addresses=self.addresses),
+            resource("Policy", "access", "acme", priority=10, rules=[
+                rule("no-ssh", 'net.port == 22 && device.name == "one"', "deny"), rule("rest", "true", "allow")]),
+            resource("Policy", "access", "other", priority=10, rules=[rule("all", 'app.attributes.onramp == "wireguard"', "allow")]),
+        ]  # fmt: skip
+        self.mesh.apply(documents)
+        channel = grpc.insecure_channel(f"unix:{self.mesh.run_dir / 'read' / 'onramp.sock'}")
+        lab.on_exit(channel.close)
+        self.onramp = onramp_service_pb2_grpc.OnrampServiceStub(channel)
+        self.key = self.status().public_key
+        for number, device in enumerate((self.one, self.two, self.twin), 102):
+            outside = f"198.18.{number}.1:{PORT}" if device is not self.two else f"[fd12:{number}::1]:{PORT}"
+            device.join(self.key, outside, self.addresses_of(device))
+
+    def addresses_of(self, device: StockDevice) -> list[str]:
+        """As the registry has given them."""
+        tenant = "other" if device is self.twin else "acme"
+        found = json.loads(self.mesh.ask("device", "get", "--tenant", tenant, device.name, "--json"))
+        return list(found["addresses"])
+
+    def status(self) -> pb.WireGuardStatus:
+        """What the on-ramp says."""
+        return self.stats().wireguard
+
+    def stats(self) -> pb.StatsResponse:
+        """All of it."""
+        answer: pb.StatsResponse = self.onramp.Stats(pb.StatsRequest())
+        return answer
+
+    def dropped(self) -> dict[str, int]:
+        """Reasons that were counted."""
+        return {counter.name: counter.value for counter in self.status().dropped if counter.value}
+
+    def tunnels(self) -> dict[str, Any]:
+        """Open ones by their devices."""
+        return {tunnel.context.device: tunnel for tunnel in self.onramp.List(pb.ListRequest()).tunnels}
+
+    def worker(self) -> int:
+        """The process id of the on-ramp's worker."""
+        return next(process.pid for process in self.stats().processes if process.name == "onramp.worker.0")
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Place]:
+    with Lab() as lab:
+        yield Place(lab)
+
+
+def listen(namespace: Namespace, address: str, port: int = 0) -> socket.socket:
+    """A listener inside."""
+    return _inside(namespace, lambda: socket.create_server((address, port), family=_family(address)))
+
+
+def connect(namespace: Namespace, address: str, port: int) -> socket.socket:
+    """A connection from inside."""
+    return _inside(namespace, lambda: socket.create_connection((address, port), timeout=DEADLINE_S))
+
+
+def _inside(namespace: Namespace, make: Any) -> socket.socket:
+    from tests.netns.conftest import in_namespace
+
+    descriptor = os.open(f"/proc/{namespace.pid}/ns/net", os.O_RDONLY)
+    try:
+        sock: socket.socket = in_namespace(descriptor, make)
+    finally:
+        os.close(descriptor)
+    return sock
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
+
+
+@contextlib.contextmanager
+def stream(
+    place: Place, client: Namespace, server: Namespace, address: str
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection from one place to the other: both ends."""
+    with listen(server, address) as listener:
+        listener.settimeout(DEADLINE_S)
+        with connect(client, address, listener.getsockname()[1]) as there:
+            here, _ = listener.accept()
+            with here:
+                here.settimeout(DEADLINE_S)
+                yield there, here
+
+
+def exchange(there: socket.socket, here: socket.socket, size: int = 1 << 20) -> None:
+    """Bytes both ways, whole."""
+    sent = os.urandom(size)
+    for source, sink in ((there, here), (here, there)):
+        source.setblocking(False)
+        came, at = bytearray(), 0
+        end = time.monotonic() + DEADLINE_S
+        while len(came) < size:
+            assert time.monotonic() < end
+            with contextlib.suppress(BlockingIOError):
+                at += source.send(sent[at : at + 65536]) if at < size else 0
+            sink.settimeout(0.01)
+            with contextlib.suppress(TimeoutError):
+                came += sink.recv(1 << 18)
+        assert bytes(came) == sent
+        source.settimeout(DEADLINE_S)
+
+
+def test_devices_reach_servers_and_each_other(place: Place) -> None:
+    """Echo and TCP, both families inside, one device outside by IPv6; and what one may do another mustn't."""
+    mine, yours = place.addresses_of(place.one), place.addresses_of(place.two)
+    assert mine == place.addresses
+    for device in (place.one, place.two):
+        for address in (SERVER4, SERVER6):
+            assert device.ping(address, seconds=5)
+            with stream(place, device.namespace, place.server, address) as ends:
+                exchange(*ends)
+    for from_, address in ((place.one, yours[0]), (place.two, mine[1])):
+        assert from_.ping(address, seconds=5)
+        to = place.two if from_ is place.one else place.one
+        with stream(place, from_.namespace, to.namespace, address) as ends:
+            exchange(*ends)
+            assert ends[1].getpeername()[0] in (*mine, *yours)
+    with pytest.raises(ConnectionRefusedError):
+        connect(place.one.namespace, SERVER4, 22)
+    tunnel = place.tunnels()["one"]
+    assert (tunnel.context.tenant, tunnel.context.user, tunnel.mtu) == ("acme", "ann", 1420)
+    wait_for("what is known of it", lambda: place.tunnels()["one"].wireguard.received_bytes > 1 << 20, DEADLINE_S)
+    assert place.tunnels()["one"].wireguard.endpoint.startswith("198.18.102.2:")
+    assert place.tunnels()["two"].wireguard.endpoint.startswith("[fd12:103::2]:")
+
+
+def test_the_key_says_whose_packets_they_are(place: Place) -> None:
+    """The same inner address in two tenants at once; neither sees the other, and an address that isn't its own is refused."""
+    assert place.one.ping(SERVER4, seconds=5)
+    assert place.twin.ping(SERVER4, seconds=5)
+    with (
+        stream(place, place.one.namespace, place.server, SERVER4) as one,
+        stream(place, place.twin.namespace, place.server, SERVER4) as twin,
+    ):
+        exchange(*one)
+        exchange(*twin)
+        flows = json.loads(place.mesh.ask("flow", "list", "--json"))
+        text = json.dumps(flows)
+        assert '"acme"' in text
+        assert '"other"' in text
+    assert not place.twin.ping(place.addresses_of(place.two)[0], seconds=1)
+    before = place.dropped().get("source_not_allowed", 0)
+    place.one.namespace.run("ip", "address", "add", "100.96.0.77/32", "dev", place.one.interface)
+    with pytest.raises(LabError):
+        place.one.namespace.run("ping", "-c", "1", "-W", "1", "-I", "100.96.0.77", SERVER4)
+    wait_for("the drop", lambda: place.dropped().get("source_not_allowed", 0) > before, DEADLINE_S)
+
+
+def test_a_stranger_has_no_answer(place: Place) -> None:
+    stranger = StockDevice(place.lab, "who", place.directory)
+    place.lab.cable(place.node, stranger.namespace, ["198.18.110.1/24"], ["198.18.110.2/24"])
+    stranger.join(place.key, f"198.18.110.1:{PORT}", ["100.96.0.9"])
+    before = place.dropped().get("unknown_key", 0)
+    assert not stranger.ping(SERVER4, seconds=1)
+    assert stranger.handshake() == 0
+    wait_for("the drop", lambda: place.dropped().get("unknown_key", 0) > before, DEADLINE_S)
+
+
+def test_a_device_that_roams_keeps_its_connections(place: Place) -> None:
+    with stream(place, place.one.namespace, place.server, SERVER4) as ends:
+        exchange(*ends, size=65536)
+        run = place.one.namespace.run
+        run("ip", "route", "replace", "198.18.102.1/32", "dev", _outer(place.one), "src", "198.18.102.3")
+        run("wg", "set", place.one.interface, "listen-port", "40404")
+        exchange(*ends, size=65536)
+        wait_for(
+            "its new endpoint", lambda: place.tunnels()["one"].wireguard.endpoint == "198.18.102.3:40404", DEADLINE_S
+        )
+
+
+def _outer(device: StockDevice) -> str:
+    found = json.loads(device.namespace.run("ip", "-j", "route", "get", "198.18.102.1"))
+    return str(found[0]["dev"])
+
+
+def test_a_killed_worker_costs_no_connection(place: Place) -> None:
+    """The tunnels stay, and a stock client that goes on sending is asked for a new session."""
+    with (
+        stream(place, place.two.namespace, place.server, SERVER4) as ends,
+        stream(place, place.one.namespace, place.two.namespace, place.addresses_of(place.two)[0]) as across,
+    ):
+        exchange(*ends)
+        exchange(*across)
+        known = {name: tunnel.id for name, tunnel in place.tunnels().items()}
+        wait_for("what is known of it", lambda: all(t.wireguard.endpoint for t in place.tunnels().values()), DEADLINE_S)
+        worker = place.worker()
+        os.kill(worker, signal.SIGKILL)
+        wait_for("another worker", lambda: place.worker() != worker, DEADLINE_S)
+        exchange(*ends)
+        exchange(*across)
+        assert {name: tunnel.id for name, tunnel in place.tunnels().items()} == known
+
+
+def test_a_change_takes_effect_at_once(place: Place) -> None:
+    """Disabled, its live connection ends and nothing passes; enabled it comes back; with another key the old one is nobody's."""
+    device = place.two
+    assert device.ping(SERVER4, seconds=5)
+    with stream(place, device.namespace, place.server, SERVER4) as (there, here):
+        exchange(there, here, size=4096)
+        place.mesh.ask("device", "update", "--tenant", "acme", "two", "--disabled")
+        with pytest.raises(ConnectionResetError):
+            here.recv(1)
+    assert not device.ping(SERVER4, seconds=1)
+    assert "two" not in place.tunnels()
+    place.mesh.ask("device", "update", "--tenant", "acme", "two", "--enabled")
+    wait_for("it is back", lambda: device.ping(SERVER4, seconds=1), DEADLINE_S)
+    place.mesh.ask("device", "update", "--tenant", "acme", "two", "--public-key", key_pair()[1])
+    wait_for("the old key is out", lambda: "two" not in place.tunnels(), DEADLINE_S)
+    assert not device.ping(SERVER4, seconds=1)
+
+
+def test_the_private_key_is_nobody_elses(place: Place) -> None:
+    key = place.mesh.data_dir / "onramp" / "wireguard.key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    secret = key.read_text().strip()
+    everything = [place.mesh.log, *Path(place.mesh.data_dir).rglob("*.ndjson")]
+    assert all(secret not in path.read_text(errors="replace") for path in everything)
+    assert secret not in Path(f"/proc/{place.worker()}/cmdline").read_text()
