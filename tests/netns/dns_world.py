@@ -14,7 +14,7 @@ from dnslib import QTYPE, RCODE, RR, TXT, A
 from dnslib.server import BaseResolver, DNSServer
 
 
-class Zone(BaseResolver):
+class Zone(BaseResolver):  # type: ignore[misc]  # dnslib has no types
     """One zone."""
 
     def __init__(self, domain: str) -> None:

@@ -39,11 +39,9 @@ AWAY: Final = (errno.ENOENT, errno.ECONNREFUSED, errno.EPIPE, errno.ECONNRESET, 
 """What connecting or writing says where no resolver is there."""
 
 
-def preface(flow: Flow) -> bytes:
+def preface(flow: Flow, flow_id: bytes) -> bytes:
     """What the resolver hears first about a flow, of UDP or TCP."""
-    said = asker.Asker(
-        flow.flow_id, flow.protocol, flow.source, flow.source_port, flow.destination, flow.tunnel.context
-    )
+    said = asker.Asker(flow_id, flow.protocol, flow.source, flow.source_port, flow.destination, flow.tunnel.context)
     data = asker.encode(said)
     if len(data) > asker.MAX:
         # Rules that need those facts fail closed (`falkirk.decide.rules`): a device can't talk its way around a rule by talking much.
@@ -76,7 +74,9 @@ class ResolverSessions(Sessions[ResolverSession]):
 
     def wish(self, session: ResolverSession) -> None:
         """At once: nothing is shared with other sessions."""
-        self._opening.ask(session, session.destination_port, 0, preface(session))
+        self._opening.ask(
+            session, session.destination_port, 0, preface(session, self._worker.lifecycle.identity(session))
+        )
 
     def refused(self, session: ResolverSession, code: int) -> str:
         """Why it ends where no resolver was to be had."""
@@ -130,8 +130,8 @@ class ResolverSessions(Sessions[ResolverSession]):
 
     # from the resolver
 
-    def receive(self, session: ResolverSession) -> None:
-        """One reply to the tunnel. Raises BlockingIOError where there is none."""
+    def receive(self, session: ResolverSession) -> bool:
+        """One reply to the tunnel; False where none will come any more. Raises BlockingIOError where there is none."""
         worker, heads, sock = self._worker, session.heads, session.sock
         assert sock is not None
         try:
@@ -140,7 +140,7 @@ class ResolverSessions(Sessions[ResolverSession]):
             reply = b""
         if not reply:
             worker.lifecycle.finish(session, "resolver_lost")
-            return
+            return False
         packet = bytearray(heads.size) + reply
         heads.put(packet, 0, len(reply), TTL, 0)
         tunnel = session.tunnel
@@ -153,6 +153,7 @@ class ResolverSessions(Sessions[ResolverSession]):
         else:
             sent = worker.tunnels.say(tunnel, bytes(packet))
         worker.counts[FORWARDED] += sent
+        return True
 
     def hear(self, session: ResolverSession) -> None:
         """The resolver's process is gone, or goes: a unix socket has no errors of the world to tell."""

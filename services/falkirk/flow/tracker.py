@@ -97,7 +97,7 @@ class Tracker(Segments):
                 span_id=flow.span_id,
                 lower=leg.slot if leg is not None else 0,
                 source_port=flow.source_port,
-                preface=preface(flow) if route.target == "resolver" else b"",
+                preface=preface(flow, worker.lifecycle.identity(flow)) if route.target == "resolver" else b"",
             )
         )
 
