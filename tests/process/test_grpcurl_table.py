@@ -89,7 +89,14 @@ def test_the_table_names_everything_that_can_be_read() -> None:
     for service, method in read_methods():
         if service != "registry":
             assert method in asked
-    for kind in (*RESOURCE_KINDS, "PolicyService", "RegistryService"):
+    for kind in (
+        *RESOURCE_KINDS,
+        "NodeService",
+        "PolicyService",
+        "PresenceService",
+        "DeviceTokenService",
+        "RegistryService",
+    ):
         assert any(name.startswith(f"falkirk.api.registry.v1.{kind}/") for name in asked)
     for service in {line.service for line in lines}:
         commands = [line.command for line in lines if line.service == service]

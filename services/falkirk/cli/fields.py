@@ -15,6 +15,8 @@ import typer
 from falkirk.api.registry.v1 import (
     device_service_pb2,
     device_service_pb2_grpc,
+    node_service_pb2,
+    node_service_pb2_grpc,
     policy_document_service_pb2,
     policy_document_service_pb2_grpc,
     route_service_pb2,
@@ -28,7 +30,7 @@ from falkirk.api.registry.v1 import (
     zone_service_pb2,
     zone_service_pb2_grpc,
 )
-from falkirk.cli.output import joined
+from falkirk.cli.output import instant, joined, timestamp
 
 Setter = Callable[[Any, Any], None]
 
@@ -69,7 +71,7 @@ class Spec:
     @property
     def scoped(self) -> bool:
         """Whether it lives in a tenant."""
-        return self.name != "tenant"
+        return self.name not in ("tenant", "node")
 
     @property
     def service(self) -> str:
@@ -110,6 +112,19 @@ def _pairs(name: str) -> Setter:
             if not equals:
                 raise typer.BadParameter(f"{item!r} isn't KEY=VALUE")
             pairs[key] = text
+
+    return put
+
+
+def _instant(name: str) -> Setter:
+    def put(message: Any, value: str) -> None:
+        if not value:
+            message.ClearField(name)
+            return
+        try:
+            getattr(message, name).CopyFrom(instant(value))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
 
     return put
 
@@ -221,6 +236,12 @@ SPECS: tuple[Spec, ...] = (
             Flag("--public-key", str, "Its WireGuard public key, in base64.", _plain("public_key")),
             Flag("--posture", list[str], "KEY=VALUE, several times.", _pairs("posture")),
             _DISABLED,
+            Flag(
+                "--expires",
+                str,
+                "When it ends: a time (2027-01-31T12:00:00Z), or how long from now (90s, 12h, 30d); empty: never.",
+                _instant("expire_time"),
+            ),
             _MAX_FLOWS,
         ),
         {
@@ -229,6 +250,8 @@ SPECS: tuple[Spec, ...] = (
             "vnet": lambda value: value.virtual_network,
             "groups": lambda value: joined(value.groups),
             "disabled": lambda value: value.disabled,
+            "pending": lambda value: value.pending,
+            "expires": lambda value: timestamp(value.expire_time),
         },
     ),
     Spec(
@@ -283,6 +306,24 @@ SPECS: tuple[Spec, ...] = (
             "rules": lambda value: len(value.rules),
             "disabled": lambda value: value.disabled,
             "comment": lambda value: value.comment,
+        },
+    ),
+    Spec(
+        "node",
+        "node",
+        "nodes",
+        node_service_pb2,
+        node_service_pb2_grpc.NodeServiceStub,
+        (
+            Flag("--public-key", str, "Its WireGuard public key, in base64.", _plain("public_key")),
+            Flag("--endpoint", list[str], "HOST:PORT where devices reach it, several times.", _list("endpoints")),
+            Flag("--mtu", int, "The largest inner packet of its tunnels, in bytes; 0 is 1420.", _plain("mtu")),
+        ),
+        {
+            "endpoints": lambda value: joined(value.endpoints),
+            "public key": lambda value: value.public_key,
+            "mtu": lambda value: value.mtu or "",
+            "version": lambda value: value.version,
         },
     ),
     Spec(
