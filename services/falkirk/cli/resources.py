@@ -1,4 +1,4 @@
-"""`falkirk tenant|user|device|vnet|route|policy|node create|get|list|update|delete|watch`, and `falkirk apply`.
+"""`falkirk tenant|user|device|vnet|route|policy|node|zone create|get|list|update|delete|watch`, and `falkirk apply`.
 
 Groups of the same six commands, built from the table in `falkirk.cli.fields`. `get` prints the document that
 `apply` takes. `update` reads, changes what was given, and writes on condition that nobody else wrote meanwhile.
@@ -17,7 +17,7 @@ import typer
 
 from falkirk.api.registry.v1.registry_service_pb2 import ApplyRequest, ApplyResponse
 from falkirk.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
-from falkirk.cli import device, manifest
+from falkirk.cli import device, device_client, manifest
 from falkirk.cli.connection import Json, RunDir, calling, fail, until_interrupted
 from falkirk.cli.fields import LABELS, SPECS, TARGETS, Flag, Spec
 from falkirk.cli.output import print_json, print_table, timestamp
@@ -55,6 +55,7 @@ def register(app: typer.Typer) -> None:
             group.command("add")(route_add)
         if spec.name == "device":
             device.register(group)
+            device_client.add(group)
         if spec.name == "policy":
             group.command("create")(policy_create)
         app.add_typer(group)
