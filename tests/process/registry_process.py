@@ -26,6 +26,7 @@ from falkirk.api.registry.v1 import (
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
     virtual_network_service_pb2_grpc,
+    zone_service_pb2_grpc,
 )
 from falkirk.runtime import client
 from falkirk.runtime.errors import FalkirkError, from_rpc
@@ -104,6 +105,7 @@ class Stubs:
         self.node: Any = node_service_pb2_grpc.NodeServiceStub(channel)
         self.token: Any = device_token_service_pb2_grpc.DeviceTokenServiceStub(channel)
         self.presence: Any = presence_service_pb2_grpc.PresenceServiceStub(channel)
+        self.zone: Any = zone_service_pb2_grpc.ZoneServiceStub(channel)
 
 
 @contextmanager

@@ -22,7 +22,14 @@ from tools.netlab import wait_for
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_EXCEEDED = 64 + 4
 """grpcurl's exit code for a stream that -max-time ended."""
-RESOURCE_KINDS = ("TenantService", "UserService", "DeviceService", "VirtualNetworkService", "RouteService")
+RESOURCE_KINDS = (
+    "TenantService",
+    "UserService",
+    "DeviceService",
+    "VirtualNetworkService",
+    "RouteService",
+    "ZoneService",
+)
 """The registry's services of one shape: one question of each is enough."""
 
 

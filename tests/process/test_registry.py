@@ -26,6 +26,7 @@ from falkirk.api.registry.v1 import (
     tenant_service_pb2,
     user_service_pb2,
     virtual_network_service_pb2,
+    zone_service_pb2,
 )
 from falkirk.registry.migrations import SCHEMA
 from tests.process.registry_process import DEADLINE_S, Registry, Stubs, refused, running
@@ -38,6 +39,7 @@ MODULES: dict[str, Any] = {
     "route": route_service_pb2,
     "policy": policy_document_service_pb2,
     "node": node_service_pb2,
+    "zone": zone_service_pb2,
 }
 VALUES: dict[str, dict[str, Any]] = {
     "tenant": {"display_name": "Acme"},
@@ -47,6 +49,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "route": {"prefix": "2001:db8::/32", "target": {"internet": {"egress_address6": "2001:db8::1"}}},
     "policy": {"priority": -3, "rules": [{"name": "web", "when": "net.port == 443", "action": 1}]},
     "node": {"endpoints": ["192.0.2.1:51820"], "mtu": 1380},
+    "zone": {"domain": "corp.internal", "records": [{"name": "www", "type": 1, "value": "10.1.0.2"}]},
 }
 
 

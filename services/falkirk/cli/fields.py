@@ -27,6 +27,8 @@ from falkirk.api.registry.v1 import (
     user_service_pb2_grpc,
     virtual_network_service_pb2,
     virtual_network_service_pb2_grpc,
+    zone_service_pb2,
+    zone_service_pb2_grpc,
 )
 from falkirk.cli.output import instant, joined, timestamp
 
@@ -160,6 +162,17 @@ def target_text(route: Any) -> str:
     internet = route.target.internet
     egress = [address for address in (internet.egress_address4, internet.egress_address6) if address]
     return f"internet from {joined(egress)}" if egress else "internet"
+
+
+def _records(message: Any, value: list[str]) -> None:
+    del message.records[:]
+    for item in filter(None, value):
+        name, _, rest = item.strip().partition(" ")
+        kind, _, said = rest.strip().partition(" ")
+        number = zone_service_pb2.ZoneRecordType.DESCRIPTOR.values_by_name.get(f"ZONE_RECORD_TYPE_{kind.upper()}")
+        if number is None or not number.number or not said:
+            raise typer.BadParameter(f"{item!r} isn't NAME TYPE VALUE", param_hint="--record")
+        message.records.add(name=name, type=number.name, value=said.strip())
 
 
 LABELS = Flag("--label", list[str], "KEY=VALUE, several times.", _pairs("metadata.labels"))
@@ -311,6 +324,32 @@ SPECS: tuple[Spec, ...] = (
             "public key": lambda value: value.public_key,
             "mtu": lambda value: value.mtu or "",
             "version": lambda value: value.version,
+        },
+    ),
+    Spec(
+        "zone",
+        "zone",
+        "zones",
+        zone_service_pb2,
+        zone_service_pb2_grpc.ZoneServiceStub,
+        (
+            Flag("--domain", str, "Such as corp.internal or 1.10.in-addr.arpa.", _plain("domain")),
+            _VNET,
+            Flag(
+                "--record",
+                list[str],
+                "NAME TYPE VALUE, such as 'www A 10.1.0.2' or '@ TXT hello', several times.",
+                _records,
+            ),
+            Flag("--forward-to", list[str], "A resolver that knows the domain, several times.", _list("forward_to")),
+            _COMMENT,
+        ),
+        {
+            "vnet": lambda value: value.virtual_network,
+            "domain": lambda value: value.domain,
+            "records": lambda value: len(value.records) or "",
+            "forwarded to": lambda value: joined(value.forward_to),
+            "comment": lambda value: value.comment,
         },
     ),
 )

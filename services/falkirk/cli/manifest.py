@@ -34,6 +34,7 @@ KINDS = {
     "Route": "route",
     "Policy": "policy",
     "Node": "node",
+    "Zone": "zone",
 }
 """Kinds of documents, and their field in `Resource`."""
 
@@ -230,9 +231,10 @@ def _scalar(source: str, node: yaml.Node, field: FieldDescriptor, place: str) ->
             raise _wrong(source, node, place, "must be true or false")
         case FieldDescriptor.CPPTYPE_ENUM:
             names = _enum_names(field)
-            if text not in names:
+            # DNS types are written in capitals by everybody.
+            if text.lower() not in names:
                 raise _wrong(source, node, place, f"must be {' or '.join(names)}")
-            return names[text]
+            return names[text.lower()]
         case cpp_type:
             low, high = _MAXIMA[cpp_type]
             if tag != "int" or not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text) or not low <= int(text) <= high:

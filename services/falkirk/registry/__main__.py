@@ -18,6 +18,7 @@ from falkirk.api.registry.v1 import (
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
     virtual_network_service_pb2_grpc,
+    zone_service_pb2_grpc,
 )
 from falkirk.registry.authority import Authority
 from falkirk.registry.authority_service import AuthorityService
@@ -44,6 +45,7 @@ _REGISTER = {
     "route": route_service_pb2_grpc.add_RouteServiceServicer_to_server,
     "policy": policy_document_service_pb2_grpc.add_PolicyServiceServicer_to_server,
     "node": node_service_pb2_grpc.add_NodeServiceServicer_to_server,
+    "zone": zone_service_pb2_grpc.add_ZoneServiceServicer_to_server,
 }
 
 
