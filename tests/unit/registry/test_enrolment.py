@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,9 +166,8 @@ def test_the_tunnel_follows_the_selected_network(ledger: Ledger) -> None:
         ledger.create("node", name, **given, endpoints=[endpoint] if endpoint else [])
     for number, network in enumerate(("", "lab")):
         device = ledger.create("device", f"d{number}", "acme", virtual_network=network)
-        found = ledger.store.read(
-            lambda connection, device=device: tunnel.describe(connection, device, "k", lambda node: node == "n2")
-        ).result(10)
+        read = partial(tunnel.describe, device=device, registry_key="k", alive=lambda node: node == "n2")
+        found = ledger.store.read(read).result(10)
         assert [peer.node for peer in found.peers] == ["n2", "n1"], "the one that reports comes first"
         routed = [prefix for prefix in found.peers[0].allowed_prefixes if prefix.startswith("10.")]
         assert routed == [f"10.{number + 1}.0.0/16"]
