@@ -23,7 +23,7 @@ from falkirk.cli.output import print_table
 
 QUERY_SECONDS: Final = 60.0
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_COLUMNS: Final = ("time", "event", "tenant", "device", "source", "destination", "rule", "detail")
+_COLUMNS: Final = ("time", "event", "tenant", "device", "user", "source", "destination", "rule", "detail")
 
 app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
 
@@ -118,6 +118,7 @@ def row(record: Mapping[str, Any]) -> tuple[str, ...]:
         str(record.get("event", "")),
         str(record.get("tenant", "")),
         str(record.get("device", "")),
+        str(record.get("user", "")),
         _endpoint(record, "source"),
         _endpoint(record, "destination"),
         str(record.get("rule", "")),
