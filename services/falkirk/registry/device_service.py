@@ -78,7 +78,7 @@ class DeviceService(ResourceService):
                 await self._desk.read(lambda connection: _known(connection, request.token))
                 device = await self._desk.write(lambda work: enrolment.by_token(work, request.token, machine))
             case "oidc_token":
-                person = await self._person(request.oidc_token, request.tenant)
+                person = await self.person(request.oidc_token, request.tenant)
                 device = await self._desk.write(lambda work: enrolment.by_person(work, person, machine))
             case _:
                 raise refusal(
@@ -150,7 +150,8 @@ class DeviceService(ResourceService):
             lambda connection: tunnel.describe(connection, device, self._public_key, self._alive)
         )
 
-    async def _person(self, token: str, tenant: str) -> Person:
+    async def person(self, token: str, tenant: str) -> Person:
+        """Whom an ID token is about. Raises FalkirkError."""
         try:
             identity = await self._verifier.verify(token)
         except oidc.Unavailable as error:
@@ -233,6 +234,11 @@ def person_of(issuers: Sequence[OidcIssuer], identity: oidc.Identity, tenant: st
         groups=groups if issuer.groups_claim else None,
         needs_approval=issuer.needs_approval,
         device_lifetime_s=issuer.device_lifetime_s,
+        role=Role.ADMINISTRATOR
+        if set(issuer.administrator_groups) & set(groups)
+        else Role.AUDITOR
+        if set(issuer.auditor_groups) & set(groups)
+        else Role.OWNER,
     )
 
 
