@@ -17,6 +17,9 @@ raises the revision by one, and everything that the replicas of the other servic
 
 Beside the resources lie enrolment tokens (as hashes) and what devices have proved; no watch carries those. How a machine becomes a device: `enrolment`.
 
+Beside the resources stands the mesh's authority (`authority`, `principals`, `issue`, `sealing`): roots, who may log in, and the certificates of nodes and
+people, in tables of the same store that no watch shows.
+
 Goals: a write is either whole and durable or hasn't happened; a watcher sees every transaction once and in order; a
 mistake is answered with a reason, the field, and what would be right.
 
