@@ -1,7 +1,7 @@
 """DeviceService and DeviceTokenService: the messages of enrolment to values and back.
 
 A device's own calls carry their authority in the message (a token, a sign-in, a proof by its key), so they mean the same by whichever road they come.
-An unknown token costs a read and nothing of the store's one writer.
+An unknown token or a bad proof costs a read and nothing of the store's one writer.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ class DeviceService(ResourceService):
         self, request: pb.DeviceServiceDescribeRequest, context: Any
     ) -> pb.DeviceServiceDescribeResponse:
         """See the proto."""
+        await self._looked_at(request.proof, proof.DESCRIBE)
         device = await self._desk.write(
             lambda work: enrolment.proved(work, request.proof, self._private_key, proof.DESCRIBE)
         )
@@ -108,9 +109,10 @@ class DeviceService(ResourceService):
         self, request: pb.DeviceServiceReportPostureRequest, context: Any
     ) -> pb.DeviceServiceReportPostureResponse:
         """See the proto."""
+        said = proof.posture(request.posture)
+        await self._looked_at(request.proof, proof.POSTURE, said)
 
         def work(work: Engine) -> tuple[pb.Device, int]:
-            said = proof.posture(request.posture)
             stored = enrolment.proved(work, request.proof, self._private_key, proof.POSTURE, said)
             return enrolment.report_posture(work, stored, request.posture), reached(work)
 
@@ -124,6 +126,7 @@ class DeviceService(ResourceService):
         said = b""
         with suppress(ValueError):  # what isn't a key is refused as one once the proof has failed to say it
             said = proof.key_of(request.public_key)
+        await self._looked_at(request.proof, proof.ROTATE, said)
 
         def work(work: Engine) -> tuple[pb.Device, int]:
             stored = enrolment.proved(work, request.proof, self._private_key, proof.ROTATE, said)
@@ -146,6 +149,13 @@ class DeviceService(ResourceService):
         """See the proto."""
         found = await self.Get(pb.DeviceServiceGetRequest(tenant=request.tenant, name=request.name), context)
         return pb.DeviceServiceGetTunnelResponse(device=found.device, tunnel=await self._tunnel(found.device))
+
+    async def _looked_at(self, given: pb.DeviceProof, purpose: str, said: bytes = b"") -> None:
+        """Refuse a bad proof before it costs the one writer anything."""
+        now_ns = self._desk.now_ns()
+        await self._desk.read(
+            lambda connection: enrolment.check_proof(connection, now_ns, given, self._private_key, purpose, said)
+        )
 
     async def _tunnel(self, device: pb.Device) -> pb.TunnelConfig:
         return await self._desk.read(
