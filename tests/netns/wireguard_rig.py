@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
-
 from falkirk.linux import netns
 from falkirk.linux.netlink import Netlink
 from falkirk.linux.wireguard import control
@@ -108,13 +106,20 @@ class Ours(Side):
     """Our client, or our engine as a server: the same process."""
 
     def start(
-        self, other: Side, *, endpoint: str = "", keepalive_s: float = 0, **options: Any
+        self,
+        other: Side,
+        *,
+        endpoint: str = "",
+        keepalive_s: float = 0,
+        allowed: tuple[str, ...] = (),
+        before: str = "",
     ) -> subprocess.Popen[bytes]:
-        """Bring the interface up; it calls the other side where there is an endpoint."""
+        """Bring the interface up; it calls the other side where there is an endpoint. `allowed`: what the other side has, if not its own; `before`: an endpoint that is tried first."""
         peer = PeerRequest(
             public_key=other.public,
-            endpoints=(endpoint,) if endpoint else (),
-            allowed=(f"{other.inner}/32", f"{other.inner6}/128"),
+            endpoints=tuple(filter(None, (before, endpoint))),
+            patience_s=1.0,
+            allowed=allowed or (f"{other.inner}/32", f"{other.inner6}/128"),
             keepalive_s=keepalive_s,
         )
         request = InterfaceRequest(
@@ -126,7 +131,7 @@ class Ours(Side):
             control=str(self.folder / f"{self.name}.sock"),
         )
         path = self.folder / f"{self.name}.json"
-        path.write_bytes(encode(msgspec.structs.replace(request, **options)))
+        path.write_bytes(encode(request))
         command = (sys.executable, "-m", "falkirk.linux.wireguard", str(path))
         process = self.popen(*command, stdout=subprocess.PIPE)
         assert process.stdout is not None

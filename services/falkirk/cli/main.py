@@ -34,7 +34,7 @@ COMMANDS: Final = {
     "apply": ("falkirk.cli.resources", "Create and update resources from files."),
     "tenant": ("falkirk.cli.resources", "Tenants."),
     "user": ("falkirk.cli.resources", "Users."),
-    "device": ("falkirk.cli.resources", "Devices."),
+    "device": ("falkirk.cli.resources", "Devices; and this machine as one: enroll, up, status, down."),
     "vnet": ("falkirk.cli.resources", "Virtual networks."),
     "route": ("falkirk.cli.resources", "Routes."),
     "policy": ("falkirk.cli.resources", "Policies; without a command: run the policy service."),

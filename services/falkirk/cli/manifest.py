@@ -33,6 +33,7 @@ KINDS = {
     "VirtualNetwork": "virtual_network",
     "Route": "route",
     "Policy": "policy",
+    "Node": "node",
 }
 """Kinds of documents, and their field in `Resource`."""
 

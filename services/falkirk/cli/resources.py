@@ -17,7 +17,7 @@ import typer
 
 from falkirk.api.registry.v1.registry_service_pb2 import ApplyRequest, ApplyResponse
 from falkirk.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
-from falkirk.cli import manifest
+from falkirk.cli import device_client, manifest
 from falkirk.cli.connection import Json, RunDir, calling, fail, until_interrupted
 from falkirk.cli.fields import LABELS, SPECS, TARGETS, Flag, Spec
 from falkirk.cli.output import print_json, print_table, timestamp
@@ -55,6 +55,8 @@ def register(app: typer.Typer) -> None:
             group.command("add")(route_add)
         if spec.name == "policy":
             group.command("create")(policy_create)
+        if spec.name == "device":
+            device_client.add(group)
         app.add_typer(group)
     app.command("apply")(apply)
 

@@ -1,4 +1,4 @@
-"""Starts the registry: settings, store, feed, seven services."""
+"""Starts the registry: settings, store, feed, the services."""
 
 from __future__ import annotations
 
@@ -8,20 +8,27 @@ import time
 
 from falkirk.api.registry.v1 import (
     device_service_pb2_grpc,
+    device_token_service_pb2_grpc,
+    node_service_pb2_grpc,
     policy_document_service_pb2_grpc,
+    presence_service_pb2_grpc,
     registry_service_pb2_grpc,
     route_service_pb2_grpc,
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
     virtual_network_service_pb2_grpc,
 )
+from falkirk.registry.device_service import DeviceService, DeviceTokenService, private_key
 from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.metrics import StoreCollector
+from falkirk.registry.node_service import NodeService
+from falkirk.registry.presence_service import PresenceService
 from falkirk.registry.service import Desk, RegistryService, ResourceService, surroundings
 from falkirk.registry.settings import Settings
 from falkirk.registry.store import Store, StoreError, Transaction
 from falkirk.registry.watch import FEED_BYTES, Feed
 from falkirk.runtime import telemetry
+from falkirk.runtime.oidc import Trusted, Verifier
 from falkirk.runtime.server import MESSAGE_BYTES, Server
 from falkirk.runtime.settings import Shell, arguments
 
@@ -32,6 +39,7 @@ _REGISTER = {
     "virtual_network": virtual_network_service_pb2_grpc.add_VirtualNetworkServiceServicer_to_server,
     "route": route_service_pb2_grpc.add_RouteServiceServicer_to_server,
     "policy": policy_document_service_pb2_grpc.add_PolicyServiceServicer_to_server,
+    "node": node_service_pb2_grpc.add_NodeServiceServicer_to_server,
 }
 
 
@@ -40,22 +48,45 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
     loop = asyncio.get_running_loop()
     feed = Feed(store, settings.max_watches, min(FEED_BYTES, settings.history_bytes))
 
+    desk = Desk(store, feed, surroundings())
+    presence = PresenceService(desk)
+
+    def published(transaction: Transaction) -> None:
+        feed.publish(transaction)
+        presence.on_commit(transaction)
+
     def committed(transaction: Transaction) -> None:
-        loop.call_soon_threadsafe(feed.publish, transaction)
+        loop.call_soon_threadsafe(published, transaction)
 
     store.on_commit = committed
-    desk = Desk(store, feed, surroundings())
+    trusted = [Trusted(issuer.issuer, issuer.audience, issuer.jwks_url) for issuer in settings.oidc]
+    key = private_key(shell.data("registry") / "device.key")
+    servicers: dict[str, ResourceService] = {
+        "device": DeviceService(desk, key, settings.oidc, Verifier(trusted), presence.table.knows),
+        "node": NodeService(desk),
+    }
     server = Server("registry", shell)
     server.metrics.register(StoreCollector(store, feed))
     for name, register in _REGISTER.items():
-        server.add(register, ResourceService(BY_NAME[name], desk), BY_NAME[name].service)
+        servicer = servicers.get(name) or ResourceService(BY_NAME[name], desk)
+        server.add(register, servicer, BY_NAME[name].service)
+    server.add(
+        device_token_service_pb2_grpc.add_DeviceTokenServiceServicer_to_server,
+        DeviceTokenService(desk),
+        "falkirk.api.registry.v1.DeviceTokenService",
+    )
+    server.add(
+        presence_service_pb2_grpc.add_PresenceServiceServicer_to_server,
+        presence,
+        "falkirk.api.registry.v1.PresenceService",
+    )
     server.add(
         registry_service_pb2_grpc.add_RegistryServiceServicer_to_server,
         RegistryService(desk, time.time_ns()),
         "falkirk.api.registry.v1.RegistryService",
     )
     server.set_ready(True)
-    await server.run()
+    await server.run(presence.run)
 
 
 def main() -> int:
@@ -69,7 +100,8 @@ def main() -> int:
             history_bytes=settings.history_bytes,
             transaction_bytes=MESSAGE_BYTES * 3 // 4,
         )
-    except (StoreError, OSError) as error:
+        private_key(shell.data("registry") / "device.key")
+    except (StoreError, OSError, ValueError) as error:
         print(f"falkirk registry: {error}", file=sys.stderr)
         return 1
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from falkirk.api.registry.v1.device_service_pb2 import Device
 from falkirk.api.registry.v1.route_service_pb2 import Route
 from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
+from falkirk.api.registry.v1.user_service_pb2 import User
 from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
 from falkirk.decide import resolver
 from falkirk.registry import kinds, pools
@@ -77,8 +78,17 @@ def check_delete(stored: Value) -> None:
 
 
 def before_delete(engine: Engine, stored: Value) -> None:
-    """Take a tenant's default virtual network along with it."""
-    if isinstance(stored, Tenant):
+    """Take along what goes with a resource: a tenant's default virtual network, enrolment tokens, what is kept beside a device."""
+    key = stored.metadata.id
+    if isinstance(stored, Device):
+        engine.connection.execute("DELETE FROM enrolled WHERE device_id = ?", (key,))
+        engine.connection.execute("DELETE FROM proved WHERE device_id = ?", (key,))
+    elif isinstance(stored, User):
+        engine.connection.execute("DELETE FROM enrolment_token WHERE user_id = ?", (key,))
+        engine.connection.execute("DELETE FROM subject WHERE user_id = ?", (key,))
+    elif isinstance(stored, Tenant):
+        engine.connection.execute("DELETE FROM enrolment_token WHERE tenant_id = ?", (key,))
+        engine.connection.execute("DELETE FROM subject WHERE tenant_id = ?", (key,))
         engine.remove(BY_NAME["virtual_network"], _default_network(engine, stored.metadata.id))
         engine.connection.execute("DELETE FROM pool WHERE tenant_id = ?", (stored.metadata.id,))
 

@@ -345,7 +345,7 @@ class Engine:
         self._tenants.clear()
         self._targets.clear()
         key, name = value.metadata.id, value.metadata.name
-        if not kind.scoped:
+        if kind.holds_others:
             rows = self.connection.execute("SELECT kind, body FROM resource WHERE tenant_id = ?", (key,)).fetchall()
             for number, body in rows:
                 inner = kinds.parse(BY_NUMBER[number], body)
@@ -369,7 +369,7 @@ class Engine:
             (key,),
         ):
             counts[BY_NUMBER[number].plural] = count
-        if not kind.scoped:
+        if kind.holds_others:
             for number, count in self.connection.execute(
                 "SELECT kind, count(*) FROM resource WHERE tenant_id = ? GROUP BY kind", (key,)
             ):
@@ -391,7 +391,7 @@ class Engine:
 
     def _examples(self, kind: Kind, key: str, limit: int = 5) -> list[str]:
         """Some of those that keep a resource from being removed, as kind/name."""
-        if kind.scoped:
+        if not kind.holds_others:
             query = "SELECT DISTINCT kind, name FROM reference JOIN resource ON resource.id = reference.source WHERE target = ? ORDER BY kind, name LIMIT ?"
         else:
             query = """SELECT kind, name FROM resource WHERE tenant_id = ?

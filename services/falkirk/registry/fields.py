@@ -16,6 +16,8 @@ from falkirk.registry.refusal import Reason, Refused
 
 ENTRIES = 64
 """Most entries of a list of groups, of labels and of posture."""
+ENDPOINTS = 8
+"""Most endpoints of a node."""
 TEXT = 1024
 """Most characters of free text and of a map's value."""
 WORD = 128
@@ -151,6 +153,46 @@ def public_key(value: str, field: str) -> str:
         # RFC 7748 section 6.1: what is agreed on with it is known to everybody.
         raise _illegal(field, "is the zero key, which anybody could speak for")
     return value
+
+
+def endpoints(values: Iterable[str], field: str) -> list[str]:
+    """Up to 8 places in the net, each once, in the order given: host:port or [host]:port with a name (RFC 1123) or an address."""
+    found: list[str] = []
+    for position, value in enumerate(values):
+        place = f"{field}[{position}]"
+        host, colon, port = value.rpartition(":")
+        inner = host[1:-1] if host.startswith("[") and host.endswith("]") else ""
+        if not colon or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise _illegal(place, f"{_shown(value)} isn't host:port or [host]:port")
+        if inner:
+            host = f"[{_endpoint_address(inner, value, place)}]"
+        elif ":" in host:
+            raise _illegal(place, f"{_shown(value)} needs brackets around its IPv6 address: [{host}]:{port}")
+        elif re.fullmatch(r"[0-9.]+", host):
+            host = _endpoint_address(host, value, place)
+        elif len(host) > 253 or not all(_LABEL.match(part) for part in host.lower().removesuffix(".").split(".")):
+            raise _illegal(place, f"{_shown(value)} doesn't begin with a host's name or address")
+        canonical = f"{host.lower()}:{int(port)}"
+        if canonical in found:
+            raise _illegal(place, f"{_shown(value)} stands twice")
+        found.append(canonical)
+    if len(found) > ENDPOINTS:
+        raise _illegal(field, f"has {len(found)} entries, at most {ENDPOINTS} are kept")
+    return found
+
+
+def _endpoint_address(host: str, value: str, place: str) -> str:
+    try:
+        return str(ip_address(host))
+    except ValueError:
+        raise _illegal(place, f"{_shown(value)} doesn't begin with a host's name or address") from None
+
+
+def instant(seconds: int, nanos: int, field: str) -> int:
+    """A time as nanoseconds since 1970, within what RFC 3339 can write after that."""
+    if not 0 < seconds < 253_402_300_800 or not 0 <= nanos < 1_000_000_000:
+        raise _illegal(field, "isn't a time between the years 1970 and 9999")
+    return seconds * 1_000_000_000 + nanos
 
 
 def at_most(value: int, field: str, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""The six kinds of resources as one table: message, references, what must be unique, and how a value is judged.
+"""The kinds of resources as one table: message, references, what must be unique, and how a value is judged.
 
 The engine knows nothing of a single kind; whatever differs stands here as a row of `KINDS` and a function without
 I/O. `judge` brings a message to its canonical form in place and raises `Refused` with the field's path where it
@@ -14,6 +14,7 @@ from ipaddress import ip_address
 from falkirk.api.net.v1 import net_pb2
 from falkirk.api.registry.v1 import registry_service_pb2 as registry_pb2
 from falkirk.api.registry.v1.device_service_pb2 import Device
+from falkirk.api.registry.v1.node_service_pb2 import Node
 from falkirk.api.registry.v1.policy_document_service_pb2 import RULE_ACTION_ALLOW, RULE_ACTION_DENY, Policy
 from falkirk.api.registry.v1.route_service_pb2 import Route
 from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
@@ -23,7 +24,7 @@ from falkirk.decide import rules as decide_rules
 from falkirk.registry import fields
 from falkirk.registry.refusal import Reason, Refused
 
-Value = Tenant | User | Device | VirtualNetwork | Route | Policy
+Value = Tenant | User | Device | VirtualNetwork | Route | Policy | Node
 """A resource of any kind, as it is stored and sent."""
 
 RULES = 10_000
@@ -93,7 +94,12 @@ class Kind:
     @property
     def scoped(self) -> bool:
         """Whether it lives in a tenant."""
-        return self.number != registry_pb2.KIND_TENANT
+        return self.number not in (registry_pb2.KIND_TENANT, registry_pb2.KIND_NODE)
+
+    @property
+    def holds_others(self) -> bool:
+        """Whether others live in it."""
+        return self.number == registry_pb2.KIND_TENANT
 
     @property
     def label(self) -> str:
@@ -129,6 +135,8 @@ def _judge_device(value: Value) -> None:
     value.groups[:] = fields.words(value.groups, "groups")
     fields.pairs(value.posture, "posture")
     value.public_key = fields.public_key(value.public_key, "public_key")
+    if value.HasField("expire_time"):
+        fields.instant(value.expire_time.seconds, value.expire_time.nanos, "expire_time")
     found: dict[int, str] = {}
     for position, text in enumerate(value.addresses):
         place = f"addresses[{position}]"
@@ -142,10 +150,7 @@ def _judge_device(value: Value) -> None:
 
 def _device_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
     assert isinstance(value, Device)
-    key = Claim(
-        "key", value.public_key, Reason.KEY_TAKEN, "another device has this public key", {"field": "public_key"}
-    )
-    return [key] * bool(value.public_key) + [
+    return _key_claims(value.public_key) + [
         Claim(
             f"address:{value.metadata.tenant_id}",
             text,
@@ -155,6 +160,12 @@ def _device_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
         )
         for position, text in enumerate(value.addresses)
     ]
+
+
+def _key_claims(public_key: str) -> list[Claim]:
+    """One holder in the mesh, device or node: a key that two have would be told apart by nothing."""
+    message = "another device or node has this public key"
+    return [Claim("key", public_key, Reason.KEY_TAKEN, message, {"field": "public_key"})] * bool(public_key)
 
 
 def _judge_virtual_network(value: Value) -> None:
@@ -254,6 +265,20 @@ def _judge_policy(value: Value) -> None:
         )
 
 
+def _judge_node(value: Value) -> None:
+    assert isinstance(value, Node)
+    value.public_key = fields.public_key(value.public_key, "public_key")
+    value.endpoints[:] = fields.endpoints(value.endpoints, "endpoints")
+    if value.mtu and not 1280 <= value.mtu <= 65535:
+        raise Refused(Reason.INVALID_FIELD, f"mtu: {value.mtu} doesn't lie between 1280 and 65535", field="mtu")
+    fields.text(value.version, "version", fields.WORD)
+
+
+def _node_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
+    assert isinstance(value, Node)
+    return _key_claims(value.public_key)
+
+
 _PACKAGE = "falkirk.api.registry.v1."
 
 KINDS: tuple[Kind, ...] = (
@@ -289,6 +314,7 @@ KINDS: tuple[Kind, ...] = (
         _route_claims,
     ),
     Kind(registry_pb2.KIND_POLICY, "policy", "policies", f"{_PACKAGE}PolicyService", Policy, _judge_policy),
+    Kind(registry_pb2.KIND_NODE, "node", "nodes", f"{_PACKAGE}NodeService", Node, _judge_node, claims=_node_claims),
 )
 """All kinds, in the order in which one transaction writes them: whatever is referred to comes before what refers to it."""
 

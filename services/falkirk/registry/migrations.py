@@ -31,6 +31,20 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (revision, position)
         )""",
     ),
+    (
+        # Enrolment tokens: hash is the SHA-256 of the secret, body the DeviceToken, user_id '' where it has no user, ended_ns when it ends or was used up.
+        """CREATE TABLE enrolment_token (
+            id TEXT PRIMARY KEY, hash BLOB NOT NULL UNIQUE, tenant_id TEXT NOT NULL, user_id TEXT NOT NULL, ended_ns INTEGER NOT NULL, body BLOB NOT NULL
+        )""",
+        "CREATE INDEX enrolment_token_tenant ON enrolment_token (tenant_id)",
+        # By which token a device enrolled.
+        "CREATE TABLE enrolled (device_id TEXT PRIMARY KEY, token_id TEXT NOT NULL) WITHOUT ROWID",
+        # The time of the last proof of a device that was accepted: none is accepted twice.
+        "CREATE TABLE proved (device_id TEXT PRIMARY KEY, time_ns INTEGER NOT NULL) WITHOUT ROWID",
+        # Whom an OIDC issuer's subject is.
+        "CREATE TABLE subject (tenant_id TEXT NOT NULL, issuer TEXT NOT NULL, subject TEXT NOT NULL, user_id TEXT NOT NULL, PRIMARY KEY (tenant_id, issuer, subject)) WITHOUT ROWID",
+        "CREATE INDEX subject_user ON subject (user_id)",
+    ),
 )
 
 SCHEMA = len(MIGRATIONS)

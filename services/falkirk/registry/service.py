@@ -1,4 +1,4 @@
-"""Messages to values and back: the six resource services, which are one class, and RegistryService.
+"""Messages to values and back: the services of resources, which are one class, and RegistryService.
 
 Requests of all kinds have the same fields but for the resource's own (`device`, `devices`), which the table of kinds
 knows. What the engine refuses becomes a `FalkirkError` here, in one table.
@@ -37,6 +37,12 @@ _CODES = {
     Reason.PREFIX_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
     Reason.ADDRESS_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
     Reason.KEY_TAKEN: grpc.StatusCode.ALREADY_EXISTS,
+    Reason.TOKEN_UNKNOWN: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.TOKEN_EXPIRED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.TOKEN_USED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.PROOF_REFUSED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.SIGN_IN_REFUSED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.TOO_MANY_TOKENS: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.POOL_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.TOO_MANY_WATCHES: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.WATCH_TOO_SLOW: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -154,7 +160,7 @@ class ResourceService:
     async def Update(self, request: Any, context: Any) -> Any:
         """See the proto."""
         value = getattr(request, self._kind.name)
-        stored, revision = await self._desk.write(lambda work: (work.update(self._kind, value), _reached(work)))
+        stored, revision = await self._desk.write(lambda work: (work.update(self._kind, value), reached(work)))
         return self._responses["Update"](**{self._kind.name: stored, "revision": self._desk.revision(revision)})
 
     async def Delete(self, request: Any, context: Any) -> Any:
@@ -225,7 +231,7 @@ class RegistryService:
 
         def work(work: Engine) -> registry_pb2.ApplyResponse:
             results, outcomes = work.apply(request.resources)
-            answer = registry_pb2.ApplyResponse(outcomes=outcomes, revision=self._desk.revision(_reached(work)))
+            answer = registry_pb2.ApplyResponse(outcomes=outcomes, revision=self._desk.revision(reached(work)))
             for kind, value in results:
                 getattr(answer.resources.add(), kind.name).CopyFrom(value)
             if request.dry_run:
@@ -285,7 +291,7 @@ def refusal(refused: Refused) -> FalkirkError:
     return error
 
 
-def _reached(work: Engine) -> int:
+def reached(work: Engine) -> int:
     """The revision at which a write is visible: the one before where nothing changed."""
     return work.writing.revision if work.writing.changes else work.writing.revision - 1
 

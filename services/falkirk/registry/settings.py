@@ -2,7 +2,42 @@
 
 from __future__ import annotations
 
+from falkirk.runtime.oidc import check_url
 from falkirk.runtime.settings import Section
+
+
+class OidcIssuer(Section, frozen=True, kw_only=True):
+    """An issuer whose users may enrol devices in a tenant."""
+
+    issuer: str
+    """Its URL, exactly as its tokens say it (`iss`); https, or http on a loopback address."""
+    audience: str
+    """The client id that tokens must be for (`aud`)."""
+    tenant: str
+    """The tenant that its users belong to, by name. An issuer of several tenants has several entries."""
+    name_claim: str = "preferred_username"
+    """The claim that a new user's name is made of; what is before an @ counts."""
+    groups_claim: str = ""
+    """The claim that holds groups; the issuer then owns the groups of its users: each sign-in replaces them. Empty: it has no say in groups."""
+    required_groups: tuple[str, ...] = ()
+    """Only who is in one of them may sign in; empty: everyone whom the issuer signs in."""
+    needs_approval: bool = False
+    """Whether devices wait for an administrator's approval."""
+    device_lifetime_s: int = 0
+    """How long a device may connect after each sign-in, in seconds; 0 sets no end."""
+    jwks_url: str = ""
+    """Where its keys are; empty: found by OpenID Connect Discovery."""
+
+    def __post_init__(self) -> None:
+        check_url(self.issuer)
+        if self.jwks_url:
+            check_url(self.jwks_url)
+        if not self.audience or not self.tenant:
+            raise ValueError("audience and tenant must not be empty")
+        if self.required_groups and not self.groups_claim:
+            raise ValueError("required_groups needs groups_claim")
+        if not 0 <= self.device_lifetime_s <= 10 * 366 * 86400:
+            raise ValueError("device_lifetime_s must lie between 0 and 316224000")
 
 
 class Settings(Section, frozen=True, kw_only=True):
@@ -12,6 +47,8 @@ class Settings(Section, frozen=True, kw_only=True):
     """Bytes of past transactions that watches can resume from; the newest one is always kept."""
     max_watches: int = 256
     """Watches open at once; further ones are refused with RESOURCE_EXHAUSTED."""
+    oidc: tuple[OidcIssuer, ...] = ()
+    """Issuers whose users may enrol devices."""
 
     def __post_init__(self) -> None:
         if self.history_bytes < 0:

@@ -48,6 +48,7 @@ KINDS: Final[Mapping[str, int]] = {
     "virtual_network": registry_service_pb2.KIND_VIRTUAL_NETWORK,
     "route": registry_service_pb2.KIND_ROUTE,
     "policy": registry_service_pb2.KIND_POLICY,
+    "node": registry_service_pb2.KIND_NODE,
 }
 """Kind by the name of its field in Resource."""
 

@@ -26,12 +26,10 @@ from falkirk.wire import vnet
 from falkirk.wire.segment import segments
 from falkirk.wireguard.node import Node
 from falkirk.wireguard.outcome import Arrivals
-from falkirk.wireguard.peer import REKEY_TIMEOUT, Peer
+from falkirk.wireguard.peer import INF, Peer
 
 _BUDGET: Final = 64
 """Reads of one descriptor in a turn."""
-_PATIENCE: Final = 3 * REKEY_TIMEOUT
-"""Seconds without an answer after which the next endpoint is tried."""
 _LONGEST: Final = 60.0
 
 
@@ -41,6 +39,7 @@ class _Way:
     def __init__(self, request: PeerRequest, peer: Peer, endpoints: list[trains.Address]) -> None:
         self.peer = peer
         self.endpoints = endpoints
+        self.patience = request.patience_s
         self.networks = [ipaddress.ip_network(prefix) for prefix in request.allowed]
 
 
@@ -208,19 +207,19 @@ class Interface:
         now = time.monotonic()
         for way in self._ways:
             pending = way.peer.pending
-            if pending is not None and now - pending.since > _PATIENCE and len(way.endpoints) > 1:
+            if pending is not None and now - pending.since > way.patience and len(way.endpoints) > 1:
                 self._next_endpoint(way)
         if now >= self._node.next_deadline():
             self._node.poll(now, time.time_ns(), self._arrivals)
             self._deliver()
 
     def _next_endpoint(self, way: _Way) -> None:
-        """Nobody answers at this one."""
+        """Nobody answers at this one: ask at the next, at once, since what was asked before was asked elsewhere."""
         peer = way.peer
-        assert peer.pending is not None
         at = way.endpoints.index(peer.endpoint) + 1 if peer.endpoint in way.endpoints else 0
         peer.endpoint = way.endpoints[at % len(way.endpoints)]
-        peer.pending = peer.pending._replace(since=time.monotonic())
+        peer.initiated_at = -INF
+        self._send(peer, self._node.initiate(peer, time.monotonic(), time.time_ns()))
 
     def _answer(self) -> None:
         assert self._control is not None

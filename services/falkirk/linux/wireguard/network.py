@@ -17,6 +17,8 @@ from typing import Any, Final
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
+from falkirk.linux.netlink import Netlink
+
 MARK: Final = 0xFA1C
 """Of outer packets, and the number of the table for default routes."""
 _PRIORITIES: Final = (0xFA1C, 0xFA1D)
@@ -34,6 +36,9 @@ class Network:
 
     def set_up(self, addresses: Iterable[str], mtu: int, prefixes: Iterable[str]) -> None:
         """Addresses, MTU, routes; the device is up afterwards. Raises OSError, with what the kernel said."""
+        with Netlink() as links:
+            # Nobody else is on this link; an address of the kernel's own would only send what no peer takes.
+            links.no_generated_addresses(self._index)
         with IPRoute() as routes:
             self._do(f"MTU {mtu}", routes.link, "set", index=self._index, mtu=mtu, txqlen=_QUEUE, state="up")
             for text in addresses:

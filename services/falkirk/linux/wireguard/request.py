@@ -25,6 +25,8 @@ class PeerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preshared: bytes = bytes(32)
     keepalive_s: float = 25.0
     """The longest silence to it, in seconds; 0: any."""
+    patience_s: float = 15.0
+    """Seconds without an answer after which the next endpoint is tried."""
 
 
 class InterfaceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
