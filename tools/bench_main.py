@@ -5,6 +5,7 @@
     udp       datagrams of 1,400 bytes, against peers
     pps       small packets through one worker
     flows     what a flow costs where there are 10,000 rules and 100,000 routes
+    wireguard the node as a WireGuard server, against wireguard-go
 
 Progress goes to standard error. Needs root.
 """
@@ -16,11 +17,11 @@ import json
 import shutil
 import sys
 
-from tools import bench_flows, bench_lift, bench_pps, bench_raw, bench_report, bench_udp
+from tools import bench_flows, bench_lift, bench_pps, bench_raw, bench_report, bench_udp, bench_wireguard
 from tools.bench_stage import say
 from tools.netlab import LabError, guard_signals
 
-BENCHES = {"raw1500": bench_raw, "udp": bench_udp, "pps": bench_pps, "flows": bench_flows}
+BENCHES = {"raw1500": bench_raw, "udp": bench_udp, "pps": bench_pps, "flows": bench_flows, "wireguard": bench_wireguard}
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 
 from prometheus_client import Gauge
@@ -71,6 +72,9 @@ async def serve(shell: Shell, settings: Settings) -> None:
 def main() -> int:
     """Reads settings and serves; the exit status."""
     shell, settings = arguments("onramp", Settings)
+    # It keeps one descriptor of each WireGuard device's tunnel.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     telemetry.setup("onramp", shell)
     try:
         parsers.load(settings.context_parser)

@@ -1,0 +1,323 @@
+"""`tools/bench wireguard`: the node as a WireGuard server, against wireguard-go as one, with the same client.
+
+The client is Debian's wireguard-go in a namespace of its own, one for each server, all cabled to the node. Behind Falkirk its TCP is lifted to the
+server; behind wireguard-go the node's kernel forwards it there. Gbit/s of payload up, down and both ways at once, and the same for a second of the server's
+processor time: all processes of the mesh, or wireguard-go's.
+
+Handshakes are of the engine alone (initiations of 500 keys answered in this process); small packets are 64-byte UDP from a client of our own, a second of
+the on-ramp worker's processor time; idle devices are real ones, each with a session of its own, in all processes of the mesh.
+
+Limit: client, servers and iperf3 share the machine, so what the client takes is missing at the server; hence figures per processor second.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from falkirk.wireguard import primitives
+from falkirk.wireguard.guard import Guard
+from falkirk.wireguard.node import Node
+from falkirk.wireguard.outcome import Arrivals
+from tools import go_peers
+from tools.bench_cpu import Meter, memory, used_us
+from tools.bench_stage import IPERF_PORT, LOAD, Stage, attempt, measure, medians, ratio, say, shape, stage
+from tools.mesh import Mesh, resource
+from tools.netlab import LabError, Namespace, wait_for
+from tools.wg_device import StockDevice, key_pair
+
+RULES, ROUTES = 1000, 10_000
+PORT = 51820
+IDLE = 2000
+HANDSHAKES = 500
+DIRECTIONS: dict[str, list[str]] = {"up": [], "down": ["-R"], "both": ["--bidir"]}
+KINDS = (
+    "onramp",
+    "onramp.worker",
+    "flow",
+    "flow.worker",
+    "registry",
+    "policy",
+    "router",
+    "upgrader",
+    "upgrader.worker",
+)
+DEBIAN, NEWEST = "debian_wireguard_go", "newest_wireguard_go"
+WIREGUARD_GO = go_peers.GoPeer("wireguard", "golang.zx2c4.com/wireguard", "latest")
+
+
+class Server:
+    """A server and its client. `pid`: of wireguard-go; `mesh` where it is Falkirk."""
+
+    def __init__(self, name: str, client: Namespace, mesh: Mesh | None, pid: int) -> None:
+        self.name, self.client, self.mesh, self.pid = name, client, mesh, pid
+
+    def cpu(self) -> Any:
+        """A function that gives the server's processor seconds from now on."""
+        if self.mesh is not None:
+            meter = Meter(self.mesh.pid)
+            return lambda: sum(every for every, _ in meter.used_us().values()) / 1e6
+        before = used_us(self.pid) or (0, 0)
+        return lambda: ((used_us(self.pid) or before)[0] - before[0]) / 1e6
+
+
+def bench(rounds: int, seconds: float) -> dict[str, Any]:
+    """The whole measurement; its result as one object."""
+    started = time.monotonic()
+    with stage() as place:
+        mesh = place.mesh(RULES, ROUTES, {"onramp": {"wireguard": {"port": PORT}, "max_tunnels": IDLE + 100}})
+        servers = [_falkirk(place, mesh), _wireguard_go(place, DEBIAN, "wireguard-go", 1)]
+        newest = go_peers.program(WIREGUARD_GO, say)
+        if newest is not None:
+            servers.append(_wireguard_go(place, NEWEST, str(newest), 2))
+        samples: dict[str, dict[str, list[float]]] = {}
+        for number in range(rounds):
+            say(f"round {number + 1} of {rounds}: {', '.join(server.name for server in servers)}")
+            for direction in DIRECTIONS:
+                for server in servers:
+                    attempt(samples, server.name, lambda: _throughput(place, server, direction, seconds))  # noqa: B023 - called at once
+        found = medians(samples)
+        small = _small_packets(place, mesh, seconds)
+        idle = _idle(place, mesh)
+        return report(
+            found, _handshakes(), small, idle, place.baseline(), shape(RULES, ROUTES, rounds, seconds, started)
+        )
+
+
+def _cabled(place: Stage, number: int, name: str) -> StockDevice:
+    device = StockDevice(place.lab, name, place.directory)
+    place.lab.cable(place.node, device.namespace, [f"198.19.{number}.1/24"], [f"198.19.{number}.2/24"])
+    return device
+
+
+def _key(mesh: Mesh) -> str:
+    """The node's public key."""
+    import grpc
+
+    from falkirk.api.onramp.v1 import onramp_service_pb2, onramp_service_pb2_grpc
+
+    with grpc.insecure_channel(f"unix:{mesh.run_dir / 'read' / 'onramp.sock'}") as channel:
+        stats = onramp_service_pb2_grpc.OnrampServiceStub(channel).Stats(onramp_service_pb2.StatsRequest(), timeout=5)
+    return str(stats.wireguard.public_key)
+
+
+def _falkirk(place: Stage, mesh: Mesh) -> Server:
+    device = _cabled(place, 0, "roamer")
+    address = "100.96.200.1"
+    mesh.apply(
+        [resource("Device", "roamer", "acme", user="alice", publicKey=device.public_key, addresses=[address])], "roamer"
+    )
+    device.join(_key(mesh), f"198.19.0.1:{PORT}", [address], allowed=["0.0.0.0/0"])
+    # No rule allows the echo, which is what the handshake begins with.
+    wait_for("a session with Falkirk", lambda: device.ping(place.addresses[0], seconds=1) or device.handshake() > 0, 20)
+    return Server("falkirk", device.namespace, mesh, 0)
+
+
+def _wireguard_go(place: Stage, name: str, program: str, number: int) -> Server:
+    """wireguard-go as the server in the node's namespace, which forwards."""
+    client = _cabled(place, number, f"stock{number}")
+    private, public = key_pair()
+    interface, inner = f"fks{os.getpid() % 100_000}{number}", f"10.66.{number}"
+    environment = {**os.environ, "WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
+    process = place.lab.start(place.node.command(program, "-f", interface), env=environment)
+    wait_for("wireguard-go's socket", Path(f"/var/run/wireguard/{interface}.sock").exists, 10)
+    key = place.directory / f"{interface}.key"
+    key.touch(mode=0o600)
+    key.write_text(private)
+    run = place.node.run
+    run(
+        "wg",
+        "set",
+        interface,
+        "listen-port",
+        str(PORT + number),
+        "private-key",
+        str(key),
+        "peer",
+        client.public_key,
+        "allowed-ips",
+        f"{inner}.2/32",
+    )
+    run("ip", "address", "add", f"{inner}.1/24", "dev", interface)
+    run("ip", "link", "set", interface, "mtu", "1420", "up")
+    if not place.node.sysctl("net.ipv4.ip_forward", "1"):
+        raise LabError("the node's namespace can't be told to forward: /proc/sys is read-only")
+    node = place.addresses[0].rpartition(".")[0] + ".1"
+    place.server.run("ip", "route", "add", f"{inner}.0/24", "via", node)
+    client.join(public, f"198.19.{number}.1:{PORT + number}", [f"{inner}.2"], allowed=["0.0.0.0/0"])
+    wait_for(f"the first echo through {name}", lambda: client.ping(place.addresses[0]), 20)
+    return Server(name, client.namespace, None, process.pid)
+
+
+def _throughput(place: Stage, server: Server, direction: str, seconds: float) -> dict[str, float]:
+    """Gbit/s of payload that arrived, and for a second of the server's processor time."""
+    spent = server.cpu()
+    options = [*DIRECTIONS[direction], "-C", place.congestion]
+    command = [
+        "iperf3",
+        "-J",
+        "-c",
+        place.addresses[0],
+        "-p",
+        str(IPERF_PORT),
+        "-t",
+        str(max(1, round(seconds))),
+        *options,
+    ]
+    end = measure(server.client.command(*command), seconds).get("end", {})
+    parts = [end[key] for key in ("sum_received", "sum_received_bidir_reverse") if key in end]
+    if not parts:
+        raise LabError(f"iperf3 behind {server.name}: no result")
+    gigabits = sum(part["bytes"] for part in parts) * 8 / 1e9
+    rate = sum(part["bits_per_second"] for part in parts) / 1e9
+    return {direction: rate, f"{direction}_cpu": gigabits / max(spent(), 1e-3)}
+
+
+def _handshakes() -> dict[str, float]:
+    """Initiations that the engine answers in a second of processor time: first ones of their keys, and those that renew a session."""
+    server = Node(os.urandom(32), rng=os.urandom, guard=Guard(1e9))
+    clients = []
+    for _ in range(HANDSHAKES):
+        client = Node(os.urandom(32), rng=os.urandom)
+        server.add_peer(client.public_key)
+        clients.append((client, client.add_peer(server.public_key, endpoint=("192.0.2.1", PORT))))
+    rates = {}
+    for name, now in (("first", 0.0), ("renewed", 10.0)):
+        initiations = [client.initiate(peer, now, time.time_ns()) for client, peer in clients]
+        arrivals = Arrivals()
+        began = time.process_time()
+        for number, (datagram,) in enumerate(initiations):
+            server.receive(datagram, ("192.0.2.2", 1024 + number), now + 1, 1, arrivals)
+        rates[name] = HANDSHAKES / (time.process_time() - began)
+        if len(arrivals.datagrams) != HANDSHAKES:
+            raise LabError(f"of {HANDSHAKES} initiations {len(arrivals.datagrams)} were answered")
+    return rates
+
+
+def _small_packets(place: Stage, mesh: Mesh, seconds: float) -> dict[str, float]:
+    """Thousands of 64-byte packets a second of the on-ramp worker's processor time, and of the wall clock."""
+    device = _cabled(place, 3, "small")
+    address, port = "100.96.200.2", 9999
+    mesh.apply(
+        [resource("Device", "small", "acme", user="alice", publicKey=device.public_key, addresses=[address])], "small"
+    )
+    sink = f"import socket,time; s=socket.socket(2,2); s.bind(({place.addresses[0]!r},{port})); time.sleep(600)"
+    place.server.start(sys.executable, "-c", sink)
+    key = place.directory / "small.key"
+    key.touch(mode=0o600)
+    key.write_text(device.private_key)
+    meter = Meter(mesh.pid)
+    load = [sys.executable, str(LOAD / "wireguard_packets.py"), str(key), _key(mesh), f"198.19.3.1:{PORT}", address]
+    load += [f"{place.addresses[0]}:{port}", "--seconds", f"{seconds:g}"]
+    before = _received(mesh)
+    result = measure(device.namespace.command(*load), seconds)
+    spent = meter.used_us().get("onramp.worker", (0, 0))[0] / 1e6
+    arrived = _received(mesh) - before
+    return {"kpps_per_cpu_second": arrived / 1000 / max(spent, 1e-3), "kpps": arrived / 1000 / result["seconds"]}
+
+
+def _received(mesh: Mesh) -> int:
+    """Packets that the flow tracker was given."""
+    return sum(int(worker.get("received", 0)) for worker in mesh.ask_json("workers", "flow", "stats"))
+
+
+def _idle(place: Stage, mesh: Mesh) -> dict[str, float]:
+    """Bytes of an idle device with a session, by kind of process; and processor seconds of ten seconds in which nothing happens."""
+    say(f"{IDLE} idle devices")
+    client = place.lab.namespace("crowd")
+    place.lab.cable(place.node, client, ["198.19.4.1/24"], ["198.19.4.2/24"])
+    keys = [(os.urandom(32)) for _ in range(IDLE)]
+    folder = place.directory / "crowd.keys"
+    folder.touch(mode=0o600)
+    folder.write_bytes(b"".join(keys))
+    before = {kind: memory(mesh.pid, kind) for kind in KINDS}
+    import base64
+
+    devices = [
+        resource("Device", f"idle-{number}", "acme", publicKey=base64.b64encode(primitives.public_key(key)).decode())
+        for number, key in enumerate(keys)
+    ]
+    for at in range(0, IDLE, 1000):
+        mesh.apply(devices[at : at + 1000], f"idle-{at}")
+    log = place.directory / "crowd.log"
+    with log.open("wb") as output:
+        client.start(
+            sys.executable, str(LOAD / "wireguard_crowd.py"), str(folder), _key(mesh), f"198.19.4.1:{PORT}", log=output
+        )
+
+    def joined() -> bool:
+        stats = mesh.ask_json("tunnels", "flow", "stats")
+        return bool(stats) and log.read_text(errors="replace").count("joined") == 1
+
+    wait_for(f"{IDLE} sessions", joined, 120)
+    time.sleep(REST_S)
+    grown = {kind: (memory(mesh.pid, kind) - before[kind]) / IDLE for kind in KINDS}
+    meter = Meter(mesh.pid)
+    time.sleep(10)
+    return grown | {"cpu_s": sum(every for every, _ in meter.used_us().values()) / 1e6 / 10}
+
+
+REST_S = 8.0
+"""Sessions that carry nothing drop their ciphers after five seconds."""
+
+
+def report(
+    found: dict[str, dict[str, float]],
+    handshakes: dict[str, float],
+    small: dict[str, float],
+    idle: dict[str, float],
+    baseline: dict[str, Any],
+    configuration: dict[str, Any],
+) -> dict[str, Any]:
+    """Medians, turned into the JSON object."""
+    falkirk = found["falkirk"]
+
+    def against(name: str) -> dict[str, Any] | None:
+        if name not in found:
+            return None
+        other = found[name]
+        ratios = {direction: ratio(falkirk[direction], other[direction]) for direction in DIRECTIONS}
+        apiece = {direction: ratio(falkirk[f"{direction}_cpu"], other[f"{direction}_cpu"]) for direction in DIRECTIONS}
+        return {
+            "throughput": round(statistics.mean(value or 0 for value in ratios.values()), 3),
+            "per_cpu_second": round(statistics.mean(value or 0 for value in apiece.values()), 3),
+            "throughput_by_direction": ratios,
+            "per_cpu_second_by_direction": apiece,
+        }
+
+    by_process = {kind: round(value) for kind, value in idle.items() if kind != "cpu_s" and round(value)}
+    return {
+        f"of_{DEBIAN}": against(DEBIAN),
+        f"of_{NEWEST}": against(NEWEST),
+        "handshakes_per_core": round(handshakes["renewed"]),
+        "first_handshakes_per_core": round(handshakes["first"]),
+        "bytes_per_idle_device": round(sum(value for kind, value in idle.items() if kind != "cpu_s")),
+        "bytes_by_process": by_process,
+        "idle_cpu": round(idle["cpu_s"], 4),
+        "pps": {key: round(value, 1) for key, value in small.items()},
+        "gbit_s": {name: {key: round(value, 3) for key, value in of.items()} for name, of in found.items()},
+        "baseline": baseline,
+        "configuration": configuration | {"idle_devices": IDLE, "mtu": 1420},
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    """For people."""
+    lines = [f"{'Gbit/s (a CPU second)':24}" + "".join(f"{direction:>18}" for direction in DIRECTIONS)]
+    for name, of in result["gbit_s"].items():
+        cells = "".join(f"{of[one]:>9} ({of[f'{one}_cpu']:>6})" for one in DIRECTIONS)
+        lines.append(f"{name:24}{cells}")
+    for name in (DEBIAN, NEWEST):
+        of = result[f"of_{name}"]
+        if of is not None:
+            lines.append(f"falkirk / {name}: {of['throughput']} in throughput, {of['per_cpu_second']} a CPU second")
+    lines.append(
+        f"handshakes a CPU second: {result['handshakes_per_core']:,}; first ones of a key {result['first_handshakes_per_core']:,}"
+    )
+    lines.append(f"small packets, thousands a CPU second of the on-ramp worker: {result['pps']['kpps_per_cpu_second']}")
+    lines.append(f"an idle device: {result['bytes_per_idle_device']:,} bytes ({result['bytes_by_process']})")
+    return "\n".join(lines)
