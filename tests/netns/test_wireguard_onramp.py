@@ -20,6 +20,7 @@ import pytest
 
 from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
+from falkirk.api.registry.v1 import presence_service_pb2, presence_service_pb2_grpc
 from tools.mesh import Mesh, resource, rule
 from tools.netlab import Lab, LabError, Namespace, wait_for
 from tools.wg_device import StockDevice, key_pair
@@ -97,6 +98,13 @@ class Place:
     def tunnels(self) -> dict[str, Any]:
         """Open ones by their devices."""
         return {tunnel.context.device: tunnel for tunnel in self.onramp.List(pb.ListRequest()).tunnels}
+
+    def endpoints(self) -> dict[str, str]:
+        """Of the devices that the registry says are here."""
+        with grpc.insecure_channel(f"unix:{self.mesh.run_dir / 'read' / 'registry.sock'}") as channel:
+            stub = presence_service_pb2_grpc.PresenceServiceStub(channel)
+            found = stub.List(presence_service_pb2.PresenceServiceListRequest(tenant="acme"))
+        return {presence.device: presence.endpoint for presence in found.presences}
 
     def worker(self) -> int:
         """The process id of the on-ramp's worker."""
@@ -188,6 +196,9 @@ def test_devices_reach_servers_and_each_other(place: Place) -> None:
     wait_for("what is known of it", lambda: place.tunnels()["one"].wireguard.received_bytes > 1 << 20, DEADLINE_S)
     assert place.tunnels()["one"].wireguard.endpoint.startswith("198.18.102.2:")
     assert place.tunnels()["two"].wireguard.endpoint.startswith("[fd12:103::2]:")
+    wait_for("presence", lambda: place.endpoints().get("one", "").startswith("198.18.102.2:"), DEADLINE_S)
+    node = json.loads(place.mesh.ask("node", "get", "local", "--json"))
+    assert (node["publicKey"], node["mtu"]) == (place.key, 1420)
 
 
 def test_the_key_says_whose_packets_they_are(place: Place) -> None:

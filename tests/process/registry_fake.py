@@ -23,6 +23,7 @@ KINDS = {
     "virtual_network": pb.KIND_VIRTUAL_NETWORK,
     "route": pb.KIND_ROUTE,
     "policy": pb.KIND_POLICY,
+    "zone": pb.KIND_ZONE,
 }
 
 

@@ -17,12 +17,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from falkirk.api.registry.v1 import (
     device_service_pb2_grpc,
+    device_token_service_pb2_grpc,
+    node_service_pb2_grpc,
     policy_document_service_pb2_grpc,
+    presence_service_pb2_grpc,
     registry_service_pb2_grpc,
     route_service_pb2_grpc,
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
     virtual_network_service_pb2_grpc,
+    zone_service_pb2_grpc,
 )
 from falkirk.runtime import client
 from falkirk.runtime.errors import FalkirkError, from_rpc
@@ -98,6 +102,10 @@ class Stubs:
         self.virtual_network: Any = virtual_network_service_pb2_grpc.VirtualNetworkServiceStub(channel)
         self.route: Any = route_service_pb2_grpc.RouteServiceStub(channel)
         self.policy: Any = policy_document_service_pb2_grpc.PolicyServiceStub(channel)
+        self.node: Any = node_service_pb2_grpc.NodeServiceStub(channel)
+        self.token: Any = device_token_service_pb2_grpc.DeviceTokenServiceStub(channel)
+        self.presence: Any = presence_service_pb2_grpc.PresenceServiceStub(channel)
+        self.zone: Any = zone_service_pb2_grpc.ZoneServiceStub(channel)
 
 
 @contextmanager

@@ -22,7 +22,14 @@ from tools.netlab import wait_for
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_EXCEEDED = 64 + 4
 """grpcurl's exit code for a stream that -max-time ended."""
-RESOURCE_KINDS = ("TenantService", "UserService", "DeviceService", "VirtualNetworkService", "RouteService")
+RESOURCE_KINDS = (
+    "TenantService",
+    "UserService",
+    "DeviceService",
+    "VirtualNetworkService",
+    "RouteService",
+    "ZoneService",
+)
 """The registry's services of one shape: one question of each is enough."""
 
 
@@ -82,7 +89,14 @@ def test_the_table_names_everything_that_can_be_read() -> None:
     for service, method in read_methods():
         if service != "registry":
             assert method in asked
-    for kind in (*RESOURCE_KINDS, "PolicyService", "RegistryService"):
+    for kind in (
+        *RESOURCE_KINDS,
+        "NodeService",
+        "PolicyService",
+        "PresenceService",
+        "DeviceTokenService",
+        "RegistryService",
+    ):
         assert any(name.startswith(f"falkirk.api.registry.v1.{kind}/") for name in asked)
     for service in {line.service for line in lines}:
         commands = [line.command for line in lines if line.service == service]

@@ -19,13 +19,16 @@ import pytest
 from falkirk.api.net.v1.net_pb2 import Revision
 from falkirk.api.registry.v1 import (
     device_service_pb2,
+    node_service_pb2,
     policy_document_service_pb2,
     registry_service_pb2,
     route_service_pb2,
     tenant_service_pb2,
     user_service_pb2,
     virtual_network_service_pb2,
+    zone_service_pb2,
 )
+from falkirk.registry.migrations import SCHEMA
 from tests.process.registry_process import DEADLINE_S, Registry, Stubs, refused, running
 
 MODULES: dict[str, Any] = {
@@ -35,6 +38,8 @@ MODULES: dict[str, Any] = {
     "virtual_network": virtual_network_service_pb2,
     "route": route_service_pb2,
     "policy": policy_document_service_pb2,
+    "node": node_service_pb2,
+    "zone": zone_service_pb2,
 }
 VALUES: dict[str, dict[str, Any]] = {
     "tenant": {"display_name": "Acme"},
@@ -43,6 +48,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "virtual_network": {"comment": "second"},
     "route": {"prefix": "2001:db8::/32", "target": {"internet": {"egress_address6": "2001:db8::1"}}},
     "policy": {"priority": -3, "rules": [{"name": "web", "when": "net.port == 443", "action": 1}]},
+    "node": {"endpoints": ["192.0.2.1:51820"], "mtu": 1380},
+    "zone": {"domain": "corp.internal", "records": [{"name": "www", "type": 1, "value": "10.1.0.2"}]},
 }
 
 
@@ -65,7 +72,7 @@ def request(kind: str, method: str, **values: Any) -> Any:
 
 def create(stubs: Stubs, kind: str, name: str, tenant: str = "acme", **values: Any) -> Any:
     """Make one; the response."""
-    metadata = {"name": name, "tenant": "" if kind == "tenant" else tenant}
+    metadata = {"name": name, "tenant": "" if kind in ("tenant", "node") else tenant}
     return getattr(stubs, kind).Create(
         request(kind, "Create", **{kind: {"metadata": metadata, **values}}), timeout=DEADLINE_S
     )
@@ -106,9 +113,9 @@ class Watching:
 
 @pytest.mark.parametrize("kind", list(MODULES))
 def test_each_kind_is_created_read_listed_changed_watched_and_removed(stubs: Stubs, kind: str) -> None:
-    if kind != "tenant":
+    if kind not in ("tenant", "node"):
         create(stubs, "tenant", "acme")
-    of = {} if kind == "tenant" else {"tenant": "acme"}
+    of = {} if kind in ("tenant", "node") else {"tenant": "acme"}
     stub = getattr(stubs, kind)
     made = create(stubs, kind, "one", **VALUES[kind])
     value = getattr(made, kind)
@@ -254,7 +261,7 @@ def test_stats_tell_revision_counts_and_process(registry: Registry) -> None:
     stats = stubs.registry.Stats(registry_service_pb2.StatsRequest())
     counts = {counter.name: counter.value for counter in stats.resources}
     assert (counts["tenants"], counts["virtual_networks"], counts["routes"]) == (1, 1, 0)
-    assert (stats.revision.number, stats.oldest_resumable, stats.schema_version) == (1, 0, 1)
+    assert (stats.revision.number, stats.oldest_resumable, stats.schema_version) == (1, 0, SCHEMA)
     assert (stats.processes[0].name, stats.processes[0].pid) == ("registry", registry.pid)
 
 

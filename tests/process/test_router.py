@@ -118,7 +118,7 @@ def test_explain(router: Router, destination: str, network: str, routes: list[st
 def test_stats_count_routes_that_are_in_force(router: Router) -> None:
     found = router.stub.Stats(pb.StatsRequest(), timeout=5)
     assert [(counter.name, counter.value) for counter in found.routes] == [("acme", 5)]
-    assert [process.name for process in found.processes] == ["router"]
+    assert [process.name for process in found.processes] == ["router", "router.worker.0"]
 
 
 def test_a_watch_gets_a_snapshot_then_each_new_one(router: Router) -> None:

@@ -59,10 +59,10 @@ def test_every_tenant_in_a_request_is_looked_at(method: MethodDescriptor) -> Non
 
 @pytest.mark.parametrize("method", METHODS, ids=path_of)
 def test_what_names_its_tenant_can_be_called_by_who_is_bound_to_one(method: MethodDescriptor) -> None:
-    """Without the option nobody who is bound to the tenant could send it. Tenants themselves are the mesh's to write."""
+    """Without the option nobody who is bound to the tenant could send it. Tenants themselves, and nodes, are the mesh's to write."""
     rule = access.rule_of(method)
     assert rule is not None
-    if method.containing_service.name == "TenantService":
+    if method.containing_service.name in ("TenantService", "NodeService"):
         return
     if rule.roles - {Role.NODE} and Role.ANYONE not in rule.roles and list(texts(method.input_type)):
         assert rule.tenant, f'{path_of(method)} needs `option (falkirk.api.net.v1.tenant) = "…";`'

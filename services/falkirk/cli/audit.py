@@ -30,7 +30,7 @@ app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
 Tenant = Annotated[str, typer.Option(help="Only this tenant (its name).")]
 Device = Annotated[str, typer.Option(help="Only this device (its name).")]
 Event = Annotated[
-    Literal["started", "denied", "ended", "capture_started", "capture_ended"] | None,
+    Literal["started", "denied", "ended", "query", "capture_started", "capture_ended"] | None,
     typer.Option(help="Only records of this event."),
 ]
 Flow = Annotated[str, typer.Option("--flow", help="Only this flow (its id).")]
@@ -136,6 +136,9 @@ def _detail(record: Mapping[str, Any]) -> str:
     if record.get("event") == "ended":
         seconds = record.get("duration_ns", 0) / 1e9
         return f"{record.get('reason', '')} {record.get('bytes_up', 0)} up {record.get('bytes_down', 0)} down {seconds:.1f} s"
+    if record.get("event") == "query":
+        asked = f"{record.get('query', '')} {record.get('query_type', '')} {record.get('rcode', '')}"
+        return f"{asked} by {record.get('answered_by', '')}" + (f": {record['why']}" if "why" in record else "")
     if "capture_id" in record:
         chosen = f" where {record['filter']}" if "filter" in record else ""
         return f"{record.get('by', '')}{chosen}, {record.get('count', 0)} packets, {record.get('lost', 0)} lost"

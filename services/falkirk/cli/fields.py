@@ -15,6 +15,8 @@ import typer
 from falkirk.api.registry.v1 import (
     device_service_pb2,
     device_service_pb2_grpc,
+    node_service_pb2,
+    node_service_pb2_grpc,
     policy_document_service_pb2,
     policy_document_service_pb2_grpc,
     route_service_pb2,
@@ -25,8 +27,10 @@ from falkirk.api.registry.v1 import (
     user_service_pb2_grpc,
     virtual_network_service_pb2,
     virtual_network_service_pb2_grpc,
+    zone_service_pb2,
+    zone_service_pb2_grpc,
 )
-from falkirk.cli.output import joined
+from falkirk.cli.output import instant, joined, timestamp
 
 Setter = Callable[[Any, Any], None]
 
@@ -67,7 +71,7 @@ class Spec:
     @property
     def scoped(self) -> bool:
         """Whether it lives in a tenant."""
-        return self.name != "tenant"
+        return self.name not in ("tenant", "node")
 
     @property
     def service(self) -> str:
@@ -112,6 +116,19 @@ def _pairs(name: str) -> Setter:
     return put
 
 
+def _instant(name: str) -> Setter:
+    def put(message: Any, value: str) -> None:
+        if not value:
+            message.ClearField(name)
+            return
+        try:
+            getattr(message, name).CopyFrom(instant(value))
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return put
+
+
 TARGETS = "internet, blackhole or device:NAME"
 
 
@@ -145,6 +162,17 @@ def target_text(route: Any) -> str:
     internet = route.target.internet
     egress = [address for address in (internet.egress_address4, internet.egress_address6) if address]
     return f"internet from {joined(egress)}" if egress else "internet"
+
+
+def _records(message: Any, value: list[str]) -> None:
+    del message.records[:]
+    for item in filter(None, value):
+        name, _, rest = item.strip().partition(" ")
+        kind, _, said = rest.strip().partition(" ")
+        number = zone_service_pb2.ZoneRecordType.DESCRIPTOR.values_by_name.get(f"ZONE_RECORD_TYPE_{kind.upper()}")
+        if number is None or not number.number or not said:
+            raise typer.BadParameter(f"{item!r} isn't NAME TYPE VALUE", param_hint="--record")
+        message.records.add(name=name, type=number.name, value=said.strip())
 
 
 LABELS = Flag("--label", list[str], "KEY=VALUE, several times.", _pairs("metadata.labels"))
@@ -208,6 +236,12 @@ SPECS: tuple[Spec, ...] = (
             Flag("--public-key", str, "Its WireGuard public key, in base64.", _plain("public_key")),
             Flag("--posture", list[str], "KEY=VALUE, several times.", _pairs("posture")),
             _DISABLED,
+            Flag(
+                "--expires",
+                str,
+                "When it ends: a time (2027-01-31T12:00:00Z), or how long from now (90s, 12h, 30d); empty: never.",
+                _instant("expire_time"),
+            ),
             _MAX_FLOWS,
         ),
         {
@@ -216,6 +250,8 @@ SPECS: tuple[Spec, ...] = (
             "vnet": lambda value: value.virtual_network,
             "groups": lambda value: joined(value.groups),
             "disabled": lambda value: value.disabled,
+            "pending": lambda value: value.pending,
+            "expires": lambda value: timestamp(value.expire_time),
         },
     ),
     Spec(
@@ -269,6 +305,50 @@ SPECS: tuple[Spec, ...] = (
             "priority": lambda value: value.priority,
             "rules": lambda value: len(value.rules),
             "disabled": lambda value: value.disabled,
+            "comment": lambda value: value.comment,
+        },
+    ),
+    Spec(
+        "node",
+        "node",
+        "nodes",
+        node_service_pb2,
+        node_service_pb2_grpc.NodeServiceStub,
+        (
+            Flag("--public-key", str, "Its WireGuard public key, in base64.", _plain("public_key")),
+            Flag("--endpoint", list[str], "HOST:PORT where devices reach it, several times.", _list("endpoints")),
+            Flag("--mtu", int, "The largest inner packet of its tunnels, in bytes; 0 is 1420.", _plain("mtu")),
+        ),
+        {
+            "endpoints": lambda value: joined(value.endpoints),
+            "public key": lambda value: value.public_key,
+            "mtu": lambda value: value.mtu or "",
+            "version": lambda value: value.version,
+        },
+    ),
+    Spec(
+        "zone",
+        "zone",
+        "zones",
+        zone_service_pb2,
+        zone_service_pb2_grpc.ZoneServiceStub,
+        (
+            Flag("--domain", str, "Such as corp.internal or 1.10.in-addr.arpa.", _plain("domain")),
+            _VNET,
+            Flag(
+                "--record",
+                list[str],
+                "NAME TYPE VALUE, such as 'www A 10.1.0.2' or '@ TXT hello', several times.",
+                _records,
+            ),
+            Flag("--forward-to", list[str], "A resolver that knows the domain, several times.", _list("forward_to")),
+            _COMMENT,
+        ),
+        {
+            "vnet": lambda value: value.virtual_network,
+            "domain": lambda value: value.domain,
+            "records": lambda value: len(value.records) or "",
+            "forwarded to": lambda value: joined(value.forward_to),
             "comment": lambda value: value.comment,
         },
     ),

@@ -38,6 +38,7 @@ COMMANDS: Final = {
     "vnet": ("falkirk.cli.resources", "Virtual networks."),
     "route": ("falkirk.cli.resources", "Routes."),
     "policy": ("falkirk.cli.resources", "Policies; without a command: run the policy service."),
+    "node": ("falkirk.cli.resources", "Nodes, where devices reach the mesh."),
     "flow": ("falkirk.cli.flow", "Live flows; without a command: run the flow tracker."),
     "audit": ("falkirk.cli.audit", "The audit log."),
     "explain": ("falkirk.cli.explain", "What would become of a packet, stage by stage."),

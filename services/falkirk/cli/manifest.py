@@ -34,10 +34,12 @@ KINDS = {
     "Route": "route",
     "Policy": "policy",
     "Node": "node",
+    "Zone": "zone",
 }
 """Kinds of documents, and their field in `Resource`."""
 
 _METADATA = ("name", "tenant", "labels")
+_TIME = "google.protobuf.Timestamp"
 _TAG = "tag:yaml.org,2002:"
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _MAXIMA = {
@@ -198,6 +200,13 @@ def _message(source: str, node: yaml.Node, message: Any, path: str) -> None:
                     _message(source, item, getattr(message, field.name).add(), f"{place}[{position}]")
                 else:
                     getattr(message, field.name).append(_scalar(source, item, field, f"{place}[{position}]"))
+        elif field.message_type is not None and field.message_type.full_name == _TIME:
+            if not isinstance(inner, yaml.ScalarNode):
+                raise _wrong(source, inner, place, "must be a time such as 2027-01-31T12:00:00Z")
+            try:
+                getattr(message, field.name).FromJsonString(inner.value)
+            except ValueError:
+                raise _wrong(source, inner, place, "must be a time such as 2027-01-31T12:00:00Z") from None
         elif field.message_type is not None:
             getattr(message, field.name).SetInParent()
             if not _is_null(inner):
@@ -222,9 +231,10 @@ def _scalar(source: str, node: yaml.Node, field: FieldDescriptor, place: str) ->
             raise _wrong(source, node, place, "must be true or false")
         case FieldDescriptor.CPPTYPE_ENUM:
             names = _enum_names(field)
-            if text not in names:
+            # DNS types are written in capitals by everybody.
+            if text.lower() not in names:
                 raise _wrong(source, node, place, f"must be {' or '.join(names)}")
-            return names[text]
+            return names[text.lower()]
         case cpp_type:
             low, high = _MAXIMA[cpp_type]
             if tag != "int" or not re.fullmatch(r"[-+]?(0|[1-9][0-9_]*)", text) or not low <= int(text) <= high:
@@ -238,6 +248,8 @@ def _plain(message: Message) -> dict[str, Any]:
     for field, value in message.ListFields():
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             found[field.json_name] = dict(sorted(value.items()))
+        elif field.message_type is not None and field.message_type.full_name == _TIME:
+            found[field.json_name] = value.ToJsonString()
         elif field.message_type is not None:
             found[field.json_name] = [_plain(item) for item in value] if field.is_repeated else _plain(value)
         elif field.enum_type is not None:

@@ -8,7 +8,9 @@ demands. One command prints one object; watches print one object a line.
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -17,6 +19,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 _GAP = "  "
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -40,6 +43,31 @@ def print_json(message: Message, *, line: bool = False) -> None:
 def timestamp(value: Timestamp) -> str:
     """A time in UTC, to the second; empty where it isn't set."""
     return value.ToDatetime().strftime("%Y-%m-%dT%H:%M:%SZ") if value.seconds else ""
+
+
+def instant(text: str) -> Timestamp:
+    """A time as people give it: RFC 3339, or how long from now (90s, 15m, 12h, 30d). Raises ValueError."""
+    found = Timestamp()
+    try:
+        found.FromNanoseconds(time.time_ns() + seconds(text) * 1_000_000_000)
+        return found
+    except ValueError:
+        pass
+    try:
+        found.FromJsonString(text)
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is neither a time such as 2027-01-31T12:00:00Z nor a span such as 12h or 30d"
+        ) from None
+    return found
+
+
+def seconds(text: str) -> int:
+    """A span as people give it (90s, 15m, 12h, 30d), in seconds. Raises ValueError."""
+    span = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    if span is None:
+        raise ValueError(f"{text!r} isn't a span such as 90s, 12h or 30d")
+    return int(span[1]) * _UNITS[span[2]]
 
 
 def joined(values: Iterable[str]) -> str:

@@ -1,6 +1,6 @@
-"""`falkirk tenant|user|device|vnet|route|policy create|get|list|update|delete|watch`, and `falkirk apply`.
+"""`falkirk tenant|user|device|vnet|route|policy|node|zone create|get|list|update|delete|watch`, and `falkirk apply`.
 
-Six groups of the same six commands, built from the table in `falkirk.cli.fields`. `get` prints the document that
+Groups of the same six commands, built from the table in `falkirk.cli.fields`. `get` prints the document that
 `apply` takes. `update` reads, changes what was given, and writes on condition that nobody else wrote meanwhile.
 """
 

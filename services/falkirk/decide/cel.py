@@ -17,8 +17,11 @@
     net.dst_groups             list(string)          groups of that owner and of that device
     vnet.name                  string                the virtual network's name
     app.attributes             map(string, string)   what the tunnel's producer said about it
+    app.dns_name               string                the name that the tenant's resolver is asked for, in lower case, no last dot; "" for a flow
+    app.dns_type               string                the type that it is asked for ("A", "SRV"); "" for a flow
     net.dst.inCidr("10.0.0.0/8"), inCidr(address, prefix)    true where the address lies in the prefix (IPv4 and IPv6)
 
+Rules are asked once for a flow, and again for each question that the tenant's resolver gets in it; only then the two of DNS aren't empty.
 There is no source port and no time, and a destination's device follows from its route, so a verdict holds for (tunnel, destination, port,
 protocol) until rules or routes change, and may be memoised.
 Each name is its own typed CEL variable: a misspelt one is a compile error, and has() is for map keys only. An evaluation ends in true, false or an
@@ -39,6 +42,7 @@ from cel_expr_python import cel
 
 from falkirk.decide.checked import Checked, UnreadableExpression, parse
 from falkirk.decide.destination import NO_DEVICE, DestinationDevice
+from falkirk.decide.resolver import NO_QUERY, Query
 from falkirk.wire.context import TunnelContext
 
 MAX_EXPRESSION: Final = 4096
@@ -64,6 +68,8 @@ VARIABLES: Final[dict[str, cel.Type]] = {
     "net.dst_groups": _STRINGS,
     "vnet.name": cel.Type.STRING,
     "app.attributes": _MAP,
+    "app.dns_name": cel.Type.STRING,
+    "app.dns_type": cel.Type.STRING,
 }
 
 PROTOCOL_NAMES: Final = {6: "tcp", 17: "udp", 1: "icmp", 58: "icmp"}
@@ -185,7 +191,12 @@ class Expression:
 
 
 def activation(
-    context: TunnelContext, destination: bytes, port: int, protocol: int, device: DestinationDevice = NO_DEVICE
+    context: TunnelContext,
+    destination: bytes,
+    port: int,
+    protocol: int,
+    device: DestinationDevice = NO_DEVICE,
+    query: Query = NO_QUERY,
 ) -> cel.Activation:
     """The variables of one question; `protocol` is the IANA number, `destination` packed."""
     groups = list(context.groups)
@@ -208,6 +219,8 @@ def activation(
             "net.dst_groups": list(device.groups),
             "vnet.name": context.virtual_network,
             "app.attributes": context.attributes,
+            "app.dns_name": query.name,
+            "app.dns_type": query.type,
         }
     )
 

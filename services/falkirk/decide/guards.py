@@ -42,6 +42,8 @@ SCALARS: Final = (
     "identity.tenant",
     "net.dst_device",
     "net.dst_user",
+    "app.dns_name",
+    "app.dns_type",
 )
 """Variables with one value, compared with ==."""
 

@@ -10,8 +10,10 @@ Devices are named DEVICE.TENANT.falkirk; the search domain is TENANT.falkirk. No
 
 from __future__ import annotations
 
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from typing import Final
+
+import msgspec
 
 DOMAIN: Final = "falkirk"
 """All tenants' names end in it."""
@@ -22,6 +24,19 @@ INDEX4: Final = 53
 INDEX6: Final = 0x53
 """The same in an IPv6 pool, where it reads ::53."""
 _GATEWAY: Final = 1
+
+
+class Query(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a resolver is asked, as rules see it."""
+
+    name: str = ""
+    """In lower case and without the last dot; "" for a flow of which no question is known."""
+    type: str = ""
+    """Such as "AAAA"; "TYPE65280" for one without a name (RFC 3597 section 5)."""
+
+
+NO_QUERY: Final = Query()
+"""A flow as such, not a question in it."""
 
 
 def index(pool: str) -> int:
@@ -40,6 +55,18 @@ def address(pool: str) -> str:
 def addresses(*pools: str) -> tuple[str, ...]:
     """The resolver's addresses in pools of which some may be empty: what a device is given as its DNS servers."""
     return tuple(address(pool) for pool in pools if pool)
+
+
+def endpoint(text: str) -> tuple[str, int]:
+    """Address and port of a resolver: "10.1.0.2", "10.1.0.2:5353", "fd00::1" or "[fd00::1]:5353". Raises ValueError."""
+    host, port = text, str(PORT)
+    if text.startswith("["):
+        host, _, port = text[1:].partition("]:")
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"{text!r} isn't an address, or an address and a port")
+    return str(ip_address(host)), int(port)
 
 
 def search_domain(tenant: str) -> str:

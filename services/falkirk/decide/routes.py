@@ -28,12 +28,13 @@ import msgspec
 
 from falkirk.decide.destination import DestinationDevice
 
-Target = Literal["internet", "blackhole", "device"]
+Target = Literal["internet", "blackhole", "device", "resolver"]
+"""Where a route leads. "resolver" is nobody's to write: the router adds it for the address of each tenant's resolver."""
 
 DEFAULT_CONNECT_TIMEOUT_MS: Final = 10_000
 """What a route that says 0 takes."""
 
-_MAGIC: Final = b"FALKRT\x00\x02"  # the last byte is the format's version
+_MAGIC: Final = b"FALKRT\x00\x03"  # the last byte is the format's version
 _HEAD: Final = struct.Struct("<8sIIIII")  # magic, networks' bytes, networks, ranges4, ranges6, entries
 _NETWORK: Final = struct.Struct("<HII")  # bytes of the id, ranges4, ranges6
 _BIG_ENDIAN: Final = array("H", b"\x00\x01")[0] == 1

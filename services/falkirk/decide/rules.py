@@ -27,6 +27,7 @@ from falkirk.decide import cel, snapshot
 from falkirk.decide.destination import NO_DEVICE, DestinationDevice
 from falkirk.decide.guards import MISSING, NOTHING, Guards, guards
 from falkirk.decide.index import Question, RuleIndex
+from falkirk.decide.resolver import NO_QUERY, Query
 from falkirk.wire.context import TunnelContext
 
 _WARM_STEP = 12
@@ -246,13 +247,14 @@ class RuleTable:
         port: int,
         protocol: int,
         device: DestinationDevice = NO_DEVICE,
+        query: Query = NO_QUERY,
     ) -> Verdict:
         """The verdict on one flow; `destination` packed, `protocol` the IANA number, `port` 0 where there is none, `device` whom
-        its route leads to."""
+        its route leads to; or, with `query`, on one question to the tenant's resolver."""
         tenant = self._tenants.get(context.tenant_id)
         if tenant is None:
             return _default(context)
-        candidates = tenant.index.candidates(_question(context, destination, port, protocol, device))
+        candidates = tenant.index.candidates(_question(context, destination, port, protocol, device, query))
         activation: cel.Activation | None = None
         while candidates:
             lowest = candidates & -candidates
@@ -261,7 +263,7 @@ class RuleTable:
             outcome: bool | str = True
             if rule.expression >= 0:
                 if activation is None:
-                    activation = cel.activation(context, destination, port, protocol, device)
+                    activation = cel.activation(context, destination, port, protocol, device, query)
                 outcome = self._expressions[rule.expression].evaluate(activation)
             elif rule.expression == snapshot.BROKEN:
                 outcome = rule.problem
@@ -319,7 +321,12 @@ class RuleTable:
 
 
 def _question(
-    context: TunnelContext, destination: bytes, port: int, protocol: int, device: DestinationDevice
+    context: TunnelContext,
+    destination: bytes,
+    port: int,
+    protocol: int,
+    device: DestinationDevice,
+    query: Query = NO_QUERY,
 ) -> Question:
     """In the order of `guards.GROUP_LISTS`, `guards.SCALARS` and `guards.MAPS`."""
     return Question(
@@ -336,6 +343,8 @@ def _question(
             context.tenant,
             device.device,
             device.user,
+            query.name,
+            query.type,
         ),
         port,
         (context.posture, context.attributes),

@@ -20,8 +20,8 @@ import msgspec
 from falkirk.decide.guards import Value
 
 MAGIC: Final = b"FALKIRK-RULES"
-VERSION: Final = 3
-"""2: guards on the destination's device. 3: on ranges of ports, and on keys of maps."""
+VERSION: Final = 4
+"""2: guards on the destination's device. 3: on ranges of ports, and on keys of maps. 4: on what a resolver is asked."""
 FRAME_ITEMS: Final = 64
 
 _HEAD: Final = struct.Struct("!13sH")

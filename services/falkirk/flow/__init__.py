@@ -24,7 +24,7 @@ second private namespace, and the leg that was reserved for it (`lowering.py`) i
 Fragments wait for the rest of their packet (`reassembly.py`, PURE, and `fragments.py`); only whole packets go this way.
 
 UDP and ICMP echo go another way: their packets lose their headers here, and leave by sockets that the upgrader worker opened
-(`session.py`, `udp.py`, `echo.py`). What flows of all protocols share is `table.py`, `keys.py` and `lifecycle.py`.
+(`session.py`, `udp.py`, `echo.py`). What goes to the tenant's resolver is a session too, with a process of the router's (`resolving.py`). What flows of all protocols share is `table.py`, `keys.py` and `lifecycle.py`.
 
 Limits: to the internet go TCP, UDP and ICMP echo; other protocols go between devices only, and are answered as unreachable otherwise.
 """

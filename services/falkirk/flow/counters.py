@@ -27,6 +27,7 @@ DROP_REASONS: Final = (
     "ports_exhausted",
     "socket_full",
     "upstream_error",
+    "dns_malformed",
     "syn_held",
     "held",
     "not_ready",

@@ -9,13 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import Final
 
+from falkirk.decide import resolver
 from falkirk.decide.destination import NO_DEVICE
 from falkirk.decide.routes import RouteEntry, RouteTable, martian
 from falkirk.decide.rules import RuleTable, Verdict
 from falkirk.flow import records
 from falkirk.wire.context import TunnelContext
 from falkirk.wire.protocol import TCP, UDP
+
+RETOLD: Final = "device_changed: the resolver is told anew"
+"""Why a flow to the resolver ends where its device's context has changed."""
 
 
 class Outcome(StrEnum):
@@ -95,6 +100,8 @@ def authorise(
     rules: RuleTable, route: RouteEntry, context: TunnelContext, destination: bytes, port: int, protocol: int
 ) -> Decision:
     """The decision on a flow that has a route."""
+    if route.target == "resolver":
+        return _resolver(rules, route, context, destination, port, protocol)
     device = route.device
     verdict = rules.decide(context, destination, port, protocol, device or NO_DEVICE)
     deny = Outcome.DENY if protocol == TCP else Outcome.PROHIBITED
@@ -114,6 +121,22 @@ def authorise(
     lowered = protocol == TCP and verdict.treatment == "l4"
     outcome = Outcome.LIFT if device is None or lowered else Outcome.FORWARD
     return Decision(outcome, "allowed", verdict.why, route, verdict, protocol)
+
+
+def _resolver(
+    rules: RuleTable, route: RouteEntry, context: TunnelContext, destination: bytes, port: int, protocol: int
+) -> Decision:
+    """The decision on a flow to the tenant's resolver: DNS is allowed unless a rule denies it, and nothing else is there."""
+    if protocol not in (TCP, UDP) or port != resolver.PORT:
+        outcome = Outcome.DENY if protocol == TCP else Outcome.UNREACHABLE
+        why = f"the resolver answers DNS on port {resolver.PORT} only"
+        return Decision(outcome, "not_dns", why, route, protocol=protocol)
+    verdict = rules.decide(context, destination, port, protocol)
+    if verdict.allowed or not verdict.rule:
+        why = verdict.why if verdict.allowed else "every device may ask its tenant's resolver unless a rule denies it"
+        return Decision(Outcome.LIFT, "allowed", why, route, Verdict(True, verdict.rule, why), protocol)
+    deny = Outcome.DENY if protocol == TCP else Outcome.PROHIBITED
+    return Decision(deny, "denied", verdict.why, route, verdict, protocol)
 
 
 def decide(
@@ -137,6 +160,9 @@ def superseded(before: Decision, now: Decision, family: int, *, device_changed: 
         return f"route_changed: {now.reason}"
     assert before.route is not None
     assert now.route is not None
+    if device_changed and before.route.target == "resolver":
+        # The resolver has been told who asks; it is told anew with the next flow.
+        return RETOLD
     if _way(before.route, family) != _way(now.route, family):
         return f"route_changed: {now.route.name}"
     if _treatment(before) != _treatment(now):

@@ -44,6 +44,7 @@ from falkirk.wire.build import MAX_ERROR4, MAX_ERROR6
 from falkirk.wire.handover import OpenSocket, SocketFailed, SocketOpened
 from falkirk.wire.icmp import Unreachable
 from falkirk.wire.packet import Packet, parse
+from falkirk.wire.protocol import UDP
 from falkirk.wire.translate import CARRIED4, CARRIED6
 
 if TYPE_CHECKING:
@@ -189,18 +190,23 @@ class Sessions(Owner[S]):
         key = key_of(packet.protocol, packet.source, packet.destination, *ports)
         if decision.outcome is not Outcome.LIFT:
             data = lane.view[:end].tobytes()
-            prohibited = decision.outcome is Outcome.PROHIBITED
-            worker.answers.unreachable(tunnel, data, Unreachable.PROHIBITED if prohibited else Unreachable.NET)
+            told = Unreachable.PROHIBITED if decision.outcome is Outcome.PROHIBITED else Unreachable.NET
+            if decision.reason == "not_dns" and packet.protocol == UDP:
+                # RFC 1122 4.1.3.1: nobody listens there.
+                told = Unreachable.PORT
+            worker.answers.unreachable(tunnel, data, told)
             worker.lifecycle.refused(tunnel, key, decision, decision.reason, decision.why)
             return
         refusal = worker.lifecycle.refusal(tunnel) or self._opening.refusal()
         if refusal is not None:
             worker.lifecycle.refuse(tunnel, key, decision, refusal)
             return
-        session = self.make(tunnel, key)
+        route = decision.route
+        sessions: Sessions[Any] = worker.resolving if route is not None and route.target == "resolver" else self
+        session = sessions.make(tunnel, key)
         worker.lifecycle.begin(session, decision, timing, worker.settings.transitory_idle_s)
-        self.hold(lane, session, end)
-        self.wish(session)
+        sessions.hold(lane, session, end)
+        sessions.wish(session)
 
     def hold(self, lane: Lane, session: S, end: int) -> None:
         """Keep a packet until the socket is there; more than `HELD_PACKETS` are dropped."""
@@ -462,8 +468,8 @@ class Opening:
             return "descriptors_exhausted"
         return None
 
-    def ask(self, session: Session, port: int, local: int) -> None:
-        """Have a session's socket opened."""
+    def ask(self, session: Session, port: int, local: int, preface: bytes = b"") -> None:
+        """Have a session's socket opened; with a preface (`falkirk.wire.asker`) it is one to the resolver."""
         decision = session.decision
         assert decision is not None
         route = decision.route
@@ -481,6 +487,7 @@ class Opening:
                 local=local,
                 flow_id=self._worker.lifecycle.identity(session),
                 span_id=session.span_id,
+                preface=preface,
             )
         )
 

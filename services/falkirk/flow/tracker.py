@@ -25,6 +25,7 @@ from errno import ECONNREFUSED, ECONNRESET, EHOSTUNREACH, ENETUNREACH, ETIMEDOUT
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.decision import Decision
+from falkirk.flow.resolving import preface
 from falkirk.flow.segments import ACK, FIN, LINGER, RST, SEQUENCES, SYN, Segments
 from falkirk.flow.table import Leg, State, TcpLift, Tunnel
 from falkirk.wire.handover import Abort, Closed, Connected, DialFailed, Prepare
@@ -96,6 +97,7 @@ class Tracker(Segments):
                 span_id=flow.span_id,
                 lower=leg.slot if leg is not None else 0,
                 source_port=flow.source_port,
+                preface=preface(flow, worker.lifecycle.identity(flow)) if route.target == "resolver" else b"",
             )
         )
 

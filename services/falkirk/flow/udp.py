@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 from falkirk.flow.counters import FORWARDED, RECEIVED
 from falkirk.flow.keys import key_of
 from falkirk.flow.lane import HEADER
+from falkirk.flow.resolving import ResolverSession
 from falkirk.flow.session import Opening, Session, Sessions
 from falkirk.flow.table import State, Tunnel
 from falkirk.linux import datagrams
@@ -187,6 +188,8 @@ class UdpSessions(Sessions[UdpSession]):
         flow = tunnel.flows.get(key_of(UDP, packet.source, packet.destination, *ports))
         if flow is None:
             self.begin(lane, tunnel, packet, end, ports)
+        elif isinstance(flow, ResolverSession):
+            worker.resolving.packet(flow, lane, end, upper + 8, stop)
         elif not isinstance(flow, UdpSession):
             worker.drop("protocol_not_built")
         elif flow.held is not None:

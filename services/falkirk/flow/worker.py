@@ -47,6 +47,7 @@ from falkirk.flow.orphans import Orphans
 from falkirk.flow.pairing import UpgraderPair
 from falkirk.flow.randomness import Randomness
 from falkirk.flow.raw import RawLane
+from falkirk.flow.resolving import ResolverSessions
 from falkirk.flow.review import Review
 from falkirk.flow.session import Opening
 from falkirk.flow.siblings import SiblingLink
@@ -145,6 +146,7 @@ class Worker:
         self.answers = Answers(self)
         self.opening = Opening(self)
         self.udp = UdpSessions(self, self.opening)
+        self.resolving = ResolverSessions(self, self.opening)
         self.echo = Echoes(self, self.opening)
         self.ingress = Ingress(self)
         self.egress = Egress(self)

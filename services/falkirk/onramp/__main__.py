@@ -15,6 +15,7 @@ from falkirk.onramp.admission import Grants
 from falkirk.onramp.context import Code
 from falkirk.onramp.control import WIREGUARD
 from falkirk.onramp.parent import Parent
+from falkirk.onramp.presence import Reporter
 from falkirk.onramp.service import OnrampService
 from falkirk.onramp.settings import Settings
 from falkirk.runtime import client, telemetry
@@ -31,9 +32,9 @@ async def serve(shell: Shell, settings: Settings) -> None:
     """Until SIGTERM."""
     server = Server("onramp", shell)
     parent = Parent(shell, settings, server.set_ready)
-    replica = ResourceReplica(
-        "resources", shell.data("onramp") / "replica", client.channel(shell, "registry"), KINDS, parent.on_change
-    )
+    channel = client.channel(shell, "registry")
+    replica = ResourceReplica("resources", shell.data("onramp") / "replica", channel, KINDS, parent.on_change)
+    reporter = Reporter(shell.node, parent, channel)
     service = OnrampService(
         parent,
         Grants(settings.grants(), settings.device_uids()),
@@ -66,7 +67,7 @@ async def serve(shell: Shell, settings: Settings) -> None:
         )
     )
     Gauge("falkirk_onramp_tunnels", "Open tunnels.", registry=server.metrics).set_function(lambda: len(parent.tunnels))
-    await server.run(replica.run, parent.run)
+    await server.run(replica.run, parent.run, reporter.run)
 
 
 def main() -> int:

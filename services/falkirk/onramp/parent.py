@@ -76,6 +76,11 @@ class Parent:
         self._pool = WorkerPool("onramp.worker", 1, _command, self._on_message, self._on_start, self._on_exit)
         self.processes = self._pool.processes
 
+    @property
+    def wireguard_key_text(self) -> str:
+        """The node's public key as `wg` writes it; empty where WireGuard isn't on."""
+        return base64.b64encode(self.wireguard_key).decode()
+
     async def run(self) -> None:
         """Listens on tunnel.sock and keeps the worker running, until cancelled. Raises OSError where it can't listen."""
         path = self._shell.run_dir / "tunnel.sock"
@@ -103,7 +108,7 @@ class Parent:
         except OSError as error:
             where = f"{wireguard.address or '*'}:{wireguard.port}"
             raise OSError(error.errno, f"onramp.wireguard: can't listen at UDP {where}: {error.strerror}") from error
-        log.info("wireguard_listens", port=wireguard.port, public_key=base64.b64encode(self.wireguard_key).decode())
+        log.info("wireguard_listens", port=wireguard.port, public_key=self.wireguard_key_text)
 
     def on_change(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -120,7 +119,7 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
             return None
         counts = self._parent.counters.values()
         return pb.WireGuardStatus(
-            public_key=base64.b64encode(self._parent.wireguard_key).decode(),
+            public_key=self._parent.wireguard_key_text,
             port=self._parent.wireguard.port,
             endpoints=self._parent.wireguard.endpoints,
             devices=len(self._parent.heard),

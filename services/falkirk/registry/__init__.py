@@ -1,6 +1,6 @@
-"""Who exists: tenants, users, devices, virtual networks, routes, policies, and every change to them in order.
+"""Who exists: tenants, users, devices, virtual networks, routes, policies, private DNS zones, and every change to them in order.
 
-Six kinds, one engine::
+Many kinds, one engine::
 
     request ──► service ──► engine ── kinds     what a legal value is, what it refers to, what must be unique
                               │       defaults  what the registry fills in: addresses, pools, the default network

@@ -17,6 +17,7 @@ from falkirk.api.registry.v1 import (
     tenant_service_pb2_grpc,
     user_service_pb2_grpc,
     virtual_network_service_pb2_grpc,
+    zone_service_pb2_grpc,
 )
 from falkirk.registry.device_service import DeviceService, DeviceTokenService, private_key
 from falkirk.registry.kinds import BY_NAME
@@ -40,6 +41,7 @@ _REGISTER = {
     "route": route_service_pb2_grpc.add_RouteServiceServicer_to_server,
     "policy": policy_document_service_pb2_grpc.add_PolicyServiceServicer_to_server,
     "node": node_service_pb2_grpc.add_NodeServiceServicer_to_server,
+    "zone": zone_service_pb2_grpc.add_ZoneServiceServicer_to_server,
 }
 
 

@@ -14,6 +14,7 @@ from falkirk.api.registry.v1.route_service_pb2 import Route
 from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
 from falkirk.api.registry.v1.user_service_pb2 import User
 from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
+from falkirk.api.registry.v1.zone_service_pb2 import Zone
 from falkirk.decide import resolver
 from falkirk.registry import kinds, pools
 from falkirk.registry.kinds import BY_NAME, Value
@@ -40,8 +41,8 @@ def fill(engine: Engine, value: Value, stored: Value | None) -> None:
     elif isinstance(value, Device):
         assert stored is None or isinstance(stored, Device)
         _check_addresses(engine, value, stored.addresses if stored else ())
-    elif isinstance(value, Route) and not value.virtual_network:
-        assert stored is None or isinstance(stored, Route)
+    elif isinstance(value, Route | Zone) and not value.virtual_network:
+        assert stored is None or isinstance(stored, Route | Zone)
         value.virtual_network = (
             stored.virtual_network if stored else _default_network(engine, value.metadata.tenant_id).metadata.name
         )

@@ -17,14 +17,15 @@ import structlog
 
 from falkirk.api.registry.v1 import device_service_pb2 as pb
 from falkirk.api.registry.v1 import device_token_service_pb2 as token_pb
-from falkirk.registry import enrolment, tokens, tunnel
+from falkirk.decide.callers import Caller, Role
+from falkirk.registry import engine, enrolment, tokens, tunnel
 from falkirk.registry.engine import Engine
 from falkirk.registry.enrolment import Machine, Person
 from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.service import Desk, ResourceService, reached, refusal
 from falkirk.registry.settings import OidcIssuer
-from falkirk.runtime import oidc
+from falkirk.runtime import callers, oidc
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wireguard import proof
 
@@ -45,6 +46,29 @@ class DeviceService(ResourceService):
         super().__init__(BY_NAME["device"], desk)
         self._private_key, self._issuers, self._verifier, self._alive = private_key, issuers, verifier, alive
         self._public_key = proof.text_of(proof.public_of(private_key))
+
+    async def Get(self, request: pb.DeviceServiceGetRequest, context: Any) -> pb.DeviceServiceGetResponse:
+        """See the proto; an owner finds its own devices only."""
+        found: pb.DeviceServiceGetResponse = await super().Get(request, context)
+        if not _shows(found.device):
+            raise refusal(engine.not_found(BY_NAME["device"], request.name, request.tenant))
+        return found
+
+    async def List(self, request: pb.DeviceServiceListRequest, context: Any) -> pb.DeviceServiceListResponse:
+        """See the proto; an owner's pages show its own devices only."""
+        page: pb.DeviceServiceListResponse = await super().List(request, context)
+        kept = [device for device in page.devices if _shows(device)]
+        if len(kept) < len(page.devices):
+            del page.devices[:]
+            page.devices.extend(kept)
+        return page
+
+    async def Delete(self, request: pb.DeviceServiceDeleteRequest, context: Any) -> pb.DeviceServiceDeleteResponse:
+        """See the proto; an owner removes its own devices only."""
+        if _owner() is not None:
+            await self.Get(pb.DeviceServiceGetRequest(tenant=request.tenant, name=request.name), context)
+        answer: pb.DeviceServiceDeleteResponse = await super().Delete(request, context)
+        return answer
 
     async def Enroll(self, request: pb.DeviceServiceEnrollRequest, context: Any) -> pb.DeviceServiceEnrollResponse:
         """See the proto."""
@@ -169,6 +193,17 @@ class DeviceTokenService:
         token = await self._desk.write(lambda work: tokens.revoke(work, tenant.metadata.id, request.id))
         log.info("device_token_revoked", tenant=token.tenant, id=token.id)
         return token_pb.DeviceTokenServiceRevokeResponse(token=token)
+
+
+def _owner() -> Caller | None:
+    """The caller, where it is a person with a right to its own devices and no more."""
+    caller = callers.current.get()
+    return caller if caller is not None and caller.role is Role.OWNER else None
+
+
+def _shows(device: pb.Device) -> bool:
+    owner = _owner()
+    return owner is None or (device.metadata.tenant_id == owner.tenant_id and device.user == owner.name)
 
 
 def person_of(issuers: Sequence[OidcIssuer], identity: oidc.Identity, tenant: str) -> Person:

@@ -25,6 +25,7 @@ WORD = 128
 
 # RFC 1123 section 2.1 with RFC 1034 section 3.5: letters, digits and inner hyphens, at most 63 octets.
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+_DOMAIN_LABEL = re.compile(r"_?[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 # RFC 9562 section 4. A name that looks like an id could be taken for one where both are allowed.
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}\Z")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -137,6 +138,49 @@ def pool6(value: str, field: str) -> str:
     if not isinstance(parsed, IPv6Network) or parsed.prefixlen != 64 or parsed.network_address.packed[0] != 0xFD:
         raise _illegal(field, f"{parsed} isn't a /64 of fd00::/8 (RFC 4193)")
     return str(parsed)
+
+
+def domain(value: str, field: str) -> str:
+    """A domain name in lower case without its last dot. Labels may begin with an underscore (RFC 8552)."""
+    canonical = value.lower().removesuffix(".")
+    # RFC 1035 section 2.3.4: 255 octets on the wire, which are 253 characters.
+    if not canonical or len(canonical) > 253 or not all(map(_DOMAIN_LABEL.match, canonical.split("."))):
+        raise _illegal(field, f"{_shown(value)} isn't a domain name")
+    return canonical
+
+
+def zone_record(kind: str, value: str, field: str) -> str:
+    """What a record of a private zone says, `kind` being A, AAAA, CNAME, PTR, SRV or TXT."""
+    if kind in ("A", "AAAA"):
+        return address(value, field, 4 if kind == "A" else 6)
+    if kind in ("CNAME", "PTR"):
+        return domain(value, field)
+    if kind == "TXT":
+        return text(value, field)
+    parts = value.split()
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() and int(part) < 65536 for part in parts[:3]):
+        raise _illegal(field, f"{_shown(value)} isn't PRIORITY WEIGHT PORT TARGET (RFC 2782)")
+    # RFC 2782: a target of "." says that the service isn't there.
+    target = parts[3] if parts[3] == "." else domain(parts[3], field)
+    return " ".join([*(str(int(part)) for part in parts[:3]), target])
+
+
+def endpoint(value: str, field: str) -> str:
+    """An address, or one with a port: 10.1.0.2, 10.1.0.2:5353, [fd00::1]:5353."""
+    host, port = value, ""
+    if value.startswith("["):
+        host, bracket, port = value[1:].partition("]")
+        if not bracket or not port.startswith(":"):
+            raise _illegal(field, f"{_shown(value)} isn't [ADDRESS]:PORT")
+        port = port[1:]
+    elif value.count(":") == 1:
+        host, _, port = value.partition(":")
+    canonical = address(host, field)
+    if host == value:
+        return canonical
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise _illegal(field, f"{_shown(port)} isn't a port")
+    return f"[{canonical}]:{int(port)}" if ":" in canonical else f"{canonical}:{int(port)}"
 
 
 def public_key(value: str, field: str) -> str:

@@ -20,17 +20,25 @@ from falkirk.api.registry.v1.route_service_pb2 import Route
 from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
 from falkirk.api.registry.v1.user_service_pb2 import User
 from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
+from falkirk.api.registry.v1.zone_service_pb2 import Zone, ZoneRecordType
+from falkirk.decide import resolver
 from falkirk.decide import rules as decide_rules
 from falkirk.registry import fields
 from falkirk.registry.refusal import Reason, Refused
 
-Value = Tenant | User | Device | VirtualNetwork | Route | Policy | Node
+Value = Tenant | User | Device | VirtualNetwork | Route | Policy | Node | Zone
 """A resource of any kind, as it is stored and sent."""
 
 RULES = 10_000
 """Most rules of one policy."""
 EXPRESSION = 8192
 """Most characters of a rule's expression."""
+
+ZONE_RECORDS = 1000
+"""Most records of one zone."""
+ZONE_FORWARDERS = 4
+"""Most resolvers that a zone is forwarded to."""
+_ZONE_TTL_S = 604_800
 
 _BUILT_TARGETS = frozenset({"internet", "device", "blackhole"})
 _BUILT_TREATMENTS = frozenset({net_pb2.TREATMENT_UNSPECIFIED, net_pb2.TREATMENT_L3, net_pb2.TREATMENT_L4})
@@ -279,6 +287,64 @@ def _node_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
     return _key_claims(value.public_key)
 
 
+def _judge_zone(value: Value) -> None:
+    assert isinstance(value, Zone)
+    value.domain = fields.domain(value.domain, "domain")
+    if value.domain == resolver.DOMAIN or value.domain.endswith(f".{resolver.DOMAIN}"):
+        raise Refused(
+            Reason.INVALID_FIELD,
+            f"domain: names below {resolver.DOMAIN} are those of devices; choose another domain",
+            field="domain",
+        )
+    fields.text(value.comment, "comment")
+    fields.at_most(len(value.records), "records", ZONE_RECORDS)
+    fields.at_most(len(value.forward_to), "forward_to", ZONE_FORWARDERS)
+    if value.records and value.forward_to:
+        raise Refused(
+            Reason.INVALID_FIELD, "forward_to: a zone that is forwarded has no records of its own", field="forward_to"
+        )
+    value.forward_to[:] = [
+        fields.endpoint(text, f"forward_to[{position}]") for position, text in enumerate(value.forward_to)
+    ]
+    _judge_zone_records(value)
+
+
+def _judge_zone_records(zone: Zone) -> None:
+    aliases: dict[str, bool] = {}
+    for position, record in enumerate(zone.records):
+        place = f"records[{position}]"
+        full = zone.domain if record.name == "@" else f"{record.name}.{zone.domain}"
+        full = fields.domain(full, f"{place}.name")
+        record.name = full.removesuffix(zone.domain).removesuffix(".") or "@"
+        if not record.type:
+            raise Refused(Reason.INVALID_FIELD, f"{place}.type: must be given", field=f"{place}.type")
+        kind = ZoneRecordType.Name(record.type).removeprefix("ZONE_RECORD_TYPE_")
+        record.value = fields.zone_record(kind, record.value, f"{place}.value")
+        fields.at_most(record.ttl_s, f"{place}.ttl_s", _ZONE_TTL_S)
+        # RFC 1034 section 3.6.2.
+        if aliases.setdefault(full, kind == "CNAME") != (kind == "CNAME") or (
+            kind == "CNAME" and any(other.name == record.name for other in zone.records[:position])
+        ):
+            raise Refused(
+                Reason.INVALID_FIELD,
+                f"{place}: {full} is an alias (CNAME), and nothing else may stand beside one",
+                field=place,
+            )
+
+
+def _zone_claims(value: Value, references: Mapping[str, str]) -> list[Claim]:
+    assert isinstance(value, Zone)
+    return [
+        Claim(
+            f"zone:{references['virtual_network']}",
+            value.domain,
+            Reason.NAME_TAKEN,
+            f"virtual network {value.virtual_network} already has a zone for {value.domain}",
+            {"field": "domain", "domain": value.domain},
+        )
+    ]
+
+
 _PACKAGE = "falkirk.api.registry.v1."
 
 KINDS: tuple[Kind, ...] = (
@@ -315,6 +381,16 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind(registry_pb2.KIND_POLICY, "policy", "policies", f"{_PACKAGE}PolicyService", Policy, _judge_policy),
     Kind(registry_pb2.KIND_NODE, "node", "nodes", f"{_PACKAGE}NodeService", Node, _judge_node, claims=_node_claims),
+    Kind(
+        registry_pb2.KIND_ZONE,
+        "zone",
+        "zones",
+        f"{_PACKAGE}ZoneService",
+        Zone,
+        _judge_zone,
+        (Reference("virtual_network", "virtual_network"),),
+        _zone_claims,
+    ),
 )
 """All kinds, in the order in which one transaction writes them: whatever is referred to comes before what refers to it."""
 

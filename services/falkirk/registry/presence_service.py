@@ -20,6 +20,7 @@ from falkirk.api.registry.v1 import registry_service_pb2 as registry_pb2
 from falkirk.api.registry.v1.device_service_pb2 import Device
 from falkirk.registry import engine, fields
 from falkirk.registry.kinds import BY_NAME
+from falkirk.registry.node_service import check_own
 from falkirk.registry.presence import Presences
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.service import Desk, refusal
@@ -70,6 +71,7 @@ class PresenceService:
 
     async def Report(self, request: pb.PresenceServiceReportRequest, context: Any) -> pb.PresenceServiceReportResponse:
         """See the proto."""
+        check_own(request.node)
         lease_ms = request.lease_ms or _LEASE_MS
         try:
             fields.label(request.node, "node")

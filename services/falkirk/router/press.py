@@ -15,17 +15,28 @@ from falkirk.api.registry.v1 import registry_service_pb2
 from falkirk.api.router.v1 import router_service_pb2
 from falkirk.decide import routes
 from falkirk.decide.routes import RouteConflict, RouteTable
+from falkirk.router import name_table
 from falkirk.router.book import RouteBook
+from falkirk.router.name_book import NameBook
 from falkirk.runtime.replica import BlobPublisher
 
 log = structlog.get_logger()
 
 
 class Press:
-    """From changes of the registry to the table in force. `on_pressed` is called after each new table."""
+    """From changes of the registry to the table in force. `on_pressed` is called after each new table, `tell` with "names" and "routes" for the
+    resolver."""
 
-    def __init__(self, book: RouteBook, on_pressed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        book: RouteBook,
+        on_pressed: Callable[[], None],
+        names: NameBook | None = None,
+        tell: Callable[[str, bytes], None] = lambda name, data: None,
+    ) -> None:
         self.book = book
+        self._names = names or NameBook()
+        self._tell = tell
         self.table = RouteTable()
         self.revision: net_pb2.Revision | None = None
         """Of the table; None before the first."""
@@ -42,6 +53,7 @@ class Press:
     ) -> None:
         """A transaction of the registry."""
         self.book.apply(changed, removed)
+        self._names.apply(changed, removed)
         self._newest = revision
         self._dirty.set()
 
@@ -52,6 +64,9 @@ class Press:
             self._dirty.clear()
             revision, sources = self._newest, self.book.sources()
             assert revision is not None
+            taken = {(source.virtual_network_id, source.entry.prefix) for source in sources}
+            sources += self._names.sources(taken)
+            self._tell("names", await asyncio.to_thread(name_table.encode, self._names.networks()))
             try:
                 data = await asyncio.to_thread(routes.compile, sources)
             except RouteConflict as error:
@@ -62,5 +77,6 @@ class Press:
                 await asyncio.sleep(0)
             self.revision = revision
             self.publisher.set(revision, data)
+            self._tell("routes", data)
             log.info("routes_published", routes=self.table.routes, bytes=len(data), revision=revision.number)
             self._on_pressed()

@@ -49,8 +49,13 @@ KINDS: Final[Mapping[str, int]] = {
     "route": registry_service_pb2.KIND_ROUTE,
     "policy": registry_service_pb2.KIND_POLICY,
     "node": registry_service_pb2.KIND_NODE,
+    "zone": registry_service_pb2.KIND_ZONE,
 }
 """Kind by the name of its field in Resource."""
+
+
+TAG_BYTES: Final = 4
+"""Bytes of the set of kinds in a disk copy: kinds are below 32."""
 
 
 class SnapshotRefused(Exception):
@@ -278,16 +283,16 @@ class ResourceReplica(_Replica):
         if not self._read:
             self._read = True
             found = self._load()
-            if found is not None and found.data[:1] != self._kinds_tag():
+            if found is not None and found.data[:TAG_BYTES] != self._kinds_tag():
                 self.revision, self._source = None, "none"  # written for other kinds: some of ours would be missing
             elif found is not None:
-                for resource in registry_service_pb2.WatchResponse.FromString(found.data[1:]).changed:
+                for resource in registry_service_pb2.WatchResponse.FromString(found.data[TAG_BYTES:]).changed:
                     self._put(self.items, resource)
         return self.revision
 
     def _kinds_tag(self) -> bytes:
-        """One byte at the head of the disk copy's data: the kinds in it."""
-        return bytes([sum(1 << kind for kind in set(self.kinds))])
+        """The head of the disk copy's data: the kinds in it."""
+        return sum(1 << kind for kind in set(self.kinds)).to_bytes(TAG_BYTES, "big")
 
     def status(self) -> net_pb2.ReplicaStatus:
         """For Stats."""

@@ -18,7 +18,7 @@ never looks complete.
 
 Modules, in the order in which a stream meets them: `pairing` (the pair to flow), `dial` and `lowering`, `worker` (accept, pair up), `callers` and
 `errands` (streams that the parent has in hand),
-`sessions` (sockets of UDP and echo, which are flow's from then on), `relay`, `stream` and `deadlines` (the rules, pure), `control` (worker and parent), `namespace` and `parent` (who owns
+`sessions` (sockets of UDP and echo, which are flow's from then on), `resolver` (the same, and streams, to this mesh's resolver), `relay`, `stream` and `deadlines` (the rules, pure), `control` (worker and parent), `namespace` and `parent` (who owns
 the descriptors), `service` (gRPC), `settings`.
 
 Limits: streams of TCP only; treatment "l4" only; a worker holds at most (RLIMIT_NOFILE - 64) / 2 streams and refuses more with

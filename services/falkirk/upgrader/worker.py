@@ -36,7 +36,7 @@ from falkirk.linux import scheduling, seqpacket, sockets
 from falkirk.linux.sockets import Socket
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
-from falkirk.upgrader import control, dial, sessions
+from falkirk.upgrader import control, dial, resolver, sessions
 from falkirk.upgrader.callers import Callers
 from falkirk.upgrader.deadlines import Deadlines
 from falkirk.upgrader.lowering import Asked, Lowering
@@ -80,6 +80,8 @@ class Worker:
         self._report = report
         self._capacity = capacity
         self._congestion = dial.usable(setup.congestion)
+        self._mesh = Path(setup.path).parent
+        self._uids = frozenset(setup.uids)
         self._log = Log("upgrader", setup.log_level, setup.log_format)
         self._epoll = select.epoll()
         self._relay = Relay(self._epoll, self._over)
@@ -211,6 +213,9 @@ class Worker:
                 raise OSError(errno.EPROTONOSUPPORT, "treatment isn't built")
             if len(self._slots) + len(self._asked) >= self._capacity:
                 raise OSError(errno.EMFILE, "no descriptors")
+            if wish.preface:
+                self._dial(wish, resolver.stream(self._mesh, wish.preface, self._uids), now)
+                return
             if not wish.lower:
                 self._dial(wish, dial.start(wish.destination, wish.port, wish.egress, self._congestion), now)
                 return
@@ -255,7 +260,10 @@ class Worker:
         try:
             if self.draining:
                 raise OSError(errno.ESHUTDOWN, "draining")
-            sock, local, raw = sessions.start(wish)
+            if wish.preface:
+                sock, local, raw = resolver.datagrams(self._mesh, wish.preface, self._uids), 0, False
+            else:
+                sock, local, raw = sessions.start(wish)
         except OSError as error:
             code = error.errno or errno.EIO
             self._pairing.say(SocketFailed(wish.token, code))

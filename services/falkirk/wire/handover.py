@@ -24,7 +24,7 @@ import msgspec
 
 from falkirk.wire.context import Framing, Transport, TunnelContext
 
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 """Version of these messages; raised by any change that an older peer would misread."""
 MAX_MESSAGES: Final = 64
 MAX_DESCRIPTORS: Final = 16
@@ -156,6 +156,8 @@ class Prepare(Message, frozen=True, tag=True):
     source_port: int = 0
     request: int = 0
     """Not 0: no client comes from a slot, as whoever asked by this number (`LowerWanted`) has the other end. `slot` is `lower` then."""
+    preface: bytes = b""
+    """Not empty: the upstream is this mesh's resolver, which is told this first (`falkirk.wire.asker`)."""
 
 
 class Connected(Message, frozen=True, tag=True):
@@ -237,6 +239,8 @@ class OpenSocket(Message, frozen=True, tag=True):
     """16 bytes."""
     span_id: bytes = b""
     """8 bytes where the flow is sampled: parent of the upgrader's span. Empty: not sampled."""
+    preface: bytes = b""
+    """Not empty: the socket is one to this mesh's resolver, which is told this first (`falkirk.wire.asker`)."""
 
 
 class SocketOpened(Message, frozen=True, tag=True):
@@ -268,6 +272,8 @@ FLOW_TO_UPGRADER: Final = msgspec.msgpack.Decoder(list[FlowToUpgrader])
 UPGRADER_TO_FLOW: Final = msgspec.msgpack.Decoder(list[UpgraderToFlow])
 
 _encoder: Final = msgspec.msgpack.Encoder()
+_PREFACES: Final = 32 * 1024
+"""Bytes of prefaces after which a datagram ends."""
 
 
 def encode(messages: Iterable[Message]) -> bytes:
@@ -277,5 +283,15 @@ def encode(messages: Iterable[Message]) -> bytes:
 
 def batches(messages: list[Message]) -> Iterator[bytes]:
     """Datagrams for any number of messages without descriptors, in order."""
-    for start in range(0, len(messages), MAX_MESSAGES):
-        yield _encoder.encode(messages[start : start + MAX_MESSAGES])
+    some: list[Message] = []
+    size = 0
+    for message in messages:
+        # Prefaces are all that can be long: at most 64 KiB (`falkirk.wire.asker`), so a datagram never grows beyond `MAX_DATAGRAM`.
+        if len(some) == MAX_MESSAGES or size > _PREFACES:
+            yield _encoder.encode(some)
+            some, size = [], 0
+        some.append(message)
+        if isinstance(message, Prepare | OpenSocket):
+            size += len(message.preface)
+    if some:
+        yield _encoder.encode(some)

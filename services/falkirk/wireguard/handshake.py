@@ -29,18 +29,24 @@ _SEALED_KEY: Final = 48
 class Identity:
     """A static key, with what every handshake begins with."""
 
-    __slots__ = ("prologue", "public", "secret")
+    __slots__ = ("_chaining", "_hashed", "_own", "public", "secret")
 
     def __init__(self, secret: bytes, prologue: bytes = IDENTIFIER) -> None:
         """`secret` is the private key, 32 bytes. Raises ValueError."""
         self.secret = primitives.private_key(secret)
         self.public = primitives.public_bytes(self.secret)
-        self.prologue = prologue
+        # Noise 5.2: the protocol's name is longer than a hash, so it is hashed; then the prologue is mixed in.
+        self._chaining = digest(CONSTRUCTION)
+        self._hashed = digest(self._chaining, prologue)
+        self._own = digest(self._hashed, self.public)
 
-    def start(self, responder: bytes) -> tuple[bytes, bytes]:
+    def calling(self, responder: bytes) -> tuple[bytes, bytes]:
         """Chaining key and hash before the first message to `responder`'s key."""
-        chaining, hashed = _begin(self.prologue)
-        return chaining, digest(hashed, responder)
+        return self._chaining, digest(self._hashed, responder)
+
+    def called(self) -> tuple[bytes, bytes]:
+        """The same before the first message to us."""
+        return self._chaining, self._own
 
 
 class State(NamedTuple):
@@ -77,7 +83,7 @@ def initiate(
 
     Raises LowOrderPoint.
     """
-    chaining, hashed = identity.start(responder)
+    chaining, hashed = identity.calling(responder)
     public = primitives.public_bytes(ephemeral)
     hashed = digest(hashed, public)
     chaining, key = kdf2(kdf1(chaining, public), exchange(ephemeral, responder))
@@ -90,7 +96,7 @@ def initiate(
 
 def claim(identity: Identity, message: bytes) -> Claim:
     """Who the first message claims to come from: one Diffie-Hellman. Raises NotAuthentic, LowOrderPoint."""
-    chaining, hashed = identity.start(identity.public)
+    chaining, hashed = identity.called()
     public = message[:_KEY]
     hashed = digest(hashed, public)
     chaining, key = kdf2(kdf1(chaining, public), exchange(identity.secret, public))
@@ -135,9 +141,3 @@ def finish(identity: Identity, state: State, preshared: bytes, message: bytes) -
     sealed = message[_KEY:]
     payload = unseal(key, sealed, hashed)
     return payload, Keys(*kdf2(chaining, b"")), digest(hashed, sealed)
-
-
-def _begin(prologue: bytes) -> tuple[bytes, bytes]:
-    """Noise 5.2: the protocol's name is longer than a hash, so it is hashed; then the prologue is mixed in."""
-    chaining = digest(CONSTRUCTION)
-    return chaining, digest(chaining, prologue)

@@ -24,6 +24,7 @@ ROUTES = RouteTable.loaded(
             RouteSource(NETWORK, RouteEntry("h", "hole", "203.0.113.64/26", "blackhole")),
             RouteSource(NETWORK, RouteEntry("", "device/nas", "100.96.0.9/32", "device", device=NAS)),
             RouteSource(NETWORK, RouteEntry("g", "lab", "10.9.0.0/16", "device", device=NAS)),
+            RouteSource(NETWORK, RouteEntry("", "resolver", "100.96.0.53/32", "resolver")),
             RouteSource(NETWORK, RouteEntry("", "device/laptop", "100.96.0.2/32", "device", device=SELF)),
         ]
     )
@@ -172,3 +173,31 @@ def test_a_device_that_changed_is_named_as_the_cause() -> None:
     denied = Decision(Outcome.DENY, "denied", "", OUT, Verdict(False, "main/no", ""))
     assert superseded(BEFORE, denied, 4, device_changed=True) == "device_changed: main/no"
     assert superseded(BEFORE, TO_NAS, 4, device_changed=True) == "route_changed: device/nas"
+
+
+@pytest.mark.parametrize(
+    ("when", "action", "protocol", "port", "outcome", "reason", "rule"),
+    [
+        # Nobody has to allow DNS, anybody may deny it; who asks for a name is none of a flow's business.
+        ("false", "allow", 17, 53, Outcome.LIFT, "allowed", ""),
+        ("true", "allow", 6, 53, Outcome.LIFT, "allowed", "p/r"),
+        ("net.port == 53", "deny", 17, 53, Outcome.PROHIBITED, "denied", "p/r"),
+        ("net.port == 53", "deny", 6, 53, Outcome.DENY, "denied", "p/r"),
+        ('app.dns_name == "secret"', "deny", 17, 53, Outcome.LIFT, "allowed", ""),
+        ('app.dns_name != ""', "deny", 17, 53, Outcome.LIFT, "allowed", ""),
+        ("true", "allow", 17, 5353, Outcome.UNREACHABLE, "not_dns", ""),
+        ("true", "allow", 6, 853, Outcome.DENY, "not_dns", ""),
+        ("true", "allow", 1, 0, Outcome.UNREACHABLE, "not_dns", ""),
+    ],
+)
+def test_the_resolver_may_be_asked_unless_a_rule_denies_it(
+    when: str, action: str, protocol: int, port: int, outcome: Outcome, reason: str, rule: str
+) -> None:
+    source = RuleSource("r", when, action)  # type: ignore[arg-type]
+    loading = RuleTable.load(rules.compile([PolicySource(TENANT, "p", 0, [source])]))
+    for _ in loading:
+        pass
+    assert loading.table is not None
+    address = ipaddress.ip_address("100.96.0.53").packed
+    found = decide(ROUTES, loading.table, context(), address, port, protocol)
+    assert (found.outcome, found.reason, found.rule) == (outcome, reason, rule)

@@ -143,3 +143,53 @@ def test_a_public_key_is_canonical_base64_of_32_bytes_and_is_not_shown() -> None
         refusal = refused(lambda text=bad: fields.public_key(text, "public_key"))  # type: ignore[misc]
         assert refusal.reason is Reason.INVALID_FIELD
         assert good[:8] not in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("192.0.2.1:51820", "192.0.2.1:51820"),
+        ("[2001:DB8::1]:51820", "[2001:db8::1]:51820"),
+        ("VPN.example.com:443", "vpn.example.com:443"),
+    ],
+)
+def test_endpoints_are_kept_in_one_form(given: str, kept: str) -> None:
+    assert fields.endpoints([given], "endpoints") == [kept]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "192.0.2.1",
+        "192.0.2.1:0",
+        "192.0.2.1:65536",
+        "2001:db8::1:443",
+        "[192.0.2:443",
+        "[::z]:1",
+        "999.1.1.1:1",
+        "a_b:1",
+        ":1",
+        "host:x",
+    ],
+)
+def test_what_isn_t_an_endpoint_is_refused(given: str) -> None:
+    with pytest.raises(Refused) as caught:
+        fields.endpoints(["192.0.2.9:1", given], "endpoints")
+    assert caught.value.about["field"] == "endpoints[1]"
+
+
+def test_endpoints_stand_once_and_are_few() -> None:
+    with pytest.raises(Refused, match="twice"):
+        fields.endpoints(["h:1", "H:1"], "endpoints")
+    with pytest.raises(Refused, match="at most 8"):
+        fields.endpoints([f"h{number}:1" for number in range(9)], "endpoints")
+
+
+@pytest.mark.parametrize(("seconds", "nanos"), [(0, 0), (-1, 0), (253_402_300_800, 0), (1, -1), (1, 1_000_000_000)])
+def test_a_time_must_be_one(seconds: int, nanos: int) -> None:
+    with pytest.raises(Refused):
+        fields.instant(seconds, nanos, "expire_time")
+
+
+def test_a_time_counts_nanoseconds() -> None:
+    assert fields.instant(2, 5, "expire_time") == 2_000_000_005

@@ -1,0 +1,107 @@
+"""The names of devices and zones as the registry says them, ready for the resolver (`falkirk.router.name_table`).
+
+A device's name is known in the virtual network that it has selected (else the tenant's default), as its addresses are; a disabled one has no name, as
+nothing would answer there.
+
+Limit: every change compiles all networks anew, 100,000 devices in about half a second, beside the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from falkirk.api.registry.v1 import registry_service_pb2 as registry
+from falkirk.api.registry.v1.device_service_pb2 import Device
+from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
+from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
+from falkirk.api.registry.v1.zone_service_pb2 import Zone, ZoneRecordType
+from falkirk.decide import resolver
+from falkirk.decide.routes import RouteEntry, RouteSource
+from falkirk.router import name_table
+
+ROUTE_NAME: Final = "resolver"
+_TYPES: Final = {
+    value.number: value.name.removeprefix("ZONE_RECORD_TYPE_") for value in ZoneRecordType.DESCRIPTOR.values
+}
+
+
+class NameBook:
+    """Tenants, virtual networks, devices and zones, by id."""
+
+    def __init__(self) -> None:
+        self._tenants: dict[str, Tenant] = {}
+        self._networks: dict[str, VirtualNetwork] = {}
+        self._devices: dict[str, Device] = {}
+        self._zones: dict[str, Zone] = {}
+
+    def apply(self, changed: Iterable[registry.Resource], removed: Iterable[registry.Tombstone]) -> None:
+        """One transaction."""
+        kinds: dict[int, dict[str, object]] = {
+            registry.KIND_TENANT: self._tenants,  # type: ignore[dict-item]  # what is forgotten is forgotten by id
+            registry.KIND_VIRTUAL_NETWORK: self._networks,  # type: ignore[dict-item]
+            registry.KIND_DEVICE: self._devices,  # type: ignore[dict-item]
+            registry.KIND_ZONE: self._zones,  # type: ignore[dict-item]
+        }
+        for tombstone in removed:
+            kinds.get(tombstone.kind, {}).pop(tombstone.id, None)
+        for resource in changed:
+            match resource.WhichOneof("resource"):
+                case "tenant":
+                    self._tenants[resource.tenant.metadata.id] = resource.tenant
+                case "virtual_network":
+                    self._networks[resource.virtual_network.metadata.id] = resource.virtual_network
+                case "device":
+                    self._devices[resource.device.metadata.id] = resource.device
+                case "zone":
+                    self._zones[resource.zone.metadata.id] = resource.zone
+
+    def networks(self) -> list[name_table.Network]:
+        """What the resolver is told."""
+        found: dict[tuple[str, str], name_table.Network] = {}
+        for network in self._networks.values():
+            tenant = self._tenants.get(network.metadata.tenant_id)
+            if tenant is None:
+                continue
+            said = name_table.Network(network.metadata.id, tenant.metadata.name, _pools(tenant), [], [])
+            found[tenant.metadata.id, network.metadata.name] = said
+            if network.is_default:
+                found[tenant.metadata.id, ""] = said
+        for device in self._devices.values():
+            place = found.get((device.metadata.tenant_id, device.virtual_network))
+            if place is not None and not device.disabled:
+                place.devices.append((device.metadata.name, list(device.addresses)))
+        for zone in self._zones.values():
+            place = found.get((zone.metadata.tenant_id, zone.virtual_network))
+            if place is not None:
+                place.zones.append(_zone(zone))
+        return [network for (_, name), network in found.items() if name]
+
+    def sources(self, taken: set[tuple[str, str]]) -> list[RouteSource]:
+        """The ways to every tenant's resolver, in each of its virtual networks; `taken` are (network id, prefix) that lead elsewhere already."""
+        sources = []
+        for network in self._networks.values():
+            tenant = self._tenants.get(network.metadata.tenant_id)
+            for address in resolver.addresses(*_pools(tenant)) if tenant is not None else ():
+                prefix = f"{address}/{128 if ':' in address else 32}"
+                if (network.metadata.id, prefix) not in taken:
+                    entry = RouteEntry("", ROUTE_NAME, prefix, "resolver")
+                    sources.append(RouteSource(network.metadata.id, entry))
+        return sources
+
+
+def _pools(tenant: Tenant) -> list[str]:
+    return [pool for pool in (tenant.device_pool4, tenant.device_pool6) if pool]
+
+
+def _zone(zone: Zone) -> name_table.Zone:
+    records = [
+        name_table.Record(
+            zone.domain if record.name == "@" else f"{record.name}.{zone.domain}",
+            _TYPES[record.type],
+            record.value,
+            record.ttl_s or name_table.ZONE_TTL,
+        )
+        for record in zone.records
+    ]
+    return name_table.Zone(zone.domain, records, list(zone.forward_to))
