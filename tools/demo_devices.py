@@ -1,4 +1,4 @@
-"""The demo's two devices: `phone` is stock wireguard-go set up with `wg`, `desk` is `falkirk device enroll` and `up`.
+"""The demo's two devices: `phone` is stock wireguard-go by wg-quick's file, `desk` is `falkirk device enroll` and `up`.
 
 Each is in a namespace of its own, cabled to the machine. The phone pings a server behind Falkirk and the desk, takes a page from the desk by name,
 logs in there by ssh (where dropbear and ssh are installed), is denied one of its ports by a rule that names who it is, and is disabled in the
@@ -28,9 +28,8 @@ from tools.netlab import Lab, LabError, Namespace, stop, wait_for
 from tools.wg_device import StockDevice
 
 TENANT: Final = "acme"
-POOL: Final = "100.96.0.0/12"
-"""A tenant's, where it chooses none."""
 RESOLVER: Final = "100.96.0.53"
+"""Of a tenant that has chosen no pool."""
 HTTP: Final = 80
 ADMINS: Final = 8443
 SSH: Final = 22
@@ -80,9 +79,9 @@ class Devices:
         return {"wireguard": {"address": self._address, "port": self._port, "endpoints": [endpoint]}}
 
     def resources(self) -> Iterator[dict[str, Any]]:
-        """The phone, whose key its owner has told; the desk comes by a token."""
+        """The phone, whose key comes with its file; the desk comes by a token."""
         yield resource("User", "bob", TENANT, groups=["staff"])
-        yield resource("Device", "phone", TENANT, user="bob", publicKey=self.phone.public_key)
+        yield resource("Device", "phone", TENANT, user="bob")
 
     @staticmethod
     def rules() -> Iterator[dict[str, str]]:
@@ -112,11 +111,15 @@ class Devices:
 
     def _join(self) -> None:
         self._head("Two devices: phone is stock wireguard-go, desk is falkirk device")
-        key = self._node_key()
+        wait_for("the node, by the registry", lambda: bool(self._mesh.ask_json("nodes", "node", "list")), PATIENCE_S)
+        file = self._directory / "phone.conf"
+        words = ("device", "config", "phone", "--tenant", TENANT, "--out", str(file))
+        self._mesh.ask(*words)
+        self._line(f"phone (bob's): falkirk {' '.join(words)}")
         self._addresses["phone"] = self._given("phone")
-        allowed = [POOL, f"{self._server}/32"]
-        self.phone.join(key, f"{self._address}:{self._port}", self._addresses["phone"], allowed=allowed)
-        self._line(f"phone (bob's): wg set {self.phone.interface} peer {key} allowed-ips {','.join(allowed)}")
+        self.phone.join_by(file)
+        for text in file.read_text().splitlines():
+            self._line(f"    {text}" if not text.startswith("PrivateKey") else "    PrivateKey = ...")
         self._enrol()
         self._addresses["desk"] = self._given("desk")
         script = str(Path(http_server.__file__).resolve())
@@ -128,11 +131,6 @@ class Devices:
             return all(f":{port} " in shown for port in (HTTP, ADMINS))
 
         wait_for("the desk's HTTP server", listening, PATIENCE_S)
-
-    def _node_key(self) -> str:
-        """The node's public key, as it has told the registry."""
-        nodes = self._mesh.ask_json("nodes", "node", "list")
-        return str(nodes[0]["publicKey"])
 
     def _enrol(self) -> None:
         """The desk makes its own key, and shows a token."""
