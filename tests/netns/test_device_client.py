@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from falkirk.api.registry.v1 import (
     device_token_service_pb2_grpc,
     node_service_pb2,
     node_service_pb2_grpc,
+    route_service_pb2,
     tenant_service_pb2,
 )
 from falkirk.cli.device_state import Enrolled, State
+from falkirk.linux.wireguard import control
 from falkirk.wireguard import primitives
 from tests.netns.wireguard_rig import DEADLINE_S, PORT, Ours, Side, cabled, text, until
 from tests.process import registry_process
@@ -66,6 +69,13 @@ class Device(Side):
         assert done.returncode == 0, done.stderr
         said: dict[str, Any] = json.loads(done.stdout)
         return said
+
+    def pid(self) -> int:
+        """The interface's process; 0 where there is none."""
+        try:
+            return int(control.ask(self.state.socket, "status")["pid"])
+        except control.NotRunning:
+            return 0
 
     def enrolled(self) -> Enrolled:
         """What it keeps."""
@@ -109,7 +119,6 @@ def test_from_a_token_to_a_ping_and_back(tmp_path: Path) -> None:
         with cabled(device, node):
             announce(registry, node)
             secret = token(registry)
-            assert "NOT_ENROLLED" in device.falkirk("up").stderr
             done = device.falkirk("enroll", "--token-file", "-", "--name", "laptop", "--fact", "team=sre", stdin=secret)
             assert done.returncode == 0, done.stderr
             enrolled = device.enrolled()
@@ -123,7 +132,9 @@ def test_from_a_token_to_a_ping_and_back(tmp_path: Path) -> None:
             device.inner, device.inner6 = enrolled.tunnel.addresses
             node.inner, node.inner6 = "100.96.0.1", "fd77::2"
             node.start(device)
-            said = device.up()
+            # Without its registry a device connects by what it knows.
+            registry.stop()
+            said = device.up("--refresh", "0.2")
             assert [peer["connected"] for peer in said["peers"]] == [True]
             assert device.ping("100.96.0.1")
             told = device.falkirk("status")
@@ -131,15 +142,20 @@ def test_from_a_token_to_a_ping_and_back(tmp_path: Path) -> None:
             for secret_text in (text(enrolled.private_key), secret):
                 assert secret_text not in told.stdout + done.stdout + json.dumps(said)
             assert "ALREADY_UP" in device.falkirk("up").stderr
-            assert device.falkirk("down").returncode == 0
-            assert not device.state.socket.exists()
-            assert interface_of(device) == ""
-            # Without its registry a device connects by what it knows.
-            registry.stop()
-            assert device.up()["peers"][0]["connected"]
-            assert device.ping("100.96.0.1")
-            device.falkirk("down")
+            # An interface that is killed comes back.
+            os.kill(said["pid"], signal.SIGKILL)
+            until(lambda: device.pid() not in (0, said["pid"]), "another interface")
+            until(lambda: device.ping("100.96.0.1"), "a ping by it")
+            # A new route is taken up, once the registry is there to tell of it.
             registry.start()
+            announce(registry, node)
+            route = route_service_pb2.Route(prefix="192.0.2.0/24", target=route_service_pb2.RouteTarget(internet={}))
+            route.metadata.tenant, route.metadata.name = "acme", "net"
+            registry.stubs().route.Create(route_service_pb2.RouteServiceCreateRequest(route=route))
+            until(lambda: "192.0.2.0/24" in device.run("ip", "route"), "the route")
+            until(lambda: device.ping("100.96.0.1"), "a ping beside it")
+            assert device.falkirk("down").returncode == 0
+            assert interface_of(device) == ""
 
 
 def interface_of(device: Device) -> str:
@@ -152,6 +168,7 @@ def test_what_is_refused_is_told(tmp_path: Path) -> None:
         tenant(registry)
         device, node = Device(1, tmp_path, registry), Side(2, tmp_path)
         with cabled(device, node):
+            assert "NOT_ENROLLED" in device.falkirk("up").stderr
             done = device.falkirk("enroll", "--token-file", "-", stdin="fkt_nonsense")
             assert done.returncode == 1
             assert device.enrolled().device_id == ""
@@ -162,7 +179,6 @@ def test_what_is_refused_is_told(tmp_path: Path) -> None:
             assert device.enrolled().private_key == key
             assert "PENDING" in device.falkirk("up").stderr
             assert "ALREADY_ENROLLED" in device.falkirk("enroll", "--token-file", "-", stdin=secret).stderr
-            assert "NOT_UP" in device.falkirk("status").stderr
             assert "NOT_UP" in device.falkirk("down").stderr
             # Its key isn't the device's any more.
             device.state.write(msgspec.structs.replace(device.enrolled(), private_key=bytes(range(32))))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from falkirk.api.net.v1 import net_pb2
 from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
@@ -24,6 +26,8 @@ from falkirk.wire.handover import Adopt, Held, TunnelClosed
 from tests.process import registry_fake, service_process
 from tests.process.onramp_rig import CONTEXT, FlowFake, datagram, eventually
 from tests.process.registry_fake import RegistryFake, resource
+
+EXPLAIN = pb.ExplainRequest(tenant=CONTEXT["tenant"], device=CONTEXT["device"])
 
 
 def device(**fields: Any) -> Any:
@@ -177,6 +181,28 @@ def test_explain(onramp: Onramp, request_: pb.ExplainRequest, code: str) -> None
     assert (found.admitted, found.code, found.context.device) == (not code, code, "" if code else "laptop")
     assert found.message
     assert found.replica.revision.number == onramp.registry.number
+
+
+def test_a_device_ends_by_itself_when_its_time_has_come(onramp: Onramp) -> None:
+    """The registry said when, once, and says nothing more."""
+    _, message, _ = onramp.opened()
+    ends = Timestamp()
+    ends.FromNanoseconds(time.time_ns() + 700_000_000)
+    onramp.registry.commit(device(expire_time=ends))
+    assert onramp.flow.expect(TunnelClosed) == TunnelClosed(message.tunnel, "device_disabled")
+    assert time.time_ns() >= ends.ToNanoseconds()
+    answer = json.loads(datagram(onramp.producer()))
+    assert answer["error"] == {"code": "DEVICE_DISABLED", "message": "device laptop has expired"}
+
+
+def test_a_device_that_waits_for_approval_stays_out_until_it_has_it(onramp: Onramp) -> None:
+    onramp.registry.commit(device(pending=True))
+    eventually(lambda: "waits for approval" in onramp.stub.Explain(EXPLAIN, timeout=5).message)
+    answer = json.loads(datagram(onramp.producer()))
+    assert answer["error"] == {"code": "DEVICE_DISABLED", "message": "device laptop waits for approval"}
+    onramp.registry.commit(device(pending=False))
+    eventually(lambda: onramp.stub.Explain(EXPLAIN, timeout=5).admitted)
+    onramp.opened()
 
 
 def test_a_change_in_the_registry_closes_the_tunnel(onramp: Onramp) -> None:

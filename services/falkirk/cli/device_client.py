@@ -1,8 +1,8 @@
 """`falkirk device enroll|up|status|down`: this machine as a device.
 
 `enroll` makes a pair of keys here, shows the token, and keeps what the registry answers (`device_state`). `up` asks the registry how the
-tunnel is now, or takes what it last said where the registry can't be reached, and starts the interface as a process of its own
-(`falkirk.linux.wireguard`), which `status` asks and `down` ends. Only `up` needs root, for the TUN device.
+tunnel is now (`device_registry`), or takes what it last said where the registry can't be reached, and leaves behind an agent (`device_agent`) with the
+interface, which `status` asks and `down` ends. Only `up` needs root, for the TUN device.
 
 Secrets come from files, standard input or the environment, never from arguments.
 """
@@ -21,18 +21,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import grpc
-import msgspec
 import typer
 
 from falkirk.api.registry.v1 import device_service_pb2 as pb
-from falkirk.api.registry.v1.device_service_pb2_grpc import DeviceServiceStub
-from falkirk.cli import posture
+from falkirk.cli import device_registry, posture
 from falkirk.cli.connection import Json, RunDir, fail
-from falkirk.cli.device_state import BadState, Enrolled, Place, State, Tunnel, default_folder
+from falkirk.cli.device_state import BadState, Enrolled, Place, State, default_folder
 from falkirk.cli.output import print_table
 from falkirk.linux.wireguard import control
-from falkirk.linux.wireguard.request import PeerRequest
-from falkirk.runtime.client import OPTIONS, sync_channel
 from falkirk.runtime.errors import FalkirkError, from_rpc
 from falkirk.wireguard import primitives, proof
 
@@ -111,9 +107,11 @@ def enroll(
             request.token = secret
         else:
             request.oidc_token = secret
-        with _registry(place) as registry:
+        with device_registry.stub(place) as registry:
             answer = registry.Enroll(request, timeout=_SECONDS)
-        enrolled = _taken(Enrolled(private_key=key, place=place, posture=facts), answer.device, answer.tunnel)
+        enrolled = device_registry.taken(
+            Enrolled(private_key=key, place=place, posture=facts), answer.device, answer.tunnel
+        )
         kept.write(enrolled)
     _tell_enrolled(enrolled, pending=answer.device.pending, json=json)
 
@@ -123,6 +121,9 @@ def up(
     interface: Annotated[str, typer.Option("--interface", help="Name of the interface. [default: falkirk0]")] = "",
     dns: Annotated[bool, typer.Option("--dns/--no-dns", help="Have names resolved by the tenant's resolver.")] = True,
     wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait for the first handshake.")] = 5.0,
+    refresh: Annotated[
+        float, typer.Option("--refresh", min=0, help="Seconds between looks at what has changed; 0: none.")
+    ] = 60.0,
     json: Json = False,
 ) -> None:
     """Connect this device. It stays connected until `down`."""
@@ -135,7 +136,12 @@ def up(
                 "ALREADY_UP",
                 "`falkirk device status` shows it; `falkirk device down` ends it",
             )
-        enrolled = _refresh(kept, enrolled)
+        try:
+            enrolled = device_registry.refresh(kept, enrolled)
+        except device_registry.Unreachable as error:
+            print(f"the registry can't be reached ({error}); taking what it said before", file=sys.stderr)
+        except device_registry.MayNotConnect as error:
+            fail(str(error), error.reason, error.remedy)
         if not enrolled.tunnel.peers:
             fail(
                 "the registry knows no node that devices could connect to",
@@ -143,7 +149,7 @@ def up(
                 "enable the on-ramp's WireGuard (onramp.wireguard) and enroll or ask again",
             )
         kept.write_interface(enrolled, interface, dns=dns)
-        _start(kept)
+        _start(kept, interface, dns=dns, refresh=refresh)
         answered = control.ask(kept.socket, "status")
         end = time.monotonic() + wait
         while not _connected(answered) and time.monotonic() < end:
@@ -198,18 +204,6 @@ def _local() -> Iterator[None]:
         fail(error.message, error.reason)
 
 
-@contextmanager
-def _registry(place: Place) -> Iterator[DeviceServiceStub]:
-    if not place.address:
-        with sync_channel(Path(place.run_dir), "registry") as channel:
-            yield DeviceServiceStub(channel)
-        return
-    options = [*OPTIONS, *([("grpc.ssl_target_name_override", place.server_name)] if place.server_name else [])]
-    credentials = grpc.ssl_channel_credentials(place.roots.encode())
-    with grpc.secure_channel(place.address, credentials, options=options) as channel:
-        yield DeviceServiceStub(channel)
-
-
 def _place(run_dir: Path, address: str, roots: Path | None, server_name: str) -> Place:
     if not address:
         return Place(run_dir=str(run_dir.absolute()))
@@ -259,86 +253,17 @@ def _enrolled(kept: State) -> Enrolled:
     return enrolled
 
 
-def _taken(enrolled: Enrolled, device: pb.Device, tunnel: pb.TunnelConfig) -> Enrolled:
-    """With what the registry said."""
-    peers = tuple(
-        PeerRequest(
-            public_key=_key(peer.public_key),
-            endpoints=tuple(peer.endpoints),
-            allowed=tuple(peer.allowed_prefixes),
-            keepalive_s=float(peer.keepalive_s),
-        )
-        for peer in tunnel.peers
-    )
-    return msgspec.structs.replace(
-        enrolled,
-        device_id=device.metadata.id,
-        tenant=device.metadata.tenant,
-        name=device.metadata.name,
-        registry_key=_key(tunnel.registry_key) if tunnel.registry_key else enrolled.registry_key,
-        tunnel=Tunnel(
-            addresses=tuple(tunnel.addresses),
-            mtu=tunnel.mtu,
-            dns=tuple(tunnel.dns_servers),
-            search=tuple(tunnel.search_domains),
-            peers=peers,
-        ),
-    )
-
-
-def _key(text: str) -> bytes:
-    try:
-        return proof.key_of(text)
-    except ValueError:
-        raise BadState(f"the registry answered with a key that isn't one: {text!r}") from None
-
-
-def _prove(enrolled: Enrolled, purpose: str, said: bytes = b"") -> pb.DeviceProof:
-    moment = time.time_ns()
-    made = proof.make(enrolled.private_key, enrolled.registry_key, purpose, moment, said)
-    return pb.DeviceProof(device_id=enrolled.device_id, time_ns=moment, mac=made)
-
-
-def _refresh(kept: State, enrolled: Enrolled) -> Enrolled:
-    """As the registry says it is now; as it was where the registry can't be reached. What it refuses ends the command."""
-    try:
-        with _registry(enrolled.place) as registry:
-            answer = registry.Describe(
-                pb.DeviceServiceDescribeRequest(proof=_prove(enrolled, proof.DESCRIBE)), timeout=_ASK_SECONDS
-            )
-            if answer.device.pending:
-                fail(
-                    f"{enrolled.name} waits for an administrator's approval",
-                    "PENDING",
-                    f"`falkirk device approve --tenant {enrolled.tenant} {enrolled.name}`",
-                )
-            if answer.device.disabled:
-                fail(f"{enrolled.name} is disabled by an administrator", "DEVICE_DISABLED")
-            enrolled = _taken(enrolled, answer.device, answer.tunnel)
-            # Facts of one's own (--fact) stay until they are given anew.
-            facts = enrolled.posture | posture.collect()
-            if facts != enrolled.posture:
-                registry.ReportPosture(
-                    pb.DeviceServiceReportPostureRequest(
-                        proof=_prove(enrolled, proof.POSTURE, proof.posture(facts)), posture=facts
-                    ),
-                    timeout=_ASK_SECONDS,
-                )
-                enrolled = msgspec.structs.replace(enrolled, posture=facts)
-            kept.write(enrolled)
-    except (grpc.RpcError, FalkirkError) as error:
-        told = error if isinstance(error, FalkirkError) else from_rpc(error)
-        if told.code not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            raise
-        print(f"the registry can't be reached ({told.reason}); taking what it said before", file=sys.stderr)
-    return enrolled
-
-
-def _start(kept: State) -> None:
-    """Start the interface's process, and wait until it is up. What it says goes to the log, and is shown where it fails."""
+def _start(kept: State, interface: str, *, dns: bool, refresh: float) -> None:
+    """Start the agent, and wait until its interface is up. What it says goes to the log, and is shown where it fails."""
+    options = [
+        *(("--interface", interface) if interface else ()),
+        *(() if dns else ("--no-dns",)),
+        "--refresh",
+        str(refresh),
+    ]
     with open(os.open(kept.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "falkirk.linux.wireguard", str(kept.interface)],
+            [sys.executable, "-m", "falkirk.cli.device_agent", str(kept.folder), *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,

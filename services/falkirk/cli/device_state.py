@@ -13,7 +13,14 @@ from typing import Final
 
 import msgspec
 
-from falkirk.linux.wireguard.request import DEFAULT_INTERFACE, DEFAULT_MTU, InterfaceRequest, PeerRequest, decode
+from falkirk.linux.wireguard.request import (
+    DEFAULT_INTERFACE,
+    DEFAULT_MTU,
+    InterfaceRequest,
+    PeerRequest,
+    decode,
+    encode,
+)
 
 VERSION: Final = 1
 
@@ -92,7 +99,13 @@ class State:
         self._put(self._file, msgspec.json.format(msgspec.json.encode(enrolled), indent=2))
 
     def write_interface(self, enrolled: Enrolled, name: str, *, dns: bool) -> InterfaceRequest:
-        """Write down what the interface shall be. Raises BadState, also where the registry's word isn't usable."""
+        """Write down what the interface shall be, and return it. Raises BadState."""
+        request = self.request(enrolled, name, dns=dns)
+        self._put(self.interface, encode(request))
+        return request
+
+    def request(self, enrolled: Enrolled, name: str, *, dns: bool) -> InterfaceRequest:
+        """What the interface shall be. Raises BadState where what the registry said isn't usable."""
         tunnel = enrolled.tunnel
         request = InterfaceRequest(
             private_key=enrolled.private_key,
@@ -104,13 +117,10 @@ class State:
             search=tunnel.search if dns else (),
             control=str(self.socket),
         )
-        data = msgspec.json.encode(request)
         try:
-            decode(data)
+            return decode(encode(request))
         except ValueError as error:
             raise BadState(f"the tunnel that the registry described can't be set up: {error}") from None
-        self._put(self.interface, data)
-        return request
 
     def _put(self, path: Path, data: bytes) -> None:
         try:

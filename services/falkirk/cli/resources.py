@@ -17,7 +17,7 @@ import typer
 
 from falkirk.api.registry.v1.registry_service_pb2 import ApplyRequest, ApplyResponse
 from falkirk.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
-from falkirk.cli import device_client, manifest
+from falkirk.cli import device, device_client, manifest
 from falkirk.cli.connection import Json, RunDir, calling, fail, until_interrupted
 from falkirk.cli.fields import LABELS, SPECS, TARGETS, Flag, Spec
 from falkirk.cli.output import print_json, print_table, timestamp
@@ -53,10 +53,11 @@ def register(app: typer.Typer) -> None:
             group.command(make.__name__.removeprefix("_"), help=command.__doc__)(command)
         if spec.name == "route":
             group.command("add")(route_add)
+        if spec.name == "device":
+            device.register(group)
+            device_client.add(group)
         if spec.name == "policy":
             group.command("create")(policy_create)
-        if spec.name == "device":
-            device_client.add(group)
         app.add_typer(group)
     app.command("apply")(apply)
 
@@ -219,6 +220,9 @@ def _list(spec: Spec) -> Callable[..., None]:
                 )
                 getattr(answer, spec.plural).extend(getattr(page, spec.plural))
                 answer.next_page_token = page.next_page_token
+            columns = dict(spec.columns)
+            if spec.name == "device" and not json:
+                columns |= device.presence_columns(channel, tenant)
         if json:
             print_json(answer)
             return
@@ -227,12 +231,12 @@ def _list(spec: Spec) -> Callable[..., None]:
             [
                 *([value.metadata.tenant] if spec.scoped else []),
                 value.metadata.name,
-                *(show(value) for show in spec.columns.values()),
+                *(show(value) for show in columns.values()),
                 timestamp(value.metadata.update_time),
             ]
             for value in getattr(answer, spec.plural)
         ]
-        print_table([*head, *spec.columns, "changed"], rows)
+        print_table([*head, *columns, "changed"], rows)
 
     command.__doc__ = f"List {spec.plural.replace('_', ' ')}."
     return _without_tenant(command) if not spec.scoped else command

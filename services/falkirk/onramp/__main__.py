@@ -67,7 +67,7 @@ async def serve(shell: Shell, settings: Settings) -> None:
         )
     )
     Gauge("falkirk_onramp_tunnels", "Open tunnels.", registry=server.metrics).set_function(lambda: len(parent.tunnels))
-    await server.run(replica.run, parent.run, reporter.run)
+    await server.run(replica.run, parent.run, parent.expire, reporter.run)
 
 
 def main() -> int:

@@ -134,7 +134,7 @@ def _context(
     packed: bool = False,
 ) -> TunnelContext:
     if device.disabled:
-        raise Refusal(Code.DEVICE_DISABLED, f"device {device.name} is disabled")
+        raise Refusal(Code.DEVICE_DISABLED, f"device {device.name} {device.why or 'is disabled'}")
     user = tables.user(tenant.id, device.user) if device.user else None
     if user is not None and user.disabled:
         raise Refusal(Code.USER_DISABLED, f"user {user.name} of device {device.name} is disabled")

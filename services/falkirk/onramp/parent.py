@@ -14,6 +14,7 @@ import base64
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -26,9 +27,10 @@ from falkirk.api.registry.v1 import registry_service_pb2
 from falkirk.linux import seqpacket, trains
 from falkirk.onramp import control, keys
 from falkirk.onramp.control import Changed, Close, Ended, Heard, Kept, Opened, Restored, Setup, State, Traced, Update
-from falkirk.onramp.rows import rows
+from falkirk.onramp.expiry import Expiry
+from falkirk.onramp.rows import expired, rows
 from falkirk.onramp.settings import Settings
-from falkirk.onramp.tables import Row, Tables
+from falkirk.onramp.tables import DeviceRow, Row, Tables
 from falkirk.onramp.tunnel_ids import TunnelIds
 from falkirk.runtime import telemetry
 from falkirk.runtime.counters import Counters
@@ -37,6 +39,8 @@ from falkirk.runtime.workers import WorkerPool
 from falkirk.wire.context import TunnelContext
 
 LOST_AFTER_S: Final = 5.0
+EXPIRY_S: Final = 0.25
+"""How often devices are looked through for those that have ended; a look at the next one only."""
 
 log = structlog.get_logger()
 
@@ -58,6 +62,7 @@ class Parent:
         self.tunnels: dict[int, Opened] = {}
         self.applied: net_pb2.Revision | None = None
         """What the worker admits by; a moment behind the tables here."""
+        self._expiry = Expiry()
         self._ids = TunnelIds(shell.data("onramp") / "tunnel-ids")
         self._revision = net_pb2.Revision()
         self._listener: socket.socket | None = None
@@ -117,14 +122,31 @@ class Parent:
         revision: net_pb2.Revision,
     ) -> None:
         """A transaction of the registry."""
-        new, gone = rows(changed), [tombstone.id for tombstone in removed]
+        new, gone = rows(changed, time.time_ns()), [tombstone.id for tombstone in removed]
         self.tables.apply(new, gone)
+        for device_id in gone:
+            self._expiry.set(device_id, 0)
+        for row in new:
+            if isinstance(row, DeviceRow):
+                self._expiry.set(row.id, 0 if row.disabled else row.ends_ns)
         self._revision = revision
         first, self.loaded = not self.loaded, True
         if first:
             self._push_all()
         else:
             self._push(new, gone, full=False)
+
+    async def expire(self) -> None:
+        """Ends devices whose time has come, within a second, until cancelled. It looks at the clock each time: that may be set."""
+        while True:
+            await asyncio.sleep(EXPIRY_S)
+            found = (self.tables.device_by_id(device_id) for device_id in self._expiry.due(time.time_ns()))
+            ended = [expired(row) for row in found if row is not None]
+            if ended:
+                self.tables.apply(ended)
+                self._push(ended, [], full=False)
+                for row in ended:
+                    log.info("device_expired", tenant=row.tenant_id, device=row.name)
 
     async def close(self, tunnel: int, reason: str) -> bool:
         """Closes a tunnel and waits until it is; False where it isn't open. Raises WorkerAway where that can't be known."""

@@ -9,16 +9,23 @@ import base64
 from collections.abc import Iterable
 from ipaddress import ip_address
 
+import msgspec
+
 from falkirk.api.registry.v1 import registry_service_pb2
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Row, TenantRow, UserRow
 
 
-def rows(resources: Iterable[registry_service_pb2.Resource]) -> list[Row]:
-    """One row a resource; kinds without rows are left out."""
-    return [row for resource in resources if (row := _row(resource)) is not None]
+def rows(resources: Iterable[registry_service_pb2.Resource], now_ns: int) -> list[Row]:
+    """One row a resource; kinds without rows are left out. `now_ns` (since 1970) tells which devices have ended."""
+    return [row for resource in resources if (row := _row(resource, now_ns)) is not None]
 
 
-def _row(resource: registry_service_pb2.Resource) -> Row | None:
+def expired(row: DeviceRow) -> DeviceRow:
+    """The row of a device that has ended."""
+    return row if row.disabled else msgspec.structs.replace(row, disabled=True, why="has expired")
+
+
+def _row(resource: registry_service_pb2.Resource, now_ns: int) -> Row | None:
     match resource.WhichOneof("resource"):
         case "tenant":
             tenant = resource.tenant
@@ -35,7 +42,8 @@ def _row(resource: registry_service_pb2.Resource) -> Row | None:
             )
         case "device":
             device = resource.device
-            return DeviceRow(
+            ends_ns = device.expire_time.ToNanoseconds() if device.HasField("expire_time") else 0
+            row = DeviceRow(
                 id=device.metadata.id,
                 tenant_id=device.metadata.tenant_id,
                 name=device.metadata.name,
@@ -44,10 +52,13 @@ def _row(resource: registry_service_pb2.Resource) -> Row | None:
                 addresses=tuple(packed for text in device.addresses if (packed := _packed(text))),
                 virtual_network=device.virtual_network,
                 posture=dict(device.posture),
-                disabled=device.disabled,
+                disabled=device.disabled or device.pending,
+                why="waits for approval" if device.pending and not device.disabled else "",
+                ends_ns=ends_ns,
                 max_flows=device.max_flows,
                 public_key=base64.b64decode(device.public_key),
             )
+            return expired(row) if 0 < ends_ns <= now_ns else row
         case _:
             return None
 

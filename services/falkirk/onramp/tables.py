@@ -58,6 +58,10 @@ class DeviceRow(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     max_flows: int = 0
     public_key: bytes = b""
     """Of WireGuard, 32 bytes; empty where it has none."""
+    why: str = ""
+    """Why it is disabled, behind its name; empty: because somebody said so."""
+    ends_ns: int = 0
+    """When it ends, in nanoseconds since 1970; 0: never."""
 
 
 Row = TenantRow | UserRow | NetworkRow | DeviceRow

@@ -12,6 +12,7 @@ Limits: nothing is asked of the issuer about a token (no introspection, no revoc
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import time
 import urllib.error
@@ -138,7 +139,7 @@ class Verifier:
     async def _refresh(self, trusted: Trusted, keys: _Keys, now: float) -> None:
         try:
             found = await asyncio.to_thread(self._key_set, trusted)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             if now - keys.fetched > STALE_S:
                 keys.by_id, keys.nameless, keys.fetched = {}, [], float("-inf")
                 raise Unavailable(f"the keys of issuer {trusted.issuer} can't be had: {error}") from error
@@ -157,11 +158,15 @@ class Verifier:
             url = str(about["jwks_uri"])
         found = []
         for item in self._fetch(url)["keys"]:
-            if item.get("use", "sig") != "sig":
+            if not isinstance(item, dict) or item.get("use", "sig") != "sig":
                 continue
             try:
                 found.append(jwt.PyJWK(item))
-            except jwt.PyJWKError:  # of a kind that nobody here could use; others in the set may do
+            except (
+                jwt.PyJWTError,
+                ValueError,
+                TypeError,
+            ):  # of a kind that nobody here could use; others in the set may do
                 continue
         return found
 

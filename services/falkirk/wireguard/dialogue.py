@@ -1,7 +1,7 @@
 """Handshake messages in, answers out (5.4.2 to 5.4.4, 5.4.7, 5.3).
 
-In the order of their cost: length, mac1 (a hash), under load mac2 and the sender's rate (two hashes), and only then a Diffie-Hellman for an
-initiation's static key, a cached secret for its timestamp, and three more to answer it. Nothing of a peer changes before its message
+In the order of their cost: length, under load whether anything could come of it, mac1 (a hash), under load mac2 and the sender's rate (two hashes),
+and only then a Diffie-Hellman for an initiation's static key, a cached secret for its timestamp, and three more to answer it. Nothing of a peer changes before its message
 has proved to be new and its own.
 
 A peer's endpoint doesn't move with an initiation: it is answered where it came from, and moves once the new session is used. So an initiation
@@ -29,6 +29,7 @@ from falkirk.wireguard.table import Table
 INITIATION_INTERVAL: Final = 0.02
 """Seconds between two initiations of one peer that are answered."""
 _INITIATION_BODY: Final = slice(8, messages.MAC_OFFSETS[INITIATION])
+_MAC2: Final = slice(-messages.MAC_SIZE, None)
 _RESPONSE_BODY: Final = slice(12, messages.MAC_OFFSETS[RESPONSE])
 
 
@@ -64,6 +65,9 @@ class Dialogue:
         if kind == COOKIE:
             self._take_cookie(message, now)
             return None
+        if kind == INITIATION and self._hopeless(message, now):
+            self._count("handshake_rate")
+            return None
         if not self._checker.mac1_holds(message, kind):
             self._count("bad_mac1")
             return None
@@ -73,16 +77,24 @@ class Dialogue:
             self._receive_initiation(message, endpoint, now, arrivals)
         return None
 
+    def _hopeless(self, message: bytes, now: float) -> bool:
+        """Whether nothing could come of an initiation whatever else it holds: most of a flood ends here, for no hash at all."""
+        if not self._guard.under_load(now) or message[_MAC2] != messages.NO_MAC or self._guard.could_reply(now):
+            return False
+        self._guard.loaded(now)
+        return True
+
     def _may_cost(self, message: bytes, endpoint: Endpoint, now: float, arrivals: Arrivals) -> bool:
         """Whether an initiation or response whose mac1 holds may have its Diffie-Hellmans."""
         if not self._guard.loaded(now):
             return True
-        if self._checker.mac2_holds(message, endpoint, now):
+        cookie = message[_MAC2] != messages.NO_MAC
+        if cookie and self._checker.mac2_holds(message, endpoint, now):
             if self._guard.may_ask(endpoint, now):
                 return True
             self._count("handshake_rate")
         elif self._guard.may_reply(now):
-            self._count("no_cookie" if message[-messages.MAC_SIZE :] == messages.NO_MAC else "bad_mac2")
+            self._count("bad_mac2" if cookie else "no_cookie")
             arrivals.datagrams.append((endpoint, self._checker.reply(message, endpoint, now)))
         else:
             self._count("handshake_rate")

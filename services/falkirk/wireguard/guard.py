@@ -13,8 +13,8 @@ from typing import Any, Final
 
 HANDSHAKES_PER_SECOND: Final = 1000.0
 """How many are answered without asking for cookies: a quarter of what a core can answer."""
-COOKIES_PER_SECOND: Final = 10_000.0
-"""How many cookie replies are sent."""
+COOKIES_PER_SECOND: Final = 5_000.0
+"""How many cookie replies are sent: 5 % of a core."""
 LOAD_SECONDS: Final = 1.0
 """How long a node stays under load after the last handshake too many."""
 ADDRESS_RATE: Final = 20.0
@@ -44,9 +44,13 @@ class Bucket:
         self._tokens = tokens - 1
         return True
 
+    def left(self, now: float) -> float:
+        """How many tokens there are, and parts of one."""
+        return min(self._burst, self._tokens + (now - self._at) * self._rate)
+
     def full(self, now: float) -> bool:
         """Whether it has been left alone for so long that it is as good as new."""
-        return self._tokens + (now - self._at) * self._rate >= self._burst
+        return self.left(now) >= self._burst
 
 
 class Guard:
@@ -72,8 +76,12 @@ class Guard:
         """The same, without counting."""
         return self.forced or now < self._loaded_until
 
+    def could_reply(self, now: float) -> bool:
+        """Whether a cookie reply might be sent, without counting."""
+        return self._cookies.left(now) >= 1
+
     def may_reply(self, now: float) -> bool:
-        """Whether a cookie reply may be sent."""
+        """Whether a cookie reply may be sent; it counts."""
         return self._cookies.take(now)
 
     def may_ask(self, endpoint: tuple[Any, ...], now: float) -> bool:

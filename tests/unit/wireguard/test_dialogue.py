@@ -251,8 +251,14 @@ def test_a_flood_of_spoofed_initiations_makes_load_and_a_bounded_number_of_repli
     replies = 0
     for number in range(3000):
         replies += len(world.server.receive(datagram, (f"198.18.{number >> 8}.{number & 255}", 1)))
-    assert world.server.counted() == {"unknown_key": 50, "no_cookie": 1000, "handshake_rate": 1950}
-    assert replies == 1000
+    assert world.server.counted() == {"unknown_key": 50, "no_cookie": 500, "handshake_rate": 2450}
+    assert replies == 500
+    # It stays under load while the flood lasts, though most of it isn't looked at.
+    for _ in range(10):
+        world.now += 0.5
+        for _ in range(700):
+            world.server.receive(datagram, ("198.18.0.1", 1))
+    assert world.server.counted()["unknown_key"] == 50
 
 
 def test_a_response_under_load_needs_a_cookie_too() -> None:
