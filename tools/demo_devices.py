@@ -62,7 +62,6 @@ class Devices:
         self._mesh, self._server, self._head, self._line = mesh, server, head, line
         self._directory = directory / "devices"
         self._directory.mkdir(mode=0o700)
-        self._lab = lab
         self.phone = StockDevice(lab, "phone", self._directory)
         self.desk: Namespace = lab.namespace("desk")
         net = f"198.19.{lab.number}"
@@ -71,6 +70,7 @@ class Devices:
             namespace.run("ip", "route", "add", "default", "via", f"{net}.{at + 1}")
         self._address, self._port = f"{net}.1", _free_port(f"{net}.1")
         self._addresses: dict[str, list[str]] = {}
+        self._desk_is_up = False
         self.result: dict[str, Any] = {}
 
     def settings(self) -> dict[str, Any]:
@@ -91,12 +91,13 @@ class Devices:
 
     def show(self) -> dict[str, Any]:
         """Every step; what --json prints of them."""
-        self._join()
-        self._ping()
-        self._page()
-        self._ssh()
-        self._denied()
-        self._revoked()
+        try:
+            for step in (self._join, self._ping, self._page, self._ssh, self._denied, self._revoked):
+                step()
+        finally:
+            # Its processes are nobody's children.
+            if self._desk_is_up:
+                self._falkirk("down")
         return self.result
 
     def good(self) -> bool:
@@ -141,9 +142,9 @@ class Devices:
         token.write_text(str(made[0]["secret"]))
         self._line(f"desk (alice's): falkirk device token create {' '.join(options)}")
         for words in (("enroll", "--token-file", str(token), "--name", "desk"), ("up", "--no-dns")):
+            self._desk_is_up = words[0] == "up"
             self._falkirk(*words)
             self._line(f"$ falkirk device {' '.join(words)}")
-        self._lab.on_exit(lambda: self._falkirk("down"))
 
     def _falkirk(self, *words: str) -> None:
         """`falkirk device` at the desk."""
