@@ -26,8 +26,8 @@ RESOLVER4 = "100.96.0.53"
 class World:
     """The mesh with its names."""
 
-    def __init__(self, mesh: Mesh, net: str) -> None:
-        self.mesh, self.net = mesh, net
+    def __init__(self, mesh: Mesh, lab: Lab) -> None:
+        self.mesh, self.lab = mesh, lab
 
     def dig(self, *arguments: str, device: str = "laptop", server: str = RESOLVER4) -> str:
         """Dig's output as a device; one try of five seconds."""
@@ -95,7 +95,7 @@ def world() -> Iterator[World]:
         mesh = Mesh(lab, Path(directory))
         mesh.start({"router": {"resolver_upstreams": [f"{net}.2:5353"], "resolver_timeout_ms": 1000}})
         mesh.apply(documents(net))
-        yield World(mesh, net)
+        yield World(mesh, lab)
 
 
 def test_devices_have_names_both_ways(world: World) -> None:
@@ -155,3 +155,48 @@ def test_every_question_is_on_record_with_who_asked(world: World) -> None:
     assert (record["query_type"], record["source_port"] > 0, record["rule"]) == ("A", True, "access/no-payroll")
     flow = world.mesh.ask_json("records", "audit", "query", "--flow", record["flow_id"])
     assert next(found["event"] for found in flow if found["event"] != "query") == "started"
+
+
+def test_flows_name_who_they_are_for_wherever_they_are_told(world: World) -> None:
+    """In the list, in `flow top`, in the audit log, in metrics and in captured packets' comments."""
+    capture = world.mesh.run_dir.parent / "capture.pcapng"
+    command = ["capture", "--tenant", "acme", "--write", str(capture), "--count", "2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "falkirk.cli.main", *command], env=world.mesh.environment
+    ) as capturing:
+
+        def captured() -> bool:
+            world.short("nas.acme.falkirk", "A")
+            return capturing.poll() is not None
+
+        wait_for("two captured packets", captured, 30)
+    assert b"device=laptop user=alice groups=staff" in capture.read_bytes()
+    # A session stays for 20 s where its tunnel does.
+    command = ["sh", "-c", f"dig @{RESOLVER4} nas.acme.falkirk >/dev/null; exec sleep 60"]
+    world.lab.start(world.mesh.lower("laptop", command))
+    chosen = ("flow", "list", "--device", "laptop", "--port", "53")
+    wait_for("the flow in the list", lambda: bool(world.mesh.ask_json("flows", *chosen)), 20)
+    found = world.mesh.ask_json("flows", *chosen)
+    assert {(flow["context"]["user"], *flow["context"]["groups"]) for flow in found} == {("alice", "staff")}
+    for by, name in (("device", "laptop"), ("user", "alice"), ("group", "staff"), ("destination", "resolver")):
+        (look,) = world.mesh.ask_json("looks", "flow", "top", "--by", by, "--count", "1")
+        row = next(row for row in look["rows"] if row["name"] == name)
+        assert row["flows"] >= 1
+        assert int(row["bytesUp"]) > 0
+    assert "laptop" in world.mesh.ask("flow", "top", "--count", "1")
+    started = world.mesh.ask_json("records", "audit", "query", "--event", "started", "--device", "laptop")
+    assert {(record["user"], *record["groups"]) for record in started} == {("alice", "staff")}
+    scraped = subprocess.run(
+        [
+            "curl",
+            "-s",
+            "--unix-socket",
+            str(world.mesh.run_dir / "read" / "flow.metrics.sock"),
+            "http://metrics/metrics",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=True,
+    ).stdout
+    assert 'falkirk_flow_device_flows{device="laptop",groups="staff",tenant="acme",user="alice"}' in scraped

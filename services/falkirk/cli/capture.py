@@ -117,6 +117,9 @@ def comment(packet: pb.CaptureResponse) -> str:
         "flow": packet.flow_id,
         "tenant": packet.tenant,
         "device": packet.device,
+        "user": packet.user,
+        # A group may have blanks, which would end the word.
+        "groups": ",".join(packet.groups).replace(" ", "_"),
         "tunnel": packet.tunnel_id or "",
         "fate": pb.CaptureResponse.Fate.Name(packet.fate).removeprefix("FATE_").lower(),
         "reason": packet.reason,

@@ -1,4 +1,4 @@
-"""`falkirk flow list|get|watch|kill|stats`: what is being carried, for whom, why, and how much."""
+"""`falkirk flow list|get|watch|top|kill|stats`: what is being carried, for whom, why, and how much."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from falkirk.api.flow.v1 import flow_service_pb2_grpc as pb_grpc
 from falkirk.api.net.v1 import net_pb2
 from falkirk.cli.connection import Json, RunDir, calling, until_interrupted
 from falkirk.cli.output import print_json, print_table
+from falkirk.cli.top import top
 
 PAGE: Final = 1000
 SECONDS: Final = 30.0
-COLUMNS: Final = ("id", "state", "tenant", "device", "source", "destination", "rule", "up", "down", "age")
+COLUMNS: Final = ("id", "state", "tenant", "device", "user", "source", "destination", "rule", "up", "down", "age")
 
 app = typer.Typer(help="Live flows of this node.", no_args_is_help=True)
 
@@ -31,6 +32,7 @@ Protocol = Annotated[
 
 def register(app_: typer.Typer) -> None:
     """Add the commands."""
+    app.command("top")(top)
     app_.add_typer(app, name="flow")
 
 
@@ -144,13 +146,19 @@ def _row(flow: pb.Flow) -> tuple[object, ...]:
         pb.FlowState.Name(flow.state).removeprefix("FLOW_STATE_").lower(),
         flow.context.tenant,
         flow.context.device,
+        flow.context.user,
         endpoint(flow.key.source_address, flow.key.source_port),
-        endpoint(flow.key.destination_address, flow.key.destination_port),
+        _destination(flow),
         flow.rule or "(default)",
         flow.bytes_up,
         flow.bytes_down,
         f"{age.total_seconds():.0f}s",
     )
+
+
+def _destination(flow: pb.Flow) -> str:
+    where = endpoint(flow.key.destination_address, flow.key.destination_port)
+    return f"{flow.destination_device}={where}" if flow.destination_device else where
 
 
 def _line(event: pb.WatchResponse) -> str:
@@ -159,9 +167,10 @@ def _line(event: pb.WatchResponse) -> str:
     what = pb.WatchResponse.Event.Name(event.event).removeprefix("EVENT_").lower()
     source, destination = (
         endpoint(key.source_address, key.source_port),
-        endpoint(key.destination_address, key.destination_port),
+        _destination(flow),
     )
-    line = f"{what:8}{flow.id}  {flow.context.tenant}/{flow.context.device}  {source} -> {destination}"
+    whose = f"{flow.context.tenant}/{flow.context.device}" + (f" ({flow.context.user})" if flow.context.user else "")
+    line = f"{what:8}{flow.id}  {whose}  {source} -> {destination}"
     if what == "started":
         return f"{line}  by {flow.rule or '(default)'}"
     if what == "denied":

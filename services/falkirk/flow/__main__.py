@@ -11,7 +11,7 @@ from falkirk.api.policy.v1 import policy_service_pb2, policy_service_pb2_grpc
 from falkirk.api.router.v1 import router_service_pb2, router_service_pb2_grpc
 from falkirk.flow.events import EventFeed
 from falkirk.flow.fleet import Fleet
-from falkirk.flow.metrics import FlowCollector
+from falkirk.flow.metrics import DeviceCollector, FlowCollector
 from falkirk.flow.service import FlowService
 from falkirk.flow.settings import FlowSettings
 from falkirk.runtime import telemetry
@@ -29,6 +29,7 @@ async def main() -> None:
     feed = EventFeed()
     fleet = Fleet(shell, settings, feed, server.set_ready)
     server.metrics.register(FlowCollector(fleet.counters))
+    server.metrics.register(DeviceCollector(fleet.live_flows))
     policy = channel(shell, "policy")
     router = channel(shell, "router")
     rules = policy_service_pb2_grpc.PolicyServiceStub(policy)

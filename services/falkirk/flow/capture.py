@@ -17,6 +17,7 @@ from falkirk.flow import captured
 from falkirk.flow.captured import Captured
 from falkirk.flow.control import Tap
 from falkirk.linux import seqpacket
+from falkirk.wire.context import TunnelContext
 
 BUFFER: Final = 4 * 1024 * 1024
 """Bytes of captured packets that wait for the watcher, a worker, as far as net.core.wmem_max allows."""
@@ -161,8 +162,8 @@ class Captures:
             capture.tap(worker)
 
 
-def response(worker: int, packet: Captured) -> pb.CaptureResponse:
-    """A captured packet as proto."""
+def response(worker: int, packet: Captured, context: TunnelContext | None = None) -> pb.CaptureResponse:
+    """A captured packet as proto; `context` is its tunnel's, as far as it is known."""
     found = pb.CaptureResponse(
         side=SIDES[packet.side],
         fate=FATES[packet.fate],
@@ -179,6 +180,8 @@ def response(worker: int, packet: Captured) -> pb.CaptureResponse:
         packet=packet.data,
         lost=packet.lost,
         worker=worker,
+        user=context.user if context is not None else "",
+        groups=context.groups if context is not None else (),
     )
     found.time.FromNanoseconds(packet.time)
     return found

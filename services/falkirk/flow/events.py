@@ -48,6 +48,12 @@ class Subscription:
         self._queue.append(record)
         self._ready.set()
 
+    def waiting(self) -> list[AuditRecord]:
+        """All that waits, taken; what was lost before it isn't told."""
+        taken = list(self._queue)
+        self._queue.clear()
+        return taken
+
     async def __aiter__(self) -> AsyncIterator[tuple[AuditRecord, int]]:
         while True:
             while self._queue:
@@ -103,6 +109,8 @@ def spans(record: AuditRecord) -> None:
         attributes: dict[str, str | int] = {
             "falkirk.tenant": record.tenant,
             "falkirk.device": record.device,
+            "falkirk.user": record.user,
+            "falkirk.groups": ",".join(record.groups),
             "falkirk.tunnel_id": record.tunnel_id,
             "falkirk.reason": record.reason,
             "network.transport": record.protocol,
@@ -145,9 +153,12 @@ def flow_of_record(record: AuditRecord) -> tuple[pb.WatchResponse.Event, pb.Flow
             device_id=record.device_id,
             device=record.device,
             user=record.user,
+            groups=record.groups,
             virtual_network=record.virtual_network,
         ),
         destination_device=record.destination_device,
+        destination_user=record.destination_user,
+        destination_groups=record.destination_groups,
         treatment=TREATMENTS.get(record.treatment, net_pb2.TREATMENT_UNSPECIFIED),
         rule=record.rule,
         route_id=record.route_id,

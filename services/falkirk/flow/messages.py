@@ -51,9 +51,12 @@ def flow_of_live(record: LiveRecord, worker: int, fleet: Fleet) -> pb.Flow | Non
         packets_up=record.packets_up,
         packets_down=record.packets_down,
     )
-    if record.forwarded:
+    if record.forwarded or record.lower_slot:
         route = fleet.routes.lookup(context.virtual_network_id, record.destination)
-        flow.destination_device = route.device.device if route is not None and route.device is not None else ""
+        if route is not None and route.device is not None:
+            flow.destination_device = route.device.device
+            flow.destination_user = route.device.user
+            flow.destination_groups.extend(route.device.groups)
     flow.start_time.FromNanoseconds(record.start)
     flow.last_time.FromNanoseconds(record.last)
     return flow

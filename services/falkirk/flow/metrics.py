@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from falkirk.flow import counters
 from falkirk.runtime.counters import Counters
+from falkirk.wire.context import TunnelContext
 
 _GAUGES: Final = (
     ("flows", "Live flows.", counters.FLOWS),
@@ -28,6 +29,45 @@ _FAMILIES: Final = (
     ),
     ("events", "event", "Flows that were started, denied, ended.", (counters.STARTED, counters.DENIED, counters.ENDED)),
 )
+
+
+DEVICES: Final = 200
+"""Devices that metrics name, those with the most live flows; the rest are summed as device "(others)"."""
+_WHOSE: Final = ("tenant", "device", "user", "groups")
+_OTHERS: Final = ("", "(others)", "", "")
+
+
+class DeviceCollector(Collector):
+    """Live flows and their bytes by device, with its owner and groups; `live` gives (context, bytes up, bytes down) of each live flow.
+
+    Limit: goes through all flows at each scrape, a tenth of a second for 100,000.
+    """
+
+    def __init__(self, live: Callable[[], Iterable[tuple[TunnelContext, int, int]]]) -> None:
+        self._live = live
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics."""
+        sums: dict[tuple[str, ...], list[int]] = {}
+        for context, up, down in self._live():
+            labels = context.tenant, context.device, context.user, ",".join(context.groups)
+            counts = sums.setdefault(labels, [0, 0, 0])
+            counts[0] += 1
+            counts[1] += up
+            counts[2] += down
+        ordered: list[tuple[tuple[str, ...], list[int]]] = sorted(sums.items(), key=lambda item: (-item[1][0], item[0]))
+        if len(ordered) > DEVICES:
+            rest = [sum(column) for column in zip(*(counts for _, counts in ordered[DEVICES:]), strict=True)]
+            ordered = [*ordered[:DEVICES], (_OTHERS, rest)]
+        flows = GaugeMetricFamily("falkirk_flow_device_flows", "Live flows that a device began.", labels=_WHOSE)
+        text = "IP bytes of a device's live flows since they began; up is from the device."
+        moved = GaugeMetricFamily("falkirk_flow_device_live_bytes", text, labels=(*_WHOSE, "direction"))
+        for whose, (count, up, down) in ordered:
+            flows.add_metric(whose, count)
+            moved.add_metric((*whose, "up"), up)
+            moved.add_metric((*whose, "down"), down)
+        yield flows
+        yield moved
 
 
 class FlowCollector(Collector):

@@ -42,6 +42,7 @@ def of_tunnel(tunnel: int, context: TunnelContext | None) -> str:
             "device": context.device,
             "device_id": context.device_id,
             "user": context.user,
+            "groups": context.groups,
             "virtual_network": context.virtual_network,
         }
     return _part(fields)
@@ -59,6 +60,8 @@ def of_decision(decision: Decision, why: str = "") -> str:
             "treatment": treatment or ("l3" if decision.outcome == "forward" else ""),
             "destination_device": device.device if device is not None else "",
             "destination_device_id": device.device_id if device is not None else "",
+            "destination_user": device.user if device is not None else "",
+            "destination_groups": device.groups if device is not None else (),
         }
     )
 

@@ -21,6 +21,8 @@ from falkirk.flow.fleet import Fleet
 from falkirk.flow.live import LiveRecord
 from falkirk.flow.match import FlowMatch
 from falkirk.flow.messages import flow_of_live
+from falkirk.flow.top_service import Tops
+from falkirk.runtime import callers
 from falkirk.runtime.contexts import context_of_proto
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wire.context import TunnelContext
@@ -41,6 +43,7 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
     def __init__(self, fleet: Fleet, feed: EventFeed, process: Callable[[], net_pb2.ProcessInfo]) -> None:
         self._fleet = fleet
         self._feed = feed
+        self._tops = Tops(fleet, feed)
         self._process = process
 
     async def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:
@@ -101,7 +104,7 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
                 await capture.begun()
                 await context.send_initial_metadata((CAPTURING,))
                 async for worker, packet in capture:
-                    yield response(worker, packet)
+                    yield response(worker, packet, self._fleet.context(worker, packet.tunnel))
         except CaptureRefused as error:
             raise FalkirkError(grpc.StatusCode.RESOURCE_EXHAUSTED, "CAPTURE_REFUSED", str(error)) from error
 
@@ -135,6 +138,11 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
             )
             raise FalkirkError(grpc.StatusCode.NOT_FOUND, "NO_TUNNEL", message)
         return found
+
+    async def Top(self, request: pb.TopRequest, context: Any) -> AsyncIterator[pb.TopResponse]:
+        """Who uses most, once an interval."""
+        async for message in self._tops.watch(request):
+            yield message
 
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
         """Counts of all workers."""
@@ -186,7 +194,7 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
             text=request.filter,
             dropped_only=request.dropped_only,
             snaplen=request.snaplen,
-            by=request.by,
+            by=callers.actor(request.by),
         )
 
     def _records(self, worker: int, start: int) -> Iterator[LiveRecord]:

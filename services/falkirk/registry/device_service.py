@@ -42,9 +42,11 @@ class DeviceService(ResourceService):
         issuers: Sequence[OidcIssuer],
         verifier: oidc.Verifier,
         alive: Callable[[str], bool],
+        node_addresses: Sequence[str] = (),
     ) -> None:
         super().__init__(BY_NAME["device"], desk)
         self._private_key, self._issuers, self._verifier, self._alive = private_key, issuers, verifier, alive
+        self._node_addresses = tuple(node_addresses)
         self._public_key = proof.text_of(proof.public_of(private_key))
 
     async def Get(self, request: pb.DeviceServiceGetRequest, context: Any) -> pb.DeviceServiceGetResponse:
@@ -147,7 +149,7 @@ class DeviceService(ResourceService):
 
     async def _tunnel(self, device: pb.Device) -> pb.TunnelConfig:
         return await self._desk.read(
-            lambda connection: tunnel.describe(connection, device, self._public_key, self._alive)
+            lambda connection: tunnel.describe(connection, device, self._public_key, self._alive, self._node_addresses)
         )
 
     async def _person(self, token: str, tenant: str) -> Person:

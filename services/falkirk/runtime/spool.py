@@ -39,6 +39,9 @@ class AuditRecord(msgspec.Struct, omit_defaults=True, kw_only=True):
     device: str = ""
     device_id: str = ""
     user: str = ""
+    """The device's owner."""
+    groups: list[str] = []
+    """Of the owner and of the device."""
     virtual_network: str = ""
     tunnel_id: int = 0
     protocol: str = ""
@@ -54,6 +57,9 @@ class AuditRecord(msgspec.Struct, omit_defaults=True, kw_only=True):
     destination_device: str = ""
     """The device that the destination leads to."""
     destination_device_id: str = ""
+    destination_user: str = ""
+    """That device's owner."""
+    destination_groups: list[str] = []
     reason: str = ""
     """Why it was denied or how it ended."""
     bytes_up: int = 0

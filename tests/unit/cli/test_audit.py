@@ -43,6 +43,7 @@ def test_what_is_no_time_is_refused(text: str) -> None:
                 "time": "2026-11-19T10:20:33.123456789Z",
                 "tenant": "acme",
                 "device": "laptop",
+                "user": "ann",
                 "source": "100.96.0.2",
                 "source_port": 40000,
                 "destination": "2001:db8::1",
@@ -50,13 +51,25 @@ def test_what_is_no_time_is_refused(text: str) -> None:
                 "rule": "p/no-ssh",
                 "why": "denied by p/no-ssh",
             },
-            ("100.96.0.2:40000", "[2001:db8::1]:22", "p/no-ssh", "denied by p/no-ssh"),
+            ("ann", "100.96.0.2:40000", "[2001:db8::1]:22", "p/no-ssh", "denied by p/no-ssh"),
         ),
         (
             {"event": "ended", "reason": "finished", "bytes_up": 5, "bytes_down": 7, "duration_ns": 1_250_000_000},
-            ("", "", "", "finished 5 up 7 down 1.2 s"),
+            ("", "", "", "", "finished 5 up 7 down 1.2 s"),
         ),
-        ({"event": "invalid", "problem": "event is missing"}, ("", "", "", "event is missing")),
+        ({"event": "invalid", "problem": "event is missing"}, ("", "", "", "", "event is missing")),
+        (
+            {
+                "event": "query",
+                "user": "ann",
+                "source": "100.96.0.2",
+                "query": "nas.acme.falkirk",
+                "query_type": "A",
+                "rcode": "NOERROR",
+                "answered_by": "device",
+            },
+            ("ann", "100.96.0.2", "", "", "nas.acme.falkirk A NOERROR by device"),
+        ),
     ],
 )
 def test_rows(record: dict[str, Any], expected: tuple[str, ...]) -> None:
