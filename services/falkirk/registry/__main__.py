@@ -71,7 +71,9 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
     trusted = [Trusted(issuer.issuer, issuer.audience, issuer.jwks_url) for issuer in settings.oidc]
     key = private_key(shell.data("registry") / "device.key")
     servicers: dict[str, ResourceService] = {
-        "device": DeviceService(desk, key, settings.oidc, Verifier(trusted), presence.table.knows),
+        "device": DeviceService(
+            desk, key, settings.oidc, Verifier(trusted), presence.table.knows, settings.node_addresses
+        ),
         "node": NodeService(desk),
     }
     server = Server("registry", shell)
