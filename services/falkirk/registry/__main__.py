@@ -69,7 +69,7 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
     authority = Authority(Seal(key_file, settings.authority.passphrase_file), settings.authority)
     trusted = [Trusted(issuer.issuer, issuer.audience, issuer.jwks_url) for issuer in settings.oidc]
     key = private_key(shell.data("registry") / "device.key")
-    devices = DeviceService(desk, key, settings.oidc, Verifier(trusted), presence.table.knows)
+    devices = DeviceService(desk, key, settings.oidc, Verifier(trusted), presence.table.knows, settings.node_addresses)
     certificates = AuthorityService(authority, desk, surroundings(), shell.listen_tcp, devices.person)
     servicers: dict[str, ResourceService] = {
         "device": devices,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from pathlib import Path
 
 from falkirk.runtime.oidc import check_url
@@ -77,9 +78,14 @@ class Settings(Section, frozen=True, kw_only=True):
     """Certificates."""
     oidc: tuple[OidcIssuer, ...] = ()
     """Issuers whose users may enrol devices."""
+    node_addresses: tuple[str, ...] = ("192.0.0.8", "fd66:616c:6b69:726b::1")
+    """Addresses that nodes speak from themselves (`flow.icmp_source4` and `icmp_source6`, whose defaults these are): devices are told to take them from the tunnel,
+    so that ICMP errors, among them those of path MTU discovery, and `falkirk connect` reach them."""
 
     def __post_init__(self) -> None:
         if self.history_bytes < 0:
             raise ValueError("history_bytes must not be negative")
+        for address in self.node_addresses:
+            ip_address(address)
         if self.max_watches < 1:
             raise ValueError("max_watches must be at least 1")
