@@ -72,7 +72,14 @@ def test_doctor_lists_every_process(running: RunningMesh, cli: Cli) -> None:
     report = json.loads(cli.run("doctor", "--json").stdout)
     told = {process["name"]: process["pid"] for process in report["mesh"]["processes"]}
     workers = {f"{service}.worker.{number}" for service in ("flow", "upgrader") for number in range(3)}
-    assert set(told) == {*SERVICES, *workers, "onramp.worker.0", "upgrader.helper", "upgrader.lower_helper"}
+    assert set(told) == {
+        *SERVICES,
+        *workers,
+        "router.worker.0",
+        "onramp.worker.0",
+        "upgrader.helper",
+        "upgrader.lower_helper",
+    }
     really = descendants(running.pid)
     assert set(told.values()) == set(really)
     for service in SERVICES:
