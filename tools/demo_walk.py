@@ -3,7 +3,7 @@
 A mesh (`falkirk up` on a temporary directory), a real HTTP server in a namespace of its own as upstream, and curl run
 behind `falkirk lower`, so that its TCP connections enter Falkirk as IP packets. Steps: a page; a 1 GiB download checked
 by SHA-256; a destination that a rule denies; a closed port; then what Falkirk knows of them: flows, a trace, audit
-records, an explanation. Exit code 0 where every step did what it should, else 1.
+records, an explanation; then two WireGuard devices (`demo_devices`). Exit code 0 where every step did what it should, else 1.
 
 `--json` prints one object on standard output, and everything for people on standard error. `--keep` leaves mesh and server running and
 prints how to use and how to stop them. Limits: needs root, and 3 GiB of
@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from falkirk.cli.trace import Receiver, Span, render
+from tools import demo_devices
+from tools.demo_devices import Devices
 from tools.load import http_server
 from tools.mesh import Mesh, resource, rule
 from tools.netlab import Lab, LabError, guard_signals, stop, wait_for
@@ -62,6 +64,7 @@ class Demo:
         self.server = f"198.18.{lab.number}.2"
         self.denied = f"198.18.{lab.number}.3"
         self.result: dict[str, Any] = {}
+        self.devices: Devices | None = None
         self.pids: list[int] = []
 
     def head(self, text: str) -> None:
@@ -112,14 +115,18 @@ class Demo:
             )
         wait_for("the HTTP server", lambda: log.read_text().startswith("ready"), 15)
         self.line(f"http://{self.server}/  and  http://{self.denied}/")
+        if not demo_devices.missing():
+            self.devices = Devices(self.lab, self.directory, self.mesh, self.server, self.head, self.line)
         self.head("falkirk up: six services, nothing else")
         begin = time.monotonic()
-        settings = {"telemetry": {"otlp_endpoint": self.receiver.endpoint, "sample_ratio": 1.0}}
+        settings: dict[str, Any] = {"telemetry": {"otlp_endpoint": self.receiver.endpoint, "sample_ratio": 1.0}}
+        if self.devices is not None:
+            settings["onramp"] = self.devices.settings()
         up = self.mesh.start(settings, dies_with_us=not self.keep)
         self.pids = [up, served.pid, namespace.pid]
         self.line(f"all SERVING after {time.monotonic() - begin:.1f} s, process {up}, sockets in {self.mesh.run_dir}")
         self.mesh.apply(self.resources())
-        self.line("applied: tenant acme, user alice, device laptop, two routes, a policy of two rules")
+        self.line("applied: tenant acme, user alice, device laptop, two routes, a policy")
 
     def resources(self) -> Iterator[dict[str, Any]]:
         """Who exists, where packets go, and who may."""
@@ -130,9 +137,12 @@ class Demo:
         yield resource("Route", "internet6", "acme", prefix="::/0", target={"internet": {}})
         rules = [
             rule("no-vault", f'net.dst == "{self.denied}"', "deny"),
+            *(self.devices.rules() if self.devices is not None else ()),
             rule("staff-anywhere", '"staff" in identity.groups', "allow"),
         ]
         yield resource("Policy", "access", "acme", priority=10, rules=rules)
+        if self.devices is not None:
+            yield from self.devices.resources()
 
     def page(self) -> None:
         """A page through Falkirk."""
@@ -235,6 +245,15 @@ class Demo:
         self.shown("explain", *whom, "--dst", self.denied, "--port", str(HTTP), accept=(1,))
         self.result["services"] = self.mesh.services()
 
+    def two_devices(self) -> None:
+        """WireGuard clients, where they are installed."""
+        self.result["devices"] = None
+        if self.devices is None:
+            self.head("WireGuard devices")
+            self.line(f"not shown: {demo_devices.missing()} isn't installed")
+        else:
+            self.result["devices"] = self.devices.show()
+
     def good(self) -> bool:
         """True where every step did what it should."""
         result = self.result
@@ -248,6 +267,7 @@ class Demo:
                 result["flows"] > 0,
                 result["audit_records"] > 0,
                 result["trace_spans"] >= len(SPANS),
+                self.devices is None or self.devices.good(),
                 all(state == "SERVING" for state in result["services"].values()),
             )
         )
@@ -302,7 +322,16 @@ def walk(quiet: bool, keep: bool) -> int:
     try:
         with Receiver() as receiver, Lab() as lab:
             demo = Demo(lab, directory, receiver, quiet, keep)
-            for step in (demo.start, demo.page, demo.download, demo.refusals, demo.flows, demo.audit, demo.explain):
+            for step in (
+                demo.start,
+                demo.page,
+                demo.download,
+                demo.refusals,
+                demo.flows,
+                demo.audit,
+                demo.explain,
+                demo.two_devices,
+            ):
                 step()
             good = demo.good()
             if keep and good:

@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.netlab import Lab, LabError, Namespace, wait_for
+from tools.netlab import Lab, LabError, Namespace, run, wait_for
 
 UP_S = 10.0
 
@@ -49,18 +49,39 @@ class StockDevice:
         keepalive_s: int = 0,
     ) -> None:
         """Bring the interface up; its handshake begins with the first packet. Raises LabError."""
+        peer = ["peer", server_key, "endpoint", endpoint, "allowed-ips", ",".join(allowed)]
+        if keepalive_s:
+            peer += ["persistent-keepalive", str(keepalive_s)]
+        key = self._directory / f"{self.name}.key"
+        key.touch(mode=0o600)
+        key.write_text(self.private_key)
+        self._start()
+        self.namespace.run("wg", "set", self.interface, "private-key", str(key), *peer)
+        self._up(addresses, allowed, mtu)
+
+    def join_by(self, file: Path) -> None:
+        """The same by wg-quick's file, its name ending in .conf; `DNS` is left to the caller. Raises LabError."""
+        said: dict[str, list[str]] = {}
+        for line in file.read_text().splitlines():
+            name, equals, value = line.partition("=")
+            if equals and not name.startswith("#"):
+                said.setdefault(name.strip(), []).extend(one.strip() for one in value.split(","))
+        stripped = self._directory / f"{self.name}.stripped"
+        stripped.touch(mode=0o600)
+        stripped.write_text(run(["wg-quick", "strip", str(file)]))
+        self._start()
+        self.namespace.run("wg", "setconf", self.interface, str(stripped))
+        self._up([one.partition("/")[0] for one in said["Address"]], said["AllowedIPs"], int(said["MTU"][0]))
+
+    def _start(self) -> None:
         environment = {**os.environ, "WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
         command = self.namespace.command(self._program, "-f", self.interface)
         self._process = self._lab.start(command, env=environment)
         wait_for("wireguard-go's socket", Path(f"/var/run/wireguard/{self.interface}.sock").exists, UP_S)
-        key = self._directory / f"{self.name}.key"
-        key.touch(mode=0o600)
-        key.write_text(self.private_key)
-        peer = ["peer", server_key, "endpoint", endpoint, "allowed-ips", ",".join(allowed)]
-        if keepalive_s:
-            peer += ["persistent-keepalive", str(keepalive_s)]
+
+    def _up(self, addresses: Sequence[str], allowed: Sequence[str], mtu: int) -> None:
+        """Addresses, MTU and routes, as wg-quick sets them."""
         run = self.namespace.run
-        run("wg", "set", self.interface, "private-key", str(key), *peer)
         for address in addresses:
             version = ipaddress.ip_address(address).version
             run(
@@ -77,7 +98,7 @@ class StockDevice:
             network = ipaddress.ip_network(prefix)
             # A default route by its halves: the way outside stays, without a routing table of its own.
             for half in network.subnets() if network.prefixlen == 0 else (network,):
-                run("ip", f"-{network.version}", "route", "add", str(half), "dev", self.interface)
+                run("ip", f"-{network.version}", "route", "replace", str(half), "dev", self.interface)
 
     def handshake(self) -> int:
         """When the last one was, seconds of wall time; 0: never."""

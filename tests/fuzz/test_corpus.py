@@ -14,7 +14,7 @@ import pytest
 
 from tests.fuzz.coverage import HERE, ROOT, TARGETS, corpus, environment
 
-SECONDS = 5
+SECONDS = 2
 MAX_BYTES = 300_000
 
 

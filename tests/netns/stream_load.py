@@ -37,7 +37,7 @@ ENDLESS: Final = 1 << 40
 HELLO: Final = struct.Struct("!16sQ")
 LENGTH: Final = struct.Struct("!Q")
 SHORT_BYTES: Final = 20_000
-BRIEF_S: Final = 6.0
+BRIEF_S: Final = 15.0
 """A short stream that hasn't ended after this long is given up."""
 FINISHED_BYTES: Final = 16_384
 

@@ -192,6 +192,9 @@ def test_a_default_route_goes_through_and_its_own_datagrams_around(tmp_path: Pat
     with cabled(one, other):
         other.run("ip", "address", "add", "203.0.113.5/32", "dev", "lo")
         other.run("ip", "address", "add", "2001:db8:ffff::5/128", "dev", "lo")
+        # A default route of the machine's own, by gateways that don't answer.
+        for family, gateway in (("-4", f"{one.outer[: one.outer.rindex('.')]}.200"), ("-6", f"{one.outer6}:dead")):
+            one.run("ip", family, "route", "add", "default", "via", gateway, "dev", "eth0")
         other.start(one)
         process = one.start(other, endpoint=f"{other.outer}:{PORT}", allowed=("0.0.0.0/0", "::/0"))
         assert one.ping("203.0.113.5")

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+import typer
 
 from falkirk.api.flow.v1 import flow_service_pb2, flow_service_pb2_grpc
 from falkirk.api.upgrader.v1 import upgrader_service_pb2 as pb
 from falkirk.api.upgrader.v1 import upgrader_service_pb2_grpc
+from falkirk.cli.device import ping
 from falkirk.runtime.errors import FalkirkError, from_rpc
 from tests.netns.between_devices import Between, Peers
 from tests.netns.fidelity import DEADLINE_S, open_world, receive
@@ -119,6 +121,22 @@ def test_it_takes_the_administrators_road(peers: Peers, way: Between) -> None:
         call.open(way, 22)
         assert call.failure().reason == "ROAD_FORBIDDEN"
         call.close()
+
+
+def test_the_ping_tells_open_from_closed_and_silence_from_absence(
+    peers: Peers, way: Between, device: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`falkirk device ping`: a refusal is an answer too."""
+    run_dir = peers.world.mesh.run_dir
+    (port,) = device.getsockname()[1:2]
+    for at, said in ((port, "open"), (1, "closed")):
+        ping(way.server.device, "acme", run_dir, count=2, port=at, wait=DEADLINE_S)
+        lines = capsys.readouterr().out.splitlines()
+        assert [f"port {at} {said}" in line for line in lines] == [True, True, False]
+        assert lines[-1].startswith("2 of 2 answered")
+    with pytest.raises(typer.Exit):
+        ping("nobody", "acme", run_dir, count=1, port=port, wait=DEADLINE_S)
+    assert "NO_TUNNEL" in capsys.readouterr().err
 
 
 def test_both_ends_in_order(call: Call, device: socket.socket) -> None:

@@ -8,13 +8,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from falkirk.api.registry.v1 import device_service_pb2
+from falkirk.api.registry.v1.device_service_pb2_grpc import DeviceServiceStub
+from falkirk.runtime.client import sync_channel
+from falkirk.wireguard import proof
 from tests.process.cli_shell import Cli, Output
 from tests.process.running_mesh import RunningMesh, running_mesh
 from tools.mesh import resource, rule
@@ -116,6 +122,40 @@ def test_a_user_who_loses_a_group_loses_flows_and_keeps_the_tunnel(running: Runn
         wait_for("its record", lambda: recorded() == ["device_changed: default deny"], 10)
         cli.ok(*groups, "--group", "staff")
         knocks.wait("open", after=len(knocks.lines), seconds=5)
+
+
+def test_a_device_that_reports_another_posture_loses_what_leans_on_the_old_one(running: RunningMesh, cli: Cli) -> None:
+    """The device says so itself, proved by its key; nobody else has changed anything."""
+    private = bytes([3] * 32)
+    encrypted = '"disk" in device.posture && device.posture["disk"] == "encrypted"'
+    rules = [rule("encrypted", encrypted, "allow")]
+    cli.ok("device", "update", *LAPTOP, "--public-key", proof.text_of(proof.public_of(private)))
+    with sync_channel(running.mesh.run_dir, "registry") as channel:
+        stub: Any = DeviceServiceStub(channel)
+        asked = device_service_pb2.DeviceServiceGetTunnelRequest(tenant="acme", name="laptop")
+        known = stub.GetTunnel(asked, timeout=10)
+
+        def report(disk: str) -> None:
+            facts, now = {"disk": disk}, time.time_ns()
+            mac = proof.make(private, proof.key_of(known.tunnel.registry_key), proof.POSTURE, now, proof.posture(facts))
+            word = {"device_id": known.device.metadata.id, "time_ns": now, "mac": mac}
+            stub.ReportPosture(
+                device_service_pb2.DeviceServiceReportPostureRequest(proof=word, posture=facts), timeout=10
+            )
+
+        report("encrypted")
+        cli.ok("apply", "-f", "-", text=yaml.safe_dump(resource("Policy", "access", "acme", priority=10, rules=rules)))
+        wait_for("the permission", lambda: running.curl(f"http://{running.server}/").returncode == 0, 10)
+        running.hold(1)
+        (flow,) = (flow["id"] for flow in cli.json("flow", "list")["flows"])
+        report("plain")
+
+        def recorded() -> list[str]:
+            return [record["reason"] for record in cli.records("audit", "query", "--flow", flow, "--event", "ended")]
+
+        wait_for("its record", lambda: recorded() == ["device_changed: default deny"], 10)
+    policy(cli, "allow")
+    wait_for("the permission", lambda: running.curl(f"http://{running.server}/").returncode == 0, 10)
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,8 @@ def test_doctor_lists_every_process(running: RunningMesh, cli: Cli) -> None:
     assert set(told) == {
         *SERVICES,
         *workers,
-        "router.worker.0",
         "onramp.worker.0",
+        "router.worker.0",
         "upgrader.helper",
         "upgrader.lower_helper",
     }

@@ -75,7 +75,8 @@ def test_a_configuration_is_what_wireguard_takes_and_is_shown_once(shell: Shell,
     assert values["DNS"].startswith("100.96.0.53, fd")
     assert values["DNS"].endswith("::53, acme.falkirk")
     assert (values["PublicKey"], values["Endpoint"], values["MTU"]) == (NODE_KEY, "192.0.2.1:51820", "1420")
-    assert values["AllowedIPs"].startswith("10.1.0.0/16, 100.96.0.0/12, fd")
+    assert values["AllowedIPs"].startswith("10.1.0.0/16, 100.96.0.0/12, 192.0.0.8/32, fd")
+    assert "fd66:616c:6b69:726b::1/128" in values["AllowedIPs"], "where the nodes' ICMP errors come from"
     assert values["PersistentKeepalive"] == "25"
     stripped = subprocess.run(["wg-quick", "strip", str(out)], capture_output=True, text=True, timeout=10, check=False)
     assert stripped.returncode == 0, stripped.stderr

@@ -30,7 +30,10 @@ app = typer.Typer(help="Read the audit log.", no_args_is_help=True)
 Tenant = Annotated[str, typer.Option(help="Only this tenant (its name).")]
 Device = Annotated[str, typer.Option(help="Only this device (its name).")]
 Event = Annotated[
-    Literal["started", "denied", "ended", "query", "capture_started", "capture_ended"] | None,
+    Literal[
+        "started", "denied", "ended", "query", "capture_started", "capture_ended", "call_refused", "connection_refused"
+    ]
+    | None,
     typer.Option(help="Only records of this event."),
 ]
 Flow = Annotated[str, typer.Option("--flow", help="Only this flow (its id).")]
@@ -137,6 +140,10 @@ def _detail(record: Mapping[str, Any]) -> str:
     if record.get("event") == "ended":
         seconds = record.get("duration_ns", 0) / 1e9
         return f"{record.get('reason', '')} {record.get('bytes_up', 0)} up {record.get('bytes_down', 0)} down {seconds:.1f} s"
+    if str(record.get("event", "")).endswith("_refused"):
+        again = f", {record['count']} times" if record.get("count", 1) > 1 else ""
+        who = record.get("caller") or record.get("peer") or f"{record.get('gate', '')}/"
+        return f"{record.get('service', '')} {record.get('method', '')}: {record.get('reason', '')} ({who}){again}"
     if record.get("event") == "query":
         asked = f"{record.get('query', '')} {record.get('query_type', '')} {record.get('rcode', '')}"
         return f"{asked} by {record.get('answered_by', '')}" + (f": {record['why']}" if "why" in record else "")

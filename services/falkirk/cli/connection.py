@@ -1,7 +1,7 @@
 """How commands reach a service, and how they say what went wrong.
 
-A command opens the most privileged road that its user can: admin/, else mesh/, else read/ below the run directory. What
-a service refuses is printed to stderr as `error: <message> (REASON)`, followed by a remedy where there is one, and ends
+A command opens the most privileged road that its user can: admin/, else mesh/, else read/ below the run directory; with `FALKIRK_ADDRESS`
+or `falkirk --address` it goes over TCP with the user's login instead. What a service refuses is printed to stderr as `error: <message> (REASON)`, followed by a remedy where there is one, and ends
 the command with status 1. Status 2 is kept for wrong usage.
 """
 
@@ -16,6 +16,7 @@ from typing import Annotated, NoReturn
 import grpc
 import typer
 
+from falkirk.cli import logins
 from falkirk.runtime.client import sync_channel
 from falkirk.runtime.errors import FalkirkError, from_rpc
 from falkirk.runtime.settings import default_run_dir
@@ -43,6 +44,15 @@ _REMEDIES: dict[str, str] = {
     "UNAVAILABLE": "the service went away under way; try again once it is back (`falkirk doctor` shows which one is down)",
     "DRAINING": "the service is being restarted; try again in a moment",
     "ROAD_FORBIDDEN": "run the command as a user who may enter that directory of the run directory",
+    "NOT_LOGGED_IN": "`falkirk login --address HOST:PORT`",
+    "LOGIN_EXPIRED": "`falkirk login --address HOST:PORT` with a new token of `falkirk authority token NAME`",
+    "CERTIFICATE_EXPIRED": "`falkirk login --address HOST:PORT`",
+    "CERTIFICATE_NEEDED": "`falkirk login --address HOST:PORT`",
+    "ROLE_FORBIDDEN": "ask somebody with that role; services/ROLES.md has who may do what",
+    "TENANT_FORBIDDEN": "name your own tenant with --tenant; what belongs to no tenant is for those who belong to none",
+    "LOGIN_REFUSED": "ask for a new token: `falkirk authority token NAME` makes one",
+    "FINGERPRINT_MISMATCH": "is the address right? if it is, somebody is in between",
+    "AUTHORITY_LOCKED": "registry.authority in the settings names that file",
     "REVISION_CONFLICT": "someone else changed it meanwhile: read it again, then repeat your change",
     "REVISION_GONE": "watch again from the start",
     "WATCH_TOO_SLOW": "watch again from the start, and read faster",
@@ -70,9 +80,20 @@ def calling(
     run_dir: Path, service: str, locate: Callable[[FalkirkError], str] = lambda error: ""
 ) -> Iterator[grpc.Channel]:
     """A channel to a service. Any error of a call inside ends the command; `locate` may say where in the input it lies."""
+    with told(locate), reach(run_dir, service) as channel:
+        yield channel
+
+
+def reach(run_dir: Path, service: str) -> grpc.Channel:
+    """A blocking channel to a service, where the user wants it. Raises FalkirkError."""
+    return logins.channel(service) if logins.chosen() else sync_channel(run_dir, service)
+
+
+@contextmanager
+def told(locate: Callable[[FalkirkError], str] = lambda error: "") -> Iterator[None]:
+    """Any error of a call inside ends the command."""
     try:
-        with sync_channel(run_dir, service) as channel:
-            yield channel
+        yield
     except grpc.RpcError as error:
         failed = from_rpc(error)
         _explain(failed, locate(failed))

@@ -1,4 +1,4 @@
-"""`falkirk device token|approve|rename|disable|enable|expire|show|config|rotate`: what administrators do with devices beside their fields.
+"""`falkirk device token|approve|rename|disable|enable|expire|show|ping|config|rotate`: what administrators do with devices beside their fields.
 
 A private key is made here, shown once in the configuration (or written to a file of mode 0600), and kept nowhere: the registry learns the public one only.
 """
@@ -9,10 +9,12 @@ import base64
 import json as jsonlib
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import typer
 
 from falkirk.api.registry.v1 import (
@@ -24,12 +26,24 @@ from falkirk.api.registry.v1.device_service_pb2 import Device
 from falkirk.api.registry.v1.device_service_pb2_grpc import DeviceServiceStub
 from falkirk.api.registry.v1.device_token_service_pb2_grpc import DeviceTokenServiceStub
 from falkirk.api.registry.v1.presence_service_pb2_grpc import PresenceServiceStub
+from falkirk.api.upgrader.v1 import upgrader_service_pb2
+from falkirk.api.upgrader.v1.upgrader_service_pb2_grpc import UpgraderServiceStub
 from falkirk.cli import manifest, wgconfig
+from falkirk.cli.connect import who
 from falkirk.cli.connection import Json, RunDir, calling, fail
 from falkirk.cli.output import instant, joined, print_json, print_table, seconds, timestamp
+from falkirk.runtime.errors import from_rpc
 from falkirk.wireguard import proof
 
 _SERVICE = "registry"
+_SILENT = "silent"
+_ANSWERS = {
+    "CONNECTION_REFUSED": "closed",
+    "CONNECT_TIMEOUT": _SILENT,
+    "UNREACHABLE": _SILENT,
+    "DEADLINE_EXCEEDED": _SILENT,
+}
+"""Reasons of UpgraderService.Lower, by what they say of the device."""
 _TIMEOUT_S = 30.0
 _PAGE = 1000
 
@@ -49,7 +63,7 @@ def register(group: typer.Typer) -> None:
     tokens.command("list")(token_list)
     tokens.command("revoke")(token_revoke)
     group.add_typer(tokens)
-    for command in (approve, rename, disable, enable, expire, show, config, rotate):
+    for command in (approve, rename, disable, enable, expire, show, ping, config, rotate):
         group.command(command.__name__)(command)
 
 
@@ -233,6 +247,55 @@ def show(name: _Name, tenant: _Tenant, run_dir: RunDir, json: Json = False) -> N
             for item in presence.presences
         ),
     )
+
+
+def ping(
+    name: _Name,
+    tenant: _Tenant,
+    run_dir: RunDir,
+    count: Annotated[int, typer.Option("--count", "-c", min=1, max=1000, help="How many times.")] = 3,
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="The TCP port to knock at.")] = 7,
+    wait: Annotated[float, typer.Option("--wait", min=0.1, max=60, help="Seconds to wait for each answer.")] = 5.0,
+) -> None:
+    """See whether a device answers: knocks at a TCP port of it, open or not. Status 1 where it never did.
+
+    An administrator's tool: no rule of the tenant is asked, and the audit log says who asked. A firewall on the device that drops silently looks
+    like no answer.
+    """
+    with calling(run_dir, "upgrader") as channel:
+        answers = list(knocks(channel, tenant, name, count, port, wait))
+    taken = [milliseconds for milliseconds in answers if milliseconds is not None]
+    if not taken:
+        remedy = f"`falkirk device show {name} --tenant {tenant}` tells where it is attached"
+        fail(f"device {name} answered none of {count}", "NO_ANSWER", remedy)
+    print(f"{len(taken)} of {count} answered, {min(taken):.1f} to {max(taken):.1f} ms")
+
+
+def knocks(channel: Any, tenant: str, name: str, count: int, port: int, wait: float) -> Iterator[float | None]:
+    """Milliseconds until each answer (a connection or its refusal), None where there was none; prints each.
+
+    Raises grpc.RpcError for what isn't the device's silence, such as no tunnel at all.
+    """
+    stub = UpgraderServiceStub(channel)
+    for number in range(1, count + 1):
+        target = upgrader_service_pb2.LowerTarget(tenant=tenant, device=name, port=port, actor=who())
+        began = time.monotonic()
+        call = stub.Lower(iter([upgrader_service_pb2.LowerRequest(open=target)]), timeout=wait)
+        said = "open"
+        try:
+            next(call)
+        except grpc.RpcError as error:
+            said = _ANSWERS.get(from_rpc(error).reason, "")
+            if not said:
+                raise
+        taken = (time.monotonic() - began) * 1000
+        call.cancel()
+        if said == _SILENT:
+            print(f"{number}: no answer after {taken:.0f} ms")
+            yield None
+        else:
+            print(f"{number}: port {port} {said}, {taken:.1f} ms")
+            yield taken
 
 
 def config(name: _Name, tenant: _Tenant, run_dir: RunDir, format: _Format = "wg-quick", out: _Out = None) -> None:

@@ -45,6 +45,9 @@ COMMANDS: Final = {
     "capture": ("falkirk.cli.capture", "Write packets to a file for Wireshark, dropped ones with why."),
     "lower": ("falkirk.cli.lower", "Run a command whose TCP connections go through the mesh."),
     "connect": ("falkirk.cli.connect", "A TCP connection to a port of a device, for administrators."),
+    "login": ("falkirk.cli.login", "Log in to a mesh on another machine."),
+    "logout": ("falkirk.cli.login", "Forget a login on this machine."),
+    "authority": ("falkirk.cli.login", "The mesh's certificates, and who may have one."),
     "trace": ("falkirk.cli.trace", "Look at traces."),
 }
 _SERVICE_OPTIONS: Final = ("--config", "--run-dir", "--data-dir")
@@ -92,8 +95,13 @@ def falkirk(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end.")
     ] = False,
+    address: Annotated[
+        str, typer.Option(help="host:port of a mesh's registry to which you have logged in. [$FALKIRK_ADDRESS]")
+    ] = "",
 ) -> None:
     """Falkirk lifts IP packets to TCP streams, and lowers them back."""
+    if address:
+        os.environ["FALKIRK_ADDRESS"] = address
 
 
 def main() -> None:

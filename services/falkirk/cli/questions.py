@@ -132,11 +132,11 @@ class Questions:
     def _ask(self, service: str, method: Callable[[Any], Any], request: Any) -> Any:
         import grpc
 
-        from falkirk.runtime.client import sync_channel
+        from falkirk.cli.connection import reach
         from falkirk.runtime.errors import FalkirkError, from_rpc
 
         try:
-            with sync_channel(self._run_dir, service) as channel:
+            with reach(self._run_dir, service) as channel:
                 return method(channel)(request, timeout=SECONDS)
         except grpc.RpcError as error:
             return from_rpc(error)

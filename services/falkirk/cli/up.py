@@ -2,7 +2,7 @@
 
 Before anything is started it checks settings (every section), TUN device and namespaces, then directories, and that no other mesh uses the run
 directory; what fails is printed with its remedy, and the exit status is 2. Then the services run as children (`falkirk.cli.supervisor`); once all say SERVING it
-prints where things are and what to try. Logs of all go to standard error, what is for people to standard output.
+prints where things are and what to try, and at the first start with `listen_tcp.registry` a token by which the first administrator logs in from afar. Logs of all go to standard error, what is for people to standard output.
 
 Exit status: 0 after SIGTERM or SIGINT and a clean drain; 1 where a service had to be killed; 2 where it couldn't start. A second signal
 kills at once.
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 PATIENCE_SECONDS: Final = 15.0
 """After this long without all SERVING, the missing ones are named."""
 RETRY_SECONDS: Final = 0.1
+FIRST: Final = "administrator"
+"""The first administrator's name."""
+FIRST_SECONDS: Final = 86_400
 
 
 def register(app: typer.Typer) -> None:
@@ -127,6 +130,8 @@ async def _announce(shell: Shell, stop: asyncio.Event) -> None:
                 typer.echo(f"still waiting for {', '.join(sorted(missing))}; their log is on standard error", err=True)
     if not stop.is_set():
         typer.echo(_greeting(shell, time.monotonic() - started))
+        if "registry" in shell.listen_tcp:
+            typer.echo(await _first(shell))
 
 
 async def _health(stack: contextlib.AsyncExitStack, shell: Shell, service: str) -> Any:
@@ -146,6 +151,34 @@ async def _serving(stub: Any) -> bool:
     except grpc.RpcError:
         return False
     return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+async def _first(shell: Shell) -> str:
+    """How the first administrator logs in: told once, at the first start with a TCP port."""
+    import grpc
+
+    from falkirk.api.net.v1 import access_pb2
+    from falkirk.api.registry.v1 import authority_service_pb2 as pb
+    from falkirk.api.registry.v1 import authority_service_pb2_grpc as pb_grpc
+    from falkirk.runtime.client import channel
+    from falkirk.runtime.errors import from_rpc
+
+    address = shell.listen_tcp["registry"]
+    request = pb.AuthorityServiceCreateLoginRequest(
+        name=FIRST, role=access_pb2.ROLE_ADMINISTRATOR, first=True, valid_seconds=FIRST_SECONDS
+    )
+    async with channel(shell, "registry", "admin") as made:
+        try:
+            answer = await pb_grpc.AuthorityServiceStub(made).CreateLogin(request, timeout=10)
+        except grpc.RpcError as error:
+            failed = from_rpc(error)
+            if failed.reason == "NOT_FIRST":
+                return f"  remote          {address}; `falkirk authority token NAME` makes a login token"
+            return f"  remote          {address}; no login token for it: {failed.message}"
+    return f"""  remote          {address}; log in there within a day as the first administrator. This is shown once:
+
+  falkirk login --address {address}
+    {answer.token}"""
 
 
 def _greeting(shell: Shell, seconds: float) -> str:

@@ -22,6 +22,7 @@ from falkirk.flow.live import LiveRecord
 from falkirk.flow.match import FlowMatch
 from falkirk.flow.messages import flow_of_live
 from falkirk.flow.top_service import Tops
+from falkirk.runtime import callers
 from falkirk.runtime.contexts import context_of_proto
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wire.context import TunnelContext
@@ -193,7 +194,7 @@ class FlowService(flow_service_pb2_grpc.FlowServiceServicer):
             text=request.filter,
             dropped_only=request.dropped_only,
             snaplen=request.snaplen,
-            by=request.by,
+            by=callers.actor(request.by),
         )
 
     def _records(self, worker: int, start: int) -> Iterator[LiveRecord]:

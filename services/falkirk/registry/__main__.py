@@ -7,6 +7,7 @@ import sys
 import time
 
 from falkirk.api.registry.v1 import (
+    authority_service_pb2_grpc,
     device_service_pb2_grpc,
     device_token_service_pb2_grpc,
     node_service_pb2_grpc,
@@ -19,11 +20,14 @@ from falkirk.api.registry.v1 import (
     virtual_network_service_pb2_grpc,
     zone_service_pb2_grpc,
 )
+from falkirk.registry.authority import Authority
+from falkirk.registry.authority_service import AuthorityService
 from falkirk.registry.device_service import DeviceService, DeviceTokenService, private_key
 from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.metrics import StoreCollector
 from falkirk.registry.node_service import NodeService
 from falkirk.registry.presence_service import PresenceService
+from falkirk.registry.sealing import Seal
 from falkirk.registry.service import Desk, RegistryService, ResourceService, surroundings
 from falkirk.registry.settings import Settings
 from falkirk.registry.store import Store, StoreError, Transaction
@@ -61,10 +65,15 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
         loop.call_soon_threadsafe(published, transaction)
 
     store.on_commit = committed
+    key_file = settings.authority.key_file or shell.data("registry") / "authority.key"
+    authority = Authority(Seal(key_file, settings.authority.passphrase_file), settings.authority)
+    certificates = AuthorityService(authority, desk, surroundings(), shell.listen_tcp)
     trusted = [Trusted(issuer.issuer, issuer.audience, issuer.jwks_url) for issuer in settings.oidc]
     key = private_key(shell.data("registry") / "device.key")
     servicers: dict[str, ResourceService] = {
-        "device": DeviceService(desk, key, settings.oidc, Verifier(trusted), presence.table.knows),
+        "device": DeviceService(
+            desk, key, settings.oidc, Verifier(trusted), presence.table.knows, settings.node_addresses
+        ),
         "node": NodeService(desk),
     }
     server = Server("registry", shell)
@@ -87,8 +96,13 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
         RegistryService(desk, time.time_ns()),
         "falkirk.api.registry.v1.RegistryService",
     )
+    server.add(
+        authority_service_pb2_grpc.add_AuthorityServiceServicer_to_server,
+        certificates,
+        "falkirk.api.registry.v1.AuthorityService",
+    )
     server.set_ready(True)
-    await server.run(presence.run)
+    await server.run(presence.run, certificates.run)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """DeviceService and DeviceTokenService: the messages of enrolment to values and back.
 
 A device's own calls carry their authority in the message (a token, a sign-in, a proof by its key), so they mean the same by whichever road they come.
-An unknown token costs a read and nothing of the store's one writer.
+An unknown token or a bad proof costs a read and nothing of the store's one writer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import structlog
 
 from falkirk.api.registry.v1 import device_service_pb2 as pb
 from falkirk.api.registry.v1 import device_token_service_pb2 as token_pb
-from falkirk.decide.callers import Caller, Role
-from falkirk.registry import engine, enrolment, tokens, tunnel
+from falkirk.registry import enrolment, tokens, tunnel
 from falkirk.registry.engine import Engine
 from falkirk.registry.enrolment import Machine, Person
 from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.service import Desk, ResourceService, reached, refusal
 from falkirk.registry.settings import OidcIssuer
-from falkirk.runtime import callers, oidc
+from falkirk.runtime import oidc
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wireguard import proof
 
@@ -42,33 +41,12 @@ class DeviceService(ResourceService):
         issuers: Sequence[OidcIssuer],
         verifier: oidc.Verifier,
         alive: Callable[[str], bool],
+        node_addresses: Sequence[str] = (),
     ) -> None:
         super().__init__(BY_NAME["device"], desk)
         self._private_key, self._issuers, self._verifier, self._alive = private_key, issuers, verifier, alive
+        self._node_addresses = tuple(node_addresses)
         self._public_key = proof.text_of(proof.public_of(private_key))
-
-    async def Get(self, request: pb.DeviceServiceGetRequest, context: Any) -> pb.DeviceServiceGetResponse:
-        """See the proto; an owner finds its own devices only."""
-        found: pb.DeviceServiceGetResponse = await super().Get(request, context)
-        if not _shows(found.device):
-            raise refusal(engine.not_found(BY_NAME["device"], request.name, request.tenant))
-        return found
-
-    async def List(self, request: pb.DeviceServiceListRequest, context: Any) -> pb.DeviceServiceListResponse:
-        """See the proto; an owner's pages show its own devices only."""
-        page: pb.DeviceServiceListResponse = await super().List(request, context)
-        kept = [device for device in page.devices if _shows(device)]
-        if len(kept) < len(page.devices):
-            del page.devices[:]
-            page.devices.extend(kept)
-        return page
-
-    async def Delete(self, request: pb.DeviceServiceDeleteRequest, context: Any) -> pb.DeviceServiceDeleteResponse:
-        """See the proto; an owner removes its own devices only."""
-        if _owner() is not None:
-            await self.Get(pb.DeviceServiceGetRequest(tenant=request.tenant, name=request.name), context)
-        answer: pb.DeviceServiceDeleteResponse = await super().Delete(request, context)
-        return answer
 
     async def Enroll(self, request: pb.DeviceServiceEnrollRequest, context: Any) -> pb.DeviceServiceEnrollResponse:
         """See the proto."""
@@ -97,6 +75,7 @@ class DeviceService(ResourceService):
         self, request: pb.DeviceServiceDescribeRequest, context: Any
     ) -> pb.DeviceServiceDescribeResponse:
         """See the proto."""
+        await self._looked_at(request.proof, proof.DESCRIBE)
         device = await self._desk.write(
             lambda work: enrolment.proved(work, request.proof, self._private_key, proof.DESCRIBE)
         )
@@ -106,9 +85,10 @@ class DeviceService(ResourceService):
         self, request: pb.DeviceServiceReportPostureRequest, context: Any
     ) -> pb.DeviceServiceReportPostureResponse:
         """See the proto."""
+        said = proof.posture(request.posture)
+        await self._looked_at(request.proof, proof.POSTURE, said)
 
         def work(work: Engine) -> tuple[pb.Device, int]:
-            said = proof.posture(request.posture)
             stored = enrolment.proved(work, request.proof, self._private_key, proof.POSTURE, said)
             return enrolment.report_posture(work, stored, request.posture), reached(work)
 
@@ -122,6 +102,7 @@ class DeviceService(ResourceService):
         said = b""
         with suppress(ValueError):  # what isn't a key is refused as one once the proof has failed to say it
             said = proof.key_of(request.public_key)
+        await self._looked_at(request.proof, proof.ROTATE, said)
 
         def work(work: Engine) -> tuple[pb.Device, int]:
             stored = enrolment.proved(work, request.proof, self._private_key, proof.ROTATE, said)
@@ -145,9 +126,16 @@ class DeviceService(ResourceService):
         found = await self.Get(pb.DeviceServiceGetRequest(tenant=request.tenant, name=request.name), context)
         return pb.DeviceServiceGetTunnelResponse(device=found.device, tunnel=await self._tunnel(found.device))
 
+    async def _looked_at(self, given: pb.DeviceProof, purpose: str, said: bytes = b"") -> None:
+        """Refuse a bad proof before it costs the one writer anything."""
+        now_ns = self._desk.now_ns()
+        await self._desk.read(
+            lambda connection: enrolment.check_proof(connection, now_ns, given, self._private_key, purpose, said)
+        )
+
     async def _tunnel(self, device: pb.Device) -> pb.TunnelConfig:
         return await self._desk.read(
-            lambda connection: tunnel.describe(connection, device, self._public_key, self._alive)
+            lambda connection: tunnel.describe(connection, device, self._public_key, self._alive, self._node_addresses)
         )
 
     async def _person(self, token: str, tenant: str) -> Person:
@@ -193,17 +181,6 @@ class DeviceTokenService:
         token = await self._desk.write(lambda work: tokens.revoke(work, tenant.metadata.id, request.id))
         log.info("device_token_revoked", tenant=token.tenant, id=token.id)
         return token_pb.DeviceTokenServiceRevokeResponse(token=token)
-
-
-def _owner() -> Caller | None:
-    """The caller, where it is a person with a right to its own devices and no more."""
-    caller = callers.current.get()
-    return caller if caller is not None and caller.role is Role.OWNER else None
-
-
-def _shows(device: pb.Device) -> bool:
-    owner = _owner()
-    return owner is None or (device.metadata.tenant_id == owner.tenant_id and device.user == owner.name)
 
 
 def person_of(issuers: Sequence[OidcIssuer], identity: oidc.Identity, tenant: str) -> Person:

@@ -45,6 +45,21 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE subject (tenant_id TEXT NOT NULL, issuer TEXT NOT NULL, subject TEXT NOT NULL, user_id TEXT NOT NULL, PRIMARY KEY (tenant_id, issuer, subject)) WITHOUT ROWID",
         "CREATE INDEX subject_user ON subject (user_id)",
     ),
+    (
+        # The mesh's roots: certificates as PEM; sealed is the private key (falkirk.registry.sealing), NULL once a newer root signs.
+        # crossed is this root's certificate made by the one before it, '' for the first.
+        """CREATE TABLE authority_root (
+            number INTEGER PRIMARY KEY, certificate TEXT NOT NULL, crossed TEXT NOT NULL, sealed BLOB, create_ns INTEGER NOT NULL, retire_ns INTEGER
+        )""",
+        # Who may hold certificates. tenant_id '' is the whole mesh; user_id is an owner's user, whose name is the one that counts.
+        """CREATE TABLE principal (
+            id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, name TEXT NOT NULL, role TEXT NOT NULL, user_id TEXT NOT NULL,
+            create_ns INTEGER NOT NULL, login_ns INTEGER, revoke_ns INTEGER
+        )""",
+        "CREATE UNIQUE INDEX principal_name ON principal (tenant_id, name) WHERE revoke_ns IS NULL",
+        # Login tokens that weren't used: SHA-256 of the secret only.
+        "CREATE TABLE login (digest BLOB PRIMARY KEY, principal TEXT NOT NULL, end_ns INTEGER NOT NULL) WITHOUT ROWID",
+    ),
 )
 
 SCHEMA = len(MIGRATIONS)

@@ -64,6 +64,16 @@ class Reason(StrEnum):
     """The watcher fell behind what the store keeps of its history. Watch again."""
     TOO_MANY_WATCHES = "TOO_MANY_WATCHES"
     """The service has as many watchers as it may have."""
+    AUTHORITY_LOCKED = "AUTHORITY_LOCKED"
+    """The authority's private key can't be opened with what the settings name."""
+    LOGIN_REFUSED = "LOGIN_REFUSED"
+    """The login token is unknown, used up or expired, or whom it is for may no longer log in."""
+    NOT_FIRST = "NOT_FIRST"
+    """Asked for the first principal only, and there has been one."""
+    NO_CERTIFICATE = "NO_CERTIFICATE"
+    """The call must come over TCP, with a client certificate."""
+    NODE_FORBIDDEN = "NODE_FORBIDDEN"
+    """A node asks for another node's certificate."""
 
 
 class Refused(Exception):

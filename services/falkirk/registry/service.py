@@ -20,13 +20,13 @@ from google.protobuf import descriptor_pool, message_factory
 
 from falkirk.api.net.v1.net_pb2 import Counter, ProcessInfo, Revision
 from falkirk.api.registry.v1 import registry_service_pb2 as registry_pb2
-from falkirk.registry import engine, kinds, pages
+from falkirk.registry import engine, kinds, ownership, pages
 from falkirk.registry.engine import Engine, Surroundings
 from falkirk.registry.kinds import BY_NAME, BY_NUMBER, KINDS, Kind
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.store import Store, Writing
 from falkirk.registry.watch import Event, Feed, Interest, Piece, Step, Synced
-from falkirk.runtime import supervised
+from falkirk.runtime import callers, supervised
 from falkirk.runtime.errors import FalkirkError
 
 T = TypeVar("T")
@@ -52,6 +52,11 @@ _CODES = {
     Reason.TARGET_NOT_BUILT: grpc.StatusCode.UNIMPLEMENTED,
     Reason.TREATMENT_NOT_BUILT: grpc.StatusCode.UNIMPLEMENTED,
     Reason.REVISION_GONE: grpc.StatusCode.OUT_OF_RANGE,
+    Reason.AUTHORITY_LOCKED: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.NOT_FIRST: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.NO_CERTIFICATE: grpc.StatusCode.FAILED_PRECONDITION,
+    Reason.LOGIN_REFUSED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.NODE_FORBIDDEN: grpc.StatusCode.PERMISSION_DENIED,
 }
 """What isn't listed is INVALID_ARGUMENT."""
 
@@ -78,11 +83,19 @@ class Desk:
         def inside(writing: Writing) -> T:
             return work(Engine(writing, self._surroundings))
 
-        return await self._outcome(self.store.write(inside))
+        return await self.transaction(inside)
+
+    async def transaction(self, work: Callable[[Writing], T]) -> T:
+        """Run work that needs no engine as one transaction."""
+        return await self._outcome(self.store.write(work))
 
     async def read(self, work: Callable[[Any], T]) -> T:
         """Run a read in one consistent view."""
         return await self._outcome(self.store.read(work))
+
+    def now_ns(self) -> int:
+        """Wall-clock time, nanoseconds since 1970."""
+        return self._surroundings.now_ns()
 
     def revision(self, number: int | None = None) -> Revision:
         """A revision of this store; the newest one where no number is given."""
@@ -139,7 +152,7 @@ class ResourceService:
                 Refused(Reason.INVALID_FIELD, f"tenant: a {self._kind.label} lives in a tenant", field="tenant")
             )
         found = await self._desk.read(lambda connection: engine.find(connection, self._kind, tenant, request.name))
-        if found is None:
+        if found is None or not ownership.may(found):
             raise refusal(engine.not_found(self._kind, request.name, tenant))
         return self._responses["Get"](**{self._kind.name: found})
 
@@ -154,6 +167,8 @@ class ResourceService:
         )
         items = getattr(response, self._kind.plural)
         for body in page.bodies:
+            if ownership.narrow() and not ownership.may(kinds.parse(self._kind, body)):
+                continue
             items.add().ParseFromString(body)
         return response
 
@@ -166,8 +181,14 @@ class ResourceService:
     async def Delete(self, request: Any, context: Any) -> Any:
         """See the proto."""
         tenant = getattr(request, "tenant", "")
+        own = await self._tenant_name(request) if ownership.narrow() else None
+        caller = callers.current.get()
 
         def work(work: Engine) -> int:
+            if own is not None:
+                found = engine.find(work.connection, self._kind, own, request.name)
+                if found is not None and not ownership.may_caller(found, caller):
+                    raise engine.not_found(self._kind, request.name, own)
             work.delete(self._kind, tenant, request.name, request.revision)
             return work.writing.revision
 

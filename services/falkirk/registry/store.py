@@ -112,6 +112,9 @@ class Store:
         """Called on the writer's thread after each commit, in order, before whoever wrote hears of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._head = _Head(path.with_name(path.name + ".head"))
+        # It has digests of tokens and sealed keys; SQLite gives its other files the same mode.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        path.chmod(0o600)
         try:
             self._connection = open_database(path)
             migrate(self._connection)

@@ -1,6 +1,6 @@
 """What a device needs to set its tunnel up: from the tenant, its virtual network's routes and the nodes, as they are now.
 
-The tunnel takes the tenant's address pools (other devices and the resolver) and what the device's virtual network routes, and nothing else: a tenant with a
+The tunnel takes the tenant's address pools (other devices and the resolver), what the device's virtual network routes, the addresses that nodes speak from (their ICMP errors), and nothing else: a tenant with a
 default route takes everything, one without leaves the rest of the machine's traffic where it was. Prefixes within others are left out.
 Several nodes are peers with the same prefixes; those that report presence come first, then the others by name.
 """
@@ -26,15 +26,19 @@ KEEPALIVE_S = 25
 
 
 def describe(
-    connection: sqlite3.Connection, device: Device, registry_key: str, alive: Callable[[str], bool]
+    connection: sqlite3.Connection,
+    device: Device,
+    registry_key: str,
+    alive: Callable[[str], bool],
+    node_addresses: Iterable[str] = (),
 ) -> TunnelConfig:
-    """The configuration of a device's tunnel; `alive` says of a node whether it reports."""
+    """The configuration of a device's tunnel; `alive` says of a node whether it reports, `node_addresses` are those that nodes speak from."""
     tenant = engine.by_id(connection, BY_NAME["tenant"], device.metadata.tenant_id)
     assert isinstance(tenant, Tenant)
     nodes = [node for node in _nodes(connection) if node.public_key and node.endpoints]
     nodes.sort(key=lambda node: (not alive(node.metadata.name), node.metadata.name))
     pools = [pool for pool in (tenant.device_pool4, tenant.device_pool6) if pool]
-    allowed = prefixes([*pools, *_routed(connection, device)])
+    allowed = prefixes([*pools, *_routed(connection, device), *node_addresses])
     config = TunnelConfig(
         addresses=device.addresses,
         mtu=min((node.mtu or MTU for node in nodes), default=MTU),

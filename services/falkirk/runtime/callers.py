@@ -12,6 +12,8 @@ current: Final[ContextVar[Caller | None]] = ContextVar("falkirk_caller", default
 
 
 def actor(said: str, most: int = 200) -> str:
-    """Who acts, for records: the caller as certified, with what it says of itself behind it; at most `most` characters."""
+    """Who acts, for records: the caller as certified, with what it says of itself behind it; at most `most` bytes in UTF-8."""
     caller = current.get()
-    return (f"{caller}: {said}" if said else str(caller))[:most] if caller is not None else said
+    if caller is None:
+        return said
+    return (f"{caller}: {said}" if said else str(caller)).encode()[:most].decode(errors="ignore")

@@ -11,8 +11,11 @@ no name that `find` knows.
 
 The protocol `ROOTS`, chosen by ALPN, answers with the mesh's roots and ends: how somebody who has only a fingerprint of one gets them.
 
-A new certificate, new roots: `renew` swaps the TLS context for connections to come; connections of revoked callers, and those whose certificate has
-ended, are closed (`sweep`). Limits: `MOST` connections, `HANDSHAKE_SECONDS` to say hello; more are closed at once, counted, and not recorded.
+A new certificate, new roots: `renew` swaps the TLS context for connections to come. `sweep` closes the connections of callers that were revoked meanwhile (who
+comes revoked or expired is told so at each call; streams end with their certificate by themselves), and those of strangers after `STRANGER_SECONDS`: who has no
+valid certificate has a call to make, not a connection to keep.
+
+Limits: `MOST` connections, of which `STRANGERS` may be of strangers, and `HANDSHAKE_SECONDS` to say hello; more are closed at once, counted, and not recorded.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ from falkirk.runtime.certificates import caller_of
 from falkirk.runtime.settings import SettingsError, host_port
 
 MOST: Final = 1024
+STRANGERS: Final = 256
+STRANGER_SECONDS: Final = 60.0
 HANDSHAKE_SECONDS: Final = 5.0
 CHUNK: Final = 65536
 ROOTS: Final = "falkirk-roots/1"
@@ -49,7 +54,10 @@ log = structlog.get_logger()
 class _Connection:
     caller: Caller | None
     peer: str
-    task: asyncio.Task[None] | None = field(default=None)
+    stranger: bool
+    """Came without a certificate, or with one that is expired or revoked."""
+    task: asyncio.Task[None]
+    since: float = field(default_factory=time.monotonic)
 
 
 class Front:
@@ -62,7 +70,9 @@ class Front:
         self._context: ssl.SSLContext | None = None
         self._roots = b""
         self._connections: dict[str, _Connection] = {}
-        self._handshakes: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        """Every connection's task, from its handshake to its end."""
+        self._revoked: Collection[str] = ()
         self._closed = Counter(
             "falkirk_tcp_closed",
             "TCP connections that were closed before a call, by reason.",
@@ -88,11 +98,12 @@ class Front:
         self._context, self._roots = context, roots.encode()
 
     def sweep(self, revoked: Collection[str]) -> None:
-        """Close the connections of callers that are revoked or whose certificate has ended."""
-        now = time.time()
+        """Close connections of callers that were revoked meanwhile, and of strangers that have been here for long."""
+        self._revoked = revoked
+        late = time.monotonic() - STRANGER_SECONDS
         for connection in self._connections.values():
-            caller = connection.caller
-            if caller is not None and connection.task is not None and (caller.id in revoked or caller.end <= now):
+            gone = connection.caller is not None and connection.caller.id in revoked
+            if connection.since < late if connection.stranger else gone:
                 connection.task.cancel()
 
     async def run(self) -> None:
@@ -106,20 +117,19 @@ class Front:
                     log.warning("tcp_accept_failed", why=str(error))
                     await asyncio.sleep(0.1)
                     continue
-                if self._context is None or len(self._handshakes) + len(self._connections) >= MOST:
+                if self._context is None or len(self._tasks) >= MOST:
                     self._closed.labels("no_certificate_yet" if self._context is None else "too_many").inc()
                     accepted.close()
                     continue
                 task = loop.create_task(self._serve(accepted, _named(address), self._context))
-                self._handshakes.add(task)
-                task.add_done_callback(self._handshakes.discard)
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
         finally:
             self._socket.close()
-            tasks = [*self._handshakes, *(found.task for found in self._connections.values() if found.task)]
-            for task in tasks:
+            for task in self._tasks:
                 task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
 
     async def _serve(self, accepted: socket.socket, peer: str, context: ssl.SSLContext) -> None:
         """One connection, from its handshake to its end."""
@@ -162,9 +172,14 @@ class Front:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, caller: Caller | None, peer: str
     ) -> None:
         """Bytes both ways, until one side ends."""
+        task = asyncio.current_task()
+        assert task is not None
+        stranger = caller is None or caller.end <= time.time() or caller.id in self._revoked
+        if stranger and sum(other.stranger for other in self._connections.values()) >= STRANGERS:
+            self._closed.labels("too_many_strangers").inc()
+            return
         name = f"falkirk-{secrets.token_hex(16)}"
-        connection = _Connection(caller, peer, asyncio.current_task())
-        self._connections[name] = connection
+        self._connections[name] = _Connection(caller, peer, stranger, task)
         behind = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             behind.setblocking(False)

@@ -41,6 +41,10 @@ class CallRefused(FalkirkError):
         self.gate, self.caller, self.peer = gate, caller, peer
 
 
+REFUSING: Final = frozenset({grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED})
+"""Statuses that say no to who calls, whoever says it: all of them are told to the audit log."""
+
+
 class Gate(Protocol):
     """A way in."""
 
@@ -53,6 +57,9 @@ class Gate(Protocol):
 
     def look(self, method: str, context: Any, caller: Caller | None, request: Any, *, first: bool) -> None:
         """Each request before its handler has it. Raises CallRefused."""
+
+    def told(self, error: FalkirkError, context: Any, caller: Caller | None) -> CallRefused:
+        """A refusal by the handler, as if the gate had said it."""
 
 
 class RoadGate:
@@ -85,6 +92,10 @@ class RoadGate:
 
     def look(self, method: str, context: Any, caller: Caller | None, request: Any, *, first: bool) -> None:
         """Whoever may enter the directory may ask for anything that it serves."""
+
+    def told(self, error: FalkirkError, context: Any, caller: Caller | None) -> CallRefused:
+        """A refusal by the handler."""
+        return CallRefused(error.code, error.reason, error.message, gate=self.name, caller=None, peer="")
 
 
 class Standing(Protocol):
@@ -135,11 +146,18 @@ class TcpGate:
             return
         refused = callers.in_tenant(caller, named, others)
         if refused is not None:
-            try:
-                peer = self._find(context.peer())[1]
-            except KeyError:
-                peer = ""  # the connection has ended meanwhile
-            raise _refused(refused, caller, peer)
+            raise _refused(refused, caller, self._peer(context))
+
+    def told(self, error: FalkirkError, context: Any, caller: Caller | None) -> CallRefused:
+        """A refusal by the handler."""
+        peer = self._peer(context)
+        return CallRefused(error.code, error.reason, error.message, gate=TCP, caller=caller, peer=peer)
+
+    def _peer(self, context: Any) -> str:
+        try:
+            return self._find(context.peer())[1]
+        except KeyError:
+            return ""  # the connection has ended meanwhile
 
 
 def _refused(refusal: Refusal, caller: Caller | None, peer: str) -> CallRefused:

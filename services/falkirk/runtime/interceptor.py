@@ -2,7 +2,8 @@
 
 gate (may this method be called by this directory, or by this caller over TCP?), draining, trace, deadline, handler, error -> status, metrics.
 
-- What the gate refuses (`falkirk.runtime.gates`) is told to `Calls.on_refused`, for the audit log.
+- What the gate refuses (`falkirk.runtime.gates`), or the handler with UNAUTHENTICATED or PERMISSION_DENIED, is told to `Calls.on_refused`, for the
+  audit log.
 - A call over TCP ends with its caller's certificate, streams too: UNAUTHENTICATED, reason CERTIFICATE_EXPIRED.
 - Unary calls have a cap of `UNARY_SECONDS` besides the client's deadline (which gRPC itself enforces): DEADLINE_EXCEEDED, reason SERVER_CAP.
 - Streams end with UNAVAILABLE, reason DRAINING, when the server drains: at once where the handler waits, else after the message being sent.
@@ -28,7 +29,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from falkirk.runtime import callers, sampling, telemetry, trace_context
 from falkirk.runtime.errors import FalkirkError, from_rpc
-from falkirk.runtime.gates import CallRefused, Gate
+from falkirk.runtime.gates import REFUSING, CallRefused, Gate
 from falkirk.runtime.trace_context import SpanContext
 
 UNARY_SECONDS: Final = 30.0
@@ -43,7 +44,7 @@ class Calls:
     def __init__(self, service: str, registry: CollectorRegistry, sample_ratio: float) -> None:
         self.draining = False
         self.on_refused: Callable[[str, CallRefused], None] = lambda method, refused: None
-        """Called with the method and what its gate said, for each call that a gate refuses."""
+        """Called with the method and what was said, for each call that is refused for who calls."""
         self._streams: set[_Stream] = set()
         self._bound = sampling.bound(sample_ratio)
         self._count = Counter(
@@ -91,6 +92,8 @@ class Calls:
             code = error.code
             if isinstance(error, CallRefused):
                 self.on_refused(method, error)
+            elif code in REFUSING:
+                self.on_refused(method, gate.told(error, context, caller))
             await _abort(context, error)
         except grpc.aio.AioRpcError as error:
             failed = from_rpc(error)
@@ -111,7 +114,9 @@ class Calls:
                 await _abort(context, _internal(method, error))
             if caller is not None and time.time() >= caller.end:
                 code = grpc.StatusCode.UNAUTHENTICATED
-                await _abort(context, FalkirkError(code, "CERTIFICATE_EXPIRED", "the client certificate has expired"))
+                expired = FalkirkError(code, "CERTIFICATE_EXPIRED", "the client certificate has expired")
+                self.on_refused(method, gate.told(expired, context, caller))
+                await _abort(context, expired)
             code = grpc.StatusCode.DEADLINE_EXCEEDED
             await _abort(context, FalkirkError(code, "SERVER_CAP", f"not answered within {UNARY_SECONDS:g} s"))
         except Exception as error:  # noqa: BLE001 - the one place where a handler's fault becomes a status

@@ -16,7 +16,7 @@ from falkirk.api.net.v1 import net_pb2
 from falkirk.api.upgrader.v1 import upgrader_service_pb2 as pb
 from falkirk.api.upgrader.v1 import upgrader_service_pb2_grpc
 from falkirk.linux.namespace_messages import Made, WorkerDevices
-from falkirk.runtime import supervised
+from falkirk.runtime import callers, supervised
 from falkirk.runtime.errors import FalkirkError
 from falkirk.upgrader.control import GAUGES
 from falkirk.upgrader.errands import Errand, ended
@@ -94,7 +94,11 @@ class UpgraderService(upgrader_service_pb2_grpc.UpgraderServiceServicer):
         if len(target.actor.encode()) > MAX_ACTOR:
             raise FalkirkError(grpc.StatusCode.INVALID_ARGUMENT, "BAD_ACTOR", f"actor exceeds {MAX_ACTOR} bytes")
         errand = self._lock.errands.run(
-            target.tenant, target.device, target.ip_version, target.port, target.actor or "(unnamed)"
+            target.tenant,
+            target.device,
+            target.ip_version,
+            target.port,
+            callers.actor(target.actor, MAX_ACTOR) or "(unnamed)",
         )
         async with errand as (stream, flow_id):
             yield pb.LowerResponse(opened=pb.LowerOpened(flow_id=flow_id.hex()))

@@ -21,7 +21,8 @@ from falkirk.linux.netlink import Netlink
 
 MARK: Final = 0xFA1C
 """Of outer packets, and the number of the table for default routes."""
-_PRIORITIES: Final = (0xFA1C, 0xFA1D)
+_PRIORITIES: Final = (0x7F1C, 0x7F1D)
+"""Of the rules: before the main table's 32766, whose own default route would be taken otherwise."""
 _INVERT: Final = 2
 """FIB_RULE_INVERT."""
 _QUEUE: Final = 4000
