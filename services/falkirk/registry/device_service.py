@@ -17,6 +17,7 @@ import structlog
 
 from falkirk.api.registry.v1 import device_service_pb2 as pb
 from falkirk.api.registry.v1 import device_token_service_pb2 as token_pb
+from falkirk.decide.callers import Role
 from falkirk.registry import enrolment, tokens, tunnel
 from falkirk.registry.engine import Engine
 from falkirk.registry.enrolment import Machine, Person
