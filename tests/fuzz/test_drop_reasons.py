@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from falkirk.decide.routes import RouteEntry
 from falkirk.flow import control
 from falkirk.flow.counters import DROP_REASONS
 from falkirk.flow.settings import FlowSettings
@@ -196,6 +197,18 @@ def _no_socket(code: int) -> Callable[[FlowRig], object]:
     return run
 
 
+def _empty_question(rig: FlowRig) -> object:
+    rig.change_routes(RouteEntry("", "resolver", "203.0.113.5/32", "resolver"))
+    sock = rig.tunnel()
+    question = samples.ip4(17, samples.udp(DEVICE4, SERVER4, b""), source=DEVICE4, destination=SERVER4)
+    sock.send(question)
+    (wish,) = rig.asked()
+    assert isinstance(wish, OpenSocket)
+    ours, theirs = seqpacket.pair()
+    rig.give_socket(wish, theirs, local=0)
+    return sock, ours
+
+
 def _socket_full(rig: FlowRig) -> object:
     # UDP on loopback is never full, a stream that nobody reads is.
     sock, wish = _wish(rig)
@@ -289,6 +302,7 @@ DIRECTED: dict[str, Callable[[FlowRig], object]] = {
     "ports_exhausted": _no_socket(errno.EADDRINUSE),
     "upstream_error": _no_socket(errno.EIO),
     "socket_full": _socket_full,
+    "dns_malformed": _empty_question,
     "icmp_error_taken": _icmp_error_taken,
     "no_flow": _stray(samples.tcp4()),
     "not_tcp": _stray(samples.ip4(2, bytes(8))),

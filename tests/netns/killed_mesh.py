@@ -186,7 +186,7 @@ class KilledMesh:
     def _expected(self) -> set[str]:
         workers = {f"{kind}.worker.{number}" for kind in ("flow", "upgrader") for number in range(self.workers)}
         services = {"registry", "policy", "router", "onramp", "flow", "upgrader"}
-        return services | workers | {"onramp.worker.0", "upgrader.helper", "upgrader.lower_helper"}
+        return services | workers | {"router.worker.0", "onramp.worker.0", "upgrader.helper", "upgrader.lower_helper"}
 
     # load
 

@@ -214,3 +214,11 @@ def test_a_node_that_does_not_answer_is_left_for_another_endpoint(tmp_path: Path
         other.start(one)
         one.start(other, before=f"{other.outer}:9", endpoint=f"{other.outer}:{PORT}", keepalive_s=1)
         until(lambda: one.state()["peers"][0]["connected"], "the other endpoint")
+
+
+def test_an_endpoint_without_a_way_is_left_at_once(tmp_path: Path) -> None:
+    one, other = Ours(1, tmp_path), Ours(2, tmp_path)
+    with cabled(one, other):
+        other.start(one)
+        one.start(other, before="192.0.2.99:9", endpoint=f"{other.outer}:{PORT}", keepalive_s=1, patience_s=60.0)
+        until(lambda: one.state()["peers"][0]["connected"], "the other endpoint")

@@ -23,7 +23,7 @@ from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.api.registry.v1 import presence_service_pb2, presence_service_pb2_grpc
 from tools.mesh import Mesh, resource, rule
-from tools.netlab import Lab, LabError, Namespace, stop, wait_for
+from tools.netlab import Lab, LabError, Namespace, run, stop, wait_for
 from tools.wg_device import StockDevice, key_pair
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(180)]
@@ -50,7 +50,7 @@ class Place:
                 [f"198.18.{number}.2/24", f"198.18.{number}.3/24", f"fd12:{number}::2/64"],
             )
         self.mesh = Mesh(lab, self.directory, self.node)
-        self.mesh.start({"onramp": {"wireguard": {"port": PORT}}})
+        self.mesh.start({"onramp": {"wireguard": {"port": PORT, "endpoints": [f"198.18.102.1:{PORT}"]}}})
         self.addresses = ["100.96.0.9", "fd00:96::9"]
         documents = []
         for tenant in ("acme", "other"):
@@ -327,6 +327,27 @@ def test_a_change_takes_effect_at_once(place: Place) -> None:
     place.mesh.ask("device", "update", "--tenant", "acme", "two", "--public-key", key_pair()[1])
     wait_for("the old key is out", lambda: "two" not in place.tunnels(), DEADLINE_S)
     assert not device.ping(SERVER4, seconds=1)
+
+
+def test_a_configuration_of_ours_is_all_that_a_stock_client_needs(place: Place) -> None:
+    """`falkirk device rotate --format wg-quick`: the old key's session ends at once, the new file brings the device back."""
+    one, file = place.one, place.directory / "one.conf"
+    wait_for("an answer", lambda: one.ping(SERVER4, seconds=1), DEADLINE_S)
+    place.mesh.ask("device", "rotate", "one", "--tenant", "acme", "--out", str(file))
+    wait_for("the old key's end", lambda: not one.ping(SERVER4, seconds=1), DEADLINE_S)
+    stripped = place.directory / "one.stripped"
+    stripped.touch(mode=0o600)
+    stripped.write_text(run(["wg-quick", "strip", str(file)]))
+    one.namespace.run("wg", "setconf", one.interface, str(stripped))
+    wait_for("an answer by the new key", lambda: one.ping(SERVER4, seconds=1), DEADLINE_S)
+    shown = one.namespace.run("wg", "show", one.interface, "dump").splitlines()
+    assert (
+        shown[0].split()[1]
+        == json.loads(place.mesh.ask("device", "get", "--tenant", "acme", "one", "--json"))["publicKey"]
+    )
+    wait_for("presence", lambda: place.endpoints().get("one", "").startswith("198.18.102."), DEADLINE_S)
+    listed = place.mesh.ask("device", "list", "--tenant", "acme")
+    assert "198.18.102." in next(line for line in listed.splitlines() if " one " in line)
 
 
 def test_the_private_key_is_nobody_elses(place: Place) -> None:

@@ -113,12 +113,13 @@ class Ours(Side):
         keepalive_s: float = 0,
         allowed: tuple[str, ...] = (),
         before: str = "",
+        patience_s: float = 1.0,
     ) -> subprocess.Popen[bytes]:
         """Bring the interface up; it calls the other side where there is an endpoint. `allowed`: what the other side has, if not its own; `before`: an endpoint that is tried first."""
         peer = PeerRequest(
             public_key=other.public,
             endpoints=tuple(filter(None, (before, endpoint))),
-            patience_s=1.0,
+            patience_s=patience_s,
             allowed=allowed or (f"{other.inner}/32", f"{other.inner6}/128"),
             keepalive_s=keepalive_s,
         )

@@ -115,6 +115,16 @@ def test_explain(router: Router, destination: str, network: str, routes: list[st
     assert says in found.off_ramp
 
 
+def test_the_resolver_needs_no_route(router: Router) -> None:
+    tenant = resource("tenant", "t", "acme", device_pool4="10.64.0.0/24")
+    router.registry.commit(tenant)
+    eventually(lambda: router.revision() == router.registry.number)
+    found = router.resolve("10.64.0.53").route
+    assert (found.route, found.prefix, found.resolver) == ("resolver", "10.64.0.53/32", True)
+    assert not found.HasField("target")
+    assert "port 53" in router.explain("10.64.0.53").off_ramp
+
+
 def test_stats_count_routes_that_are_in_force(router: Router) -> None:
     found = router.stub.Stats(pb.StatsRequest(), timeout=5)
     assert [(counter.name, counter.value) for counter in found.routes] == [("acme", 5)]

@@ -218,7 +218,7 @@ def _router(answer: Any) -> Iterator[str]:
     from falkirk.cli.fields import target_text
 
     for place, route in enumerate(answer.routes):
-        yield f"{'taken  ' if place == 0 else 'covered'} {route.prefix} by route {route.route} -> {target_text(route)}"
+        yield f"{'taken  ' if place == 0 else 'covered'} {route.prefix} by route {route.route} -> {'the resolver' if route.resolver else target_text(route)}"
     if not answer.routes:
         yield "no route covers the destination"
     if answer.off_ramp:

@@ -300,10 +300,13 @@ class Simulation:
         if stream:
             timeout = route.connect_timeout_ms or self._node.settings.connect_timeout_ms
             way = f"dialled from {source}" if leading is None else "connected from the client's own address"
+            if route.target == "resolver":
+                way = "connected to the tenant's resolver"
             self._pass("off_ramp", f"{way}, at most {timeout} ms", route.target)
             self._pass("mtu", f"segments are made anew; those to the device fit its {self._mtu} bytes")
         else:
-            self._pass("off_ramp", f"sent from {source}", route.target)
+            way = "handed to the tenant's resolver" if route.target == "resolver" else f"sent from {source}"
+            self._pass("off_ramp", way, route.target)
             way = "what is too big for the path is answered" if packet.dont_fragment else "it may be cut on its way"
             self._pass("mtu", f"{packet.total_length} bytes; {way}; replies fit the device's {self._mtu} bytes")
         return Outcome.LIFT.value

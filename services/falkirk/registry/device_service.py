@@ -1,7 +1,7 @@
 """DeviceService and DeviceTokenService: the messages of enrolment to values and back.
 
 A device's own calls carry their authority in the message (a token, a sign-in, a proof by its key), so they mean the same by whichever road they come.
-An unknown token costs a read and nothing of the store's one writer.
+An unknown token or a bad proof costs a read and nothing of the store's one writer.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import structlog
 
 from falkirk.api.registry.v1 import device_service_pb2 as pb
 from falkirk.api.registry.v1 import device_token_service_pb2 as token_pb
-from falkirk.decide.callers import Caller, Role
-from falkirk.registry import engine, enrolment, tokens, tunnel
+from falkirk.decide.callers import Role
+from falkirk.registry import enrolment, tokens, tunnel
 from falkirk.registry.engine import Engine
 from falkirk.registry.enrolment import Machine, Person
 from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.service import Desk, ResourceService, reached, refusal
 from falkirk.registry.settings import OidcIssuer
-from falkirk.runtime import callers, oidc
+from falkirk.runtime import oidc
 from falkirk.runtime.errors import FalkirkError
 from falkirk.wireguard import proof
 
@@ -49,29 +49,6 @@ class DeviceService(ResourceService):
         self._node_addresses = tuple(node_addresses)
         self._public_key = proof.text_of(proof.public_of(private_key))
 
-    async def Get(self, request: pb.DeviceServiceGetRequest, context: Any) -> pb.DeviceServiceGetResponse:
-        """See the proto; an owner finds its own devices only."""
-        found: pb.DeviceServiceGetResponse = await super().Get(request, context)
-        if not _shows(found.device):
-            raise refusal(engine.not_found(BY_NAME["device"], request.name, request.tenant))
-        return found
-
-    async def List(self, request: pb.DeviceServiceListRequest, context: Any) -> pb.DeviceServiceListResponse:
-        """See the proto; an owner's pages show its own devices only."""
-        page: pb.DeviceServiceListResponse = await super().List(request, context)
-        kept = [device for device in page.devices if _shows(device)]
-        if len(kept) < len(page.devices):
-            del page.devices[:]
-            page.devices.extend(kept)
-        return page
-
-    async def Delete(self, request: pb.DeviceServiceDeleteRequest, context: Any) -> pb.DeviceServiceDeleteResponse:
-        """See the proto; an owner removes its own devices only."""
-        if _owner() is not None:
-            await self.Get(pb.DeviceServiceGetRequest(tenant=request.tenant, name=request.name), context)
-        answer: pb.DeviceServiceDeleteResponse = await super().Delete(request, context)
-        return answer
-
     async def Enroll(self, request: pb.DeviceServiceEnrollRequest, context: Any) -> pb.DeviceServiceEnrollResponse:
         """See the proto."""
         machine = Machine(request.name, request.public_key, dict(request.posture))
@@ -80,7 +57,7 @@ class DeviceService(ResourceService):
                 await self._desk.read(lambda connection: _known(connection, request.token))
                 device = await self._desk.write(lambda work: enrolment.by_token(work, request.token, machine))
             case "oidc_token":
-                person = await self._person(request.oidc_token, request.tenant)
+                person = await self.person(request.oidc_token, request.tenant)
                 device = await self._desk.write(lambda work: enrolment.by_person(work, person, machine))
             case _:
                 raise refusal(
@@ -99,6 +76,7 @@ class DeviceService(ResourceService):
         self, request: pb.DeviceServiceDescribeRequest, context: Any
     ) -> pb.DeviceServiceDescribeResponse:
         """See the proto."""
+        await self._looked_at(request.proof, proof.DESCRIBE)
         device = await self._desk.write(
             lambda work: enrolment.proved(work, request.proof, self._private_key, proof.DESCRIBE)
         )
@@ -108,9 +86,10 @@ class DeviceService(ResourceService):
         self, request: pb.DeviceServiceReportPostureRequest, context: Any
     ) -> pb.DeviceServiceReportPostureResponse:
         """See the proto."""
+        said = proof.posture(request.posture)
+        await self._looked_at(request.proof, proof.POSTURE, said)
 
         def work(work: Engine) -> tuple[pb.Device, int]:
-            said = proof.posture(request.posture)
             stored = enrolment.proved(work, request.proof, self._private_key, proof.POSTURE, said)
             return enrolment.report_posture(work, stored, request.posture), reached(work)
 
@@ -124,6 +103,7 @@ class DeviceService(ResourceService):
         said = b""
         with suppress(ValueError):  # what isn't a key is refused as one once the proof has failed to say it
             said = proof.key_of(request.public_key)
+        await self._looked_at(request.proof, proof.ROTATE, said)
 
         def work(work: Engine) -> tuple[pb.Device, int]:
             stored = enrolment.proved(work, request.proof, self._private_key, proof.ROTATE, said)
@@ -147,12 +127,20 @@ class DeviceService(ResourceService):
         found = await self.Get(pb.DeviceServiceGetRequest(tenant=request.tenant, name=request.name), context)
         return pb.DeviceServiceGetTunnelResponse(device=found.device, tunnel=await self._tunnel(found.device))
 
+    async def _looked_at(self, given: pb.DeviceProof, purpose: str, said: bytes = b"") -> None:
+        """Refuse a bad proof before it costs the one writer anything."""
+        now_ns = self._desk.now_ns()
+        await self._desk.read(
+            lambda connection: enrolment.check_proof(connection, now_ns, given, self._private_key, purpose, said)
+        )
+
     async def _tunnel(self, device: pb.Device) -> pb.TunnelConfig:
         return await self._desk.read(
             lambda connection: tunnel.describe(connection, device, self._public_key, self._alive, self._node_addresses)
         )
 
-    async def _person(self, token: str, tenant: str) -> Person:
+    async def person(self, token: str, tenant: str) -> Person:
+        """Whom an ID token is about. Raises FalkirkError."""
         try:
             identity = await self._verifier.verify(token)
         except oidc.Unavailable as error:
@@ -197,17 +185,6 @@ class DeviceTokenService:
         return token_pb.DeviceTokenServiceRevokeResponse(token=token)
 
 
-def _owner() -> Caller | None:
-    """The caller, where it is a person with a right to its own devices and no more."""
-    caller = callers.current.get()
-    return caller if caller is not None and caller.role is Role.OWNER else None
-
-
-def _shows(device: pb.Device) -> bool:
-    owner = _owner()
-    return owner is None or (device.metadata.tenant_id == owner.tenant_id and device.user == owner.name)
-
-
 def person_of(issuers: Sequence[OidcIssuer], identity: oidc.Identity, tenant: str) -> Person:
     """Whom an identity is in a tenant, by the settings. Raises `Refused`."""
     serving = [
@@ -235,6 +212,11 @@ def person_of(issuers: Sequence[OidcIssuer], identity: oidc.Identity, tenant: st
         groups=groups if issuer.groups_claim else None,
         needs_approval=issuer.needs_approval,
         device_lifetime_s=issuer.device_lifetime_s,
+        role=Role.ADMINISTRATOR
+        if set(issuer.administrator_groups) & set(groups)
+        else Role.AUDITOR
+        if set(issuer.auditor_groups) & set(groups)
+        else Role.OWNER,
     )
 
 

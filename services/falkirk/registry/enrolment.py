@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from falkirk.api.registry.v1.device_service_pb2 import Device, DeviceProof
 from falkirk.api.registry.v1.device_token_service_pb2 import DeviceToken
 from falkirk.api.registry.v1.user_service_pb2 import User
+from falkirk.decide.callers import Role
 from falkirk.registry import engine, fields, tokens
 from falkirk.registry.engine import Engine
 from falkirk.registry.kinds import BY_NAME
@@ -54,6 +55,8 @@ class Person:
     """None: the issuer has no say in groups."""
     needs_approval: bool = False
     device_lifetime_s: int = 0
+    role: Role = Role.OWNER
+    """What the person may do over TCP."""
 
 
 def by_token(work: Engine, secret: str, machine: Machine) -> Device:
@@ -124,28 +127,36 @@ def sign_in(work: Engine, person: Person) -> User:
 
 
 def proved(work: Engine, given: DeviceProof, private_key: bytes, purpose: str, said: bytes = b"") -> Device:
-    """The device that a proof is of; the proof is worth nothing from then on. Raises `Refused` (PROOF_REFUSED), the same for every cause that
-    an outsider could be looking for."""
+    """The device that a proof is of; the proof is worth nothing from then on. Raises `Refused` (PROOF_REFUSED)."""
+    device = check_proof(work.connection, work.surroundings.now_ns(), given, private_key, purpose, said)
+    work.connection.execute(
+        "INSERT OR REPLACE INTO proved (device_id, time_ns) VALUES (?, ?)", (given.device_id, given.time_ns)
+    )
+    return device
+
+
+def check_proof(
+    connection: sqlite3.Connection, now_ns: int, given: DeviceProof, private_key: bytes, purpose: str, said: bytes = b""
+) -> Device:
+    """The device that a proof is of, and nothing written. Raises `Refused` (PROOF_REFUSED), in the same words for every cause that an outsider could
+    be looking for."""
     refused = Refused(
         Reason.PROOF_REFUSED,
         "the proof isn't one of this device's present key; was the key changed, or the device removed? Enrol it again",
         field="proof",
     )
-    device = engine.by_id(work.connection, BY_NAME["device"], given.device_id)
+    device = engine.by_id(connection, BY_NAME["device"], given.device_id)
     if not isinstance(device, Device) or not device.public_key:
         raise refused
     if not proof.check(given.mac, private_key, proof.key_of(device.public_key), purpose, given.time_ns, said):
         raise refused
-    if abs(given.time_ns - work.surroundings.now_ns()) > proof.LATE_NS:
+    if abs(given.time_ns - now_ns) > proof.LATE_NS:
         raise Refused(
             Reason.PROOF_REFUSED, "the proof's time is more than 5 minutes off; set the device's clock", field="proof"
         )
-    row = work.connection.execute("SELECT time_ns FROM proved WHERE device_id = ?", (given.device_id,)).fetchone()
+    row = connection.execute("SELECT time_ns FROM proved WHERE device_id = ?", (given.device_id,)).fetchone()
     if row is not None and given.time_ns <= row[0]:
         raise Refused(Reason.PROOF_REFUSED, "the proof was used before, or is older than one that was", field="proof")
-    work.connection.execute(
-        "INSERT OR REPLACE INTO proved (device_id, time_ns) VALUES (?, ?)", (given.device_id, given.time_ns)
-    )
     return device
 
 

@@ -93,6 +93,10 @@ class Desk:
         """Run a read in one consistent view."""
         return await self._outcome(self.store.read(work))
 
+    def now_ns(self) -> int:
+        """Wall-clock time, nanoseconds since 1970."""
+        return self._surroundings.now_ns()
+
     def revision(self, number: int | None = None) -> Revision:
         """A revision of this store; the newest one where no number is given."""
         return Revision(epoch=self.store.epoch, number=self.store.revision if number is None else number)

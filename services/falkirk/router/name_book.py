@@ -1,6 +1,6 @@
 """The names of devices and zones as the registry says them, ready for the resolver (`falkirk.router.name_table`).
 
-A device's name is known in the virtual network that it has selected (else the tenant's default), as its addresses are; a disabled one has no name, as
+A device's name is known in the virtual network that it has selected (else the tenant's default), as its addresses are; one that is disabled or not approved yet has no name, as
 nothing would answer there.
 
 Limit: every change compiles all networks anew, 100,000 devices in about half a second, beside the loop.
@@ -69,7 +69,7 @@ class NameBook:
                 found[tenant.metadata.id, ""] = said
         for device in self._devices.values():
             place = found.get((device.metadata.tenant_id, device.virtual_network))
-            if place is not None and not device.disabled:
+            if place is not None and not device.disabled and not device.pending:
                 place.devices.append((device.metadata.name, list(device.addresses)))
         for zone in self._zones.values():
             place = found.get((zone.metadata.tenant_id, zone.virtual_network))

@@ -18,6 +18,8 @@ def described(route: RouteEntry | None, destination: bytes) -> str:
         return "no route: refused as unreachable"
     if route.target == "blackhole":
         return "blackhole: refused as unreachable"
+    if route.target == "resolver":
+        return "the tenant's resolver: DNS on port 53, by UDP and TCP; any other port looks closed"
     why = martian(destination)
     if why is not None:
         return f"{route.target}: refused, the destination is {why}, which no route may send there"

@@ -108,9 +108,12 @@ class RouterService(router_service_pb2_grpc.RouterServiceServicer):
 
 def _resolved(entry: RouteEntry) -> pb.ResolvedRoute:
     device = None
+    target: route_service_pb2.RouteTarget | None
     if entry.device is not None:
         target = route_service_pb2.RouteTarget(device=route_service_pb2.DeviceTarget(device=entry.device.device))
         device = destination_proto(entry.device)
+    elif entry.target == "resolver":
+        target = None
     elif entry.target == "blackhole":
         target = route_service_pb2.RouteTarget(blackhole=route_service_pb2.BlackholeTarget())
     else:
@@ -122,7 +125,12 @@ def _resolved(entry: RouteEntry) -> pb.ResolvedRoute:
             )
         )
     return pb.ResolvedRoute(
-        route_id=entry.route_id, route=entry.name, prefix=entry.prefix, target=target, device=device
+        route_id=entry.route_id,
+        route=entry.name,
+        prefix=entry.prefix,
+        target=target,
+        device=device,
+        resolver=entry.target == "resolver",
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from falkirk.decide.routes import RouteEntry
+from falkirk.decide.routes import RouteEntry, RouteSource
 from falkirk.decide.rules import PolicySource, RuleSource
 from falkirk.flow import quota
 from falkirk.flow.coalesce import claimed
@@ -25,7 +25,7 @@ from falkirk.wire.icmp import Unreachable
 from falkirk.wire.packet import parse
 from falkirk.wire.probe import completed, probe
 from falkirk.wire.protocol import TCP
-from tests.flow_rig import ALLOW_WEB, DEVICE4, DEVICE6, SERVER4, SERVER6, TENANT, FlowRig, context, read
+from tests.flow_rig import ALLOW_WEB, DEVICE4, DEVICE6, NETWORK, SERVER4, SERVER6, TENANT, FlowRig, context, read
 from tests.forward_rig import ROUTES
 from tests.unit.flow.test_worker_lift import Client, established
 
@@ -40,6 +40,10 @@ POLICIES = (
     PolicySource(TENANT, "first", 0, [RuleSource("lowered", "net.port == 4444", "allow", "l4")]),
     *(msgspec.structs.replace(policy, priority=1) for policy in ALLOW_WEB),
 )
+
+
+RESOLVER4 = bytes([100, 96, 0, 53])
+RESOLVER = RouteSource(NETWORK, RouteEntry("", "resolver", "100.96.0.53/32", "resolver"))
 
 
 class WorkerNode:
@@ -88,7 +92,7 @@ class Both:
 
     def __init__(self, directory: Path, settings: FlowSettings | None = None) -> None:
         settings = settings or FlowSettings()
-        self.rig = FlowRig(directory, settings, policies=POLICIES, routes=ROUTES)
+        self.rig = FlowRig(directory, settings, policies=POLICIES, routes=(*ROUTES, RESOLVER))
         self.node = WorkerNode(self.rig, settings)
         self.client = Client(self.rig, Framing.RAW, 4)
         self.nas = self.rig.tunnel(who=context(device="nas", addresses=[NAS4]), mtu=1000)
@@ -177,6 +181,11 @@ def fragment(data: bytes, offset: int, *, more: bool) -> bytes:
 TCP4 = (DEVICE4, SERVER4, 40000, 80)
 QUOTED = probe(6, SERVER4, DEVICE4, 80, 40000, flags=ACK)
 CASES = {
+    "question to the resolver": (probe(17, DEVICE4, RESOLVER4, 40000, 53), "lift", ""),
+    "syn to the resolver": (probe(6, DEVICE4, RESOLVER4, 40000, 53), "lift", ""),
+    "datagram to the resolver": (probe(17, DEVICE4, RESOLVER4, 40000, 80), "answer_unreachable", ""),
+    "syn to another port of the resolver": (probe(6, DEVICE4, RESOLVER4, 40000, 80), "answer_rst", ""),
+    "echo to the resolver": (probe(1, DEVICE4, RESOLVER4, 0, 0), "answer_unreachable", ""),
     "syn": (probe(6, *TCP4), "lift", ""),
     "syn to a port that a rule denies": (probe(6, DEVICE4, SERVER4, 40000, 23), "answer_rst", ""),
     "syn to a port without a rule": (probe(6, DEVICE4, SERVER4, 40000, 25), "answer_rst", ""),

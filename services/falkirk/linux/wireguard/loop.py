@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from falkirk.linux.wireguard.request import InterfaceRequest, PeerRequest, host_
 from falkirk.linux.wireguard.resolver import Resolver
 from falkirk.wire import vnet
 from falkirk.wire.segment import segments
+from falkirk.wireguard.messages import INITIATION_SIZE
 from falkirk.wireguard.node import Node
 from falkirk.wireguard.outcome import Arrivals
 from falkirk.wireguard.peer import INF, Peer
@@ -55,6 +57,8 @@ class Interface:
         self._counters = {"lost_outside": 0, "lost_inside": 0, "no_peer": 0, "bad_from_device": 0}
         self._buffer = memoryview(bytearray(tun.MAX_READ))
         self._train = memoryview(bytearray(trains.MAX_RECEIVE))
+        self._unreachable: set[trains.Address] = set()
+        """Endpoints that an initiation couldn't be sent to just now."""
         self._cache: dict[bytes, _Way | None] = {}
         with contextlib.ExitStack() as stack:
             self._control = control.listen(Path(request.control)) if request.control else None
@@ -196,18 +200,27 @@ class Interface:
                 except OSError:
                     self._counters["lost_inside"] += 1
         for endpoint, datagram in arrivals.datagrams:
-            self._counters["lost_outside"] += trains.send(self._socket, endpoint, (datagram,))
+            self._out(endpoint, (datagram,))
         arrivals.clear()
 
     def _send(self, peer: Peer, datagrams: list[bytes]) -> None:
         if datagrams and peer.endpoint is not None:
-            self._counters["lost_outside"] += trains.send(self._socket, peer.endpoint, datagrams)
+            self._out(peer.endpoint, datagrams)
+
+    def _out(self, endpoint: trains.Address, datagrams: Sequence[bytes]) -> None:
+        lost = trains.send(self._socket, endpoint, datagrams)
+        if lost:
+            self._counters["lost_outside"] += lost
+            if len(datagrams[-1]) == INITIATION_SIZE:
+                self._unreachable.add(endpoint)
 
     def _timers(self) -> None:
         now = time.monotonic()
+        unreachable, self._unreachable = self._unreachable, set()
         for way in self._ways:
             pending = way.peer.pending
-            if pending is not None and now - pending.since > way.patience and len(way.endpoints) > 1:
+            late = pending is not None and now - pending.since > way.patience and len(way.endpoints) > 1
+            if late or (way.endpoints and way.peer.endpoint in unreachable):
                 self._next_endpoint(way)
         if now >= self._node.next_deadline():
             self._node.poll(now, time.time_ns(), self._arrivals)

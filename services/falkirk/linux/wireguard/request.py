@@ -25,8 +25,8 @@ class PeerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     preshared: bytes = bytes(32)
     keepalive_s: float = 25.0
     """The longest silence to it, in seconds; 0: any."""
-    patience_s: float = 15.0
-    """Seconds without an answer after which the next endpoint is tried."""
+    patience_s: float = 4.0
+    """Seconds without an answer after which the next endpoint is tried; one that can't even be sent to is left at once."""
 
 
 class InterfaceRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
