@@ -216,7 +216,7 @@ def show(name: _Name, tenant: _Tenant, run_dir: RunDir, json: Json = False) -> N
             device_service_pb2.DeviceServiceGetRequest(tenant=tenant, name=name), timeout=_TIMEOUT_S
         )
         request = presence_service_pb2.PresenceServiceListRequest(tenant=tenant, device=found.device.metadata.id)
-        presence = PresenceServiceStub(channel).List(request, timeout=_TIMEOUT_S)
+        presence = _present(PresenceServiceStub(channel), request)
     if json:
         from google.protobuf.json_format import MessageToDict
 
@@ -308,13 +308,24 @@ def rotate(name: _Name, tenant: _Tenant, run_dir: RunDir, format: _Format = "wg-
     _configure(run_dir, tenant, name, format, out, replace=True)
 
 
+def _present(stub: Any, request: Any) -> presence_service_pb2.PresenceServiceListResponse:
+    """Where devices are; nothing for who may see devices, but not where they are (an owner over TCP)."""
+    try:
+        answer: presence_service_pb2.PresenceServiceListResponse = stub.List(request, timeout=_TIMEOUT_S)
+    except grpc.RpcError as error:
+        if from_rpc(error).reason != "ROLE_FORBIDDEN":
+            raise
+        return presence_service_pb2.PresenceServiceListResponse()
+    return answer
+
+
 def presence_columns(channel: Any, tenant: str) -> dict[str, Callable[[Any], object]]:
     """What `device list` shows beside the fields: where each is attached, and its last handshake."""
     places: dict[str, list[presence_service_pb2.Presence]] = {}
     stub, token = PresenceServiceStub(channel), ""
     while True:
         request = presence_service_pb2.PresenceServiceListRequest(tenant=tenant, page_size=_PAGE, page_token=token)
-        page = stub.List(request, timeout=_TIMEOUT_S)
+        page = _present(stub, request)
         for item in page.presences:
             places.setdefault(item.device_id, []).append(item)
         token = page.next_page_token

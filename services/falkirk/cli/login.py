@@ -17,7 +17,7 @@ from falkirk.api.net.v1 import access_pb2
 from falkirk.api.registry.v1 import authority_service_pb2 as pb
 from falkirk.api.registry.v1 import authority_service_pb2_grpc as pb_grpc
 from falkirk.cli import logins
-from falkirk.cli.connection import Json, RunDir, calling, fail, told
+from falkirk.cli.connection import ADDRESS, Json, RunDir, calling, fail, told
 from falkirk.cli.output import print_json, print_table, timestamp
 from falkirk.runtime import remote
 
@@ -38,30 +38,48 @@ def register(app: typer.Typer) -> None:
 
 
 def login(
-    address: Annotated[str, typer.Option(envvar=logins.ADDRESS, help="host:port of the mesh's registry.")],
+    address: Annotated[str, typer.Option(envvar=ADDRESS, help="host:port of the mesh's registry.")],
     token_file: Annotated[
         Path | None, typer.Option(help="Holds the login token; - is standard input. Without it you are asked.")
     ] = None,
+    oidc_token_file: Annotated[
+        Path | None,
+        typer.Option(help="Holds an ID token of an issuer that the mesh trusts instead; - is standard input."),
+    ] = None,
+    fingerprint: Annotated[
+        str, typer.Option(help="With an ID token: SHA-256 of the mesh's root, as `falkirk authority show` has it.")
+    ] = "",
+    tenant: Annotated[str, typer.Option(help="With an ID token: your tenant, where the issuer serves several.")] = "",
 ) -> None:
-    """Log in to a mesh over TCP with a login token."""
+    """Log in to a mesh over TCP with a login token, or with an ID token of an OIDC issuer."""
+    if oidc_token_file is not None:
+        if not fingerprint:
+            fail("an ID token doesn't say which mesh is meant", "INVALID_FINGERPRINT", "give --fingerprint too")
+        with told():
+            roots = remote.roots(address, fingerprint)
+            _greet(address, logins.log_in(address, roots, oidc_token=_token(oidc_token_file), tenant=tenant))
+        return
     token = _token(token_file)
-    secret, _, fingerprint = token.removeprefix(_PREFIX).partition("-")
-    if not token.startswith(_PREFIX) or not secret or not fingerprint:
+    secret, _, mark = token.removeprefix(_PREFIX).partition("-")
+    if not token.startswith(_PREFIX) or not secret or not mark:
         fail(
             "that is no login token",
             "INVALID_TOKEN",
             "one begins with fk-login- and is made by `falkirk authority token NAME`",
         )
     with told():
-        principal = logins.log_in(address, secret, remote.roots(address, fingerprint))
+        _greet(address, logins.log_in(address, remote.roots(address, mark), secret=secret))
+
+
+def _greet(address: str, principal: pb.Principal) -> None:
     role = access_pb2.Role.Name(principal.role).removeprefix("ROLE_").lower()
     where = f" of tenant {principal.tenant}" if principal.tenant else ""
     print(f"logged in to {address} as {principal.name}, {role}{where}")
-    print(f"  export {logins.ADDRESS}={address}")
+    print(f"  export {ADDRESS}={address}")
 
 
 def logout(
-    address: Annotated[str, typer.Option(envvar=logins.ADDRESS, help="host:port of the mesh's registry.")],
+    address: Annotated[str, typer.Option(envvar=ADDRESS, help="host:port of the mesh's registry.")],
 ) -> None:
     """Forget a login on this machine. `falkirk authority revoke` takes the access itself away."""
     with told():

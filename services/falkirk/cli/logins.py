@@ -17,13 +17,12 @@ import msgspec
 
 from falkirk.api.registry.v1 import authority_service_pb2 as pb
 from falkirk.api.registry.v1 import authority_service_pb2_grpc as pb_grpc
+from falkirk.cli.connection import ADDRESS
 from falkirk.decide.callers import NotAnIdentity
 from falkirk.runtime import certificates, remote
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.settings import host_port
 
-ADDRESS: Final = "FALKIRK_ADDRESS"
-"""Environment variable: host:port of a mesh's registry."""
 SECONDS: Final = 15.0
 
 
@@ -36,21 +35,19 @@ class Login(msgspec.Struct, kw_only=True):
     chain: str
     key: str
     roots: str
+    renewable: bool = True
     tenant: str = ""
     """The principal's, empty for one of the whole mesh."""
 
 
-def chosen() -> str:
-    """The address that the user has chosen; empty for this machine's sockets."""
-    return os.environ.get(ADDRESS, "")
-
-
-def log_in(address: str, secret: str, roots: str) -> pb.Principal:
-    """Turn a token's secret into a login, and keep it. Raises FalkirkError, grpc.RpcError."""
+def log_in(address: str, roots: str, *, secret: str = "", oidc_token: str = "", tenant: str = "") -> pb.Principal:
+    """Turn a login token's secret, or an issuer's ID token, into a login, and keep it. Raises FalkirkError, grpc.RpcError."""
     key = certificates.new_key()
     with remote.channel(address, roots) as channel:
         stub: Any = pb_grpc.AuthorityServiceStub(channel)
-        request = pb.AuthorityServiceLoginRequest(secret=secret, request=certificates.request(key))
+        request = pb.AuthorityServiceLoginRequest(
+            secret=secret, oidc_token=oidc_token, tenant=tenant, request=certificates.request(key)
+        )
         made: pb.Credentials = stub.Login(request, timeout=SECONDS).credentials
     _keep(address, made, certificates.key_pem(key))
     return made.principal
@@ -66,7 +63,7 @@ def log_out(address: str) -> bool:
 
 def channel(service: str) -> grpc.Channel:
     """A channel to a service of the mesh that was chosen. Raises FalkirkError."""
-    login = _current(chosen())
+    login = _current(os.environ.get(ADDRESS, ""))
     where = _where(login, service)
     return remote.channel(where, login.roots, (login.chain, login.key))
 
@@ -99,7 +96,7 @@ def _current(address: str) -> Login:
     now = time.time()
     if now >= caller.end:
         raise FalkirkError(grpc.StatusCode.UNAUTHENTICATED, "LOGIN_EXPIRED", f"the login for {address} has expired")
-    if now < (caller.begin + caller.end) / 2:
+    if not login.renewable or now < (caller.begin + caller.end) / 2:
         return login
     key = certificates.new_key()
     try:
@@ -119,6 +116,7 @@ def _keep(address: str, made: pb.Credentials, key: str) -> Login:
         chain=made.chain,
         key=key,
         roots=made.roots,
+        renewable=made.renewable,
         tenant=made.principal.tenant_id,
     )
     path = _path(address)

@@ -67,13 +67,12 @@ async def serve(shell: Shell, settings: Settings, store: Store) -> None:
     store.on_commit = committed
     key_file = settings.authority.key_file or shell.data("registry") / "authority.key"
     authority = Authority(Seal(key_file, settings.authority.passphrase_file), settings.authority)
-    certificates = AuthorityService(authority, desk, surroundings(), shell.listen_tcp)
     trusted = [Trusted(issuer.issuer, issuer.audience, issuer.jwks_url) for issuer in settings.oidc]
     key = private_key(shell.data("registry") / "device.key")
+    devices = DeviceService(desk, key, settings.oidc, Verifier(trusted), presence.table.knows, settings.node_addresses)
+    certificates = AuthorityService(authority, desk, surroundings(), shell.listen_tcp, devices.person)
     servicers: dict[str, ResourceService] = {
-        "device": DeviceService(
-            desk, key, settings.oidc, Verifier(trusted), presence.table.knows, settings.node_addresses
-        ),
+        "device": devices,
         "node": NodeService(desk),
     }
     server = Server("registry", shell)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar
 
 import structlog
@@ -12,9 +12,10 @@ import structlog
 from falkirk.api.registry.v1 import authority_service_pb2 as pb
 from falkirk.api.registry.v1 import authority_service_pb2_grpc as pb_grpc
 from falkirk.decide.callers import NAME, Caller, Role
-from falkirk.registry import principals
+from falkirk.registry import enrolment, principals
 from falkirk.registry.authority import SECOND, Authority, Signed
-from falkirk.registry.engine import Surroundings
+from falkirk.registry.engine import Engine, Surroundings
+from falkirk.registry.enrolment import Person
 from falkirk.registry.refusal import Reason, Refused
 from falkirk.registry.service import Desk, refusal
 from falkirk.registry.store import Writing
@@ -33,11 +34,17 @@ log = structlog.get_logger()
 
 
 class AuthorityService(pb_grpc.AuthorityServiceServicer):
-    """See the proto. `services` are the addresses of TCP ports, as the settings have them."""
+    """See the proto. `services` are the addresses of TCP ports, as the settings have them; `person` says whom an OIDC token is about."""
 
     def __init__(
-        self, authority: Authority, desk: Desk, surroundings: Surroundings, services: Mapping[str, str]
+        self,
+        authority: Authority,
+        desk: Desk,
+        surroundings: Surroundings,
+        services: Mapping[str, str],
+        person: Callable[[str, str], Awaitable[Person]],
     ) -> None:
+        self._person = person
         self._authority, self._desk, self._surroundings = authority, desk, surroundings
         self._services = services
         self._changed = asyncio.Event()
@@ -96,6 +103,10 @@ class AuthorityService(pb_grpc.AuthorityServiceServicer):
     async def Login(self, request: pb.AuthorityServiceLoginRequest, context: Any) -> pb.AuthorityServiceLoginResponse:
         """See the proto. What refuses the login is stored all the same: a token that was tried with a bad request is used up."""
 
+        if request.oidc_token:
+            outcome: Any = await self._signed_in(request)
+            return pb.AuthorityServiceLoginResponse(credentials=self._credentials(*outcome))
+
         def work(connection: Any, now: int) -> tuple[Signed, pb.Principal] | Refused:
             try:
                 named = principals.admit(connection, request.secret, now)
@@ -109,6 +120,20 @@ class AuthorityService(pb_grpc.AuthorityServiceServicer):
             raise refusal(outcome)
         log.info("logged_in", principal=outcome[1].name, tenant=outcome[1].tenant)
         return pb.AuthorityServiceLoginResponse(credentials=self._credentials(*outcome))
+
+    async def _signed_in(self, request: pb.AuthorityServiceLoginRequest) -> tuple[Signed, pb.Principal, bool]:
+        person = await self._person(request.oidc_token, request.tenant)
+
+        def work(engine: Engine) -> tuple[Signed, pb.Principal, bool]:
+            user = enrolment.sign_in(engine, person)
+            now = time.time_ns()
+            named = principals.sign_in(engine.connection, self._surroundings.new_id(), user, person.role, now)
+            signed = self._authority.sign(engine.connection, request.request, named, (), now)
+            return signed, principals.get(engine.connection, named.id), False
+
+        outcome = await self._desk.write(work)
+        log.info("logged_in", principal=outcome[1].name, tenant=outcome[1].tenant, issuer=person.issuer)
+        return outcome
 
     async def Renew(self, request: pb.AuthorityServiceRenewRequest, context: Any) -> pb.AuthorityServiceRenewResponse:
         """See the proto."""
@@ -198,9 +223,14 @@ class AuthorityService(pb_grpc.AuthorityServiceServicer):
 
         return await self._desk.transaction(inside)
 
-    def _credentials(self, signed: Signed, principal: pb.Principal) -> pb.Credentials:
+    def _credentials(self, signed: Signed, principal: pb.Principal, renewable: bool = True) -> pb.Credentials:
         made = pb.Credentials(
-            chain=signed.chain, roots=signed.roots, mesh=signed.mesh, principal=principal, services=self._services
+            chain=signed.chain,
+            roots=signed.roots,
+            mesh=signed.mesh,
+            principal=principal,
+            services=self._services,
+            renewable=renewable,
         )
         made.expire_time.FromNanoseconds(int(signed.end) * SECOND)
         return made

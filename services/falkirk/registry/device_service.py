@@ -17,6 +17,7 @@ import structlog
 
 from falkirk.api.registry.v1 import device_service_pb2 as pb
 from falkirk.api.registry.v1 import device_token_service_pb2 as token_pb
+from falkirk.decide.callers import Role
 from falkirk.registry import enrolment, tokens, tunnel
 from falkirk.registry.engine import Engine
 from falkirk.registry.enrolment import Machine, Person
@@ -56,7 +57,7 @@ class DeviceService(ResourceService):
                 await self._desk.read(lambda connection: _known(connection, request.token))
                 device = await self._desk.write(lambda work: enrolment.by_token(work, request.token, machine))
             case "oidc_token":
-                person = await self._person(request.oidc_token, request.tenant)
+                person = await self.person(request.oidc_token, request.tenant)
                 device = await self._desk.write(lambda work: enrolment.by_person(work, person, machine))
             case _:
                 raise refusal(
@@ -138,7 +139,8 @@ class DeviceService(ResourceService):
             lambda connection: tunnel.describe(connection, device, self._public_key, self._alive, self._node_addresses)
         )
 
-    async def _person(self, token: str, tenant: str) -> Person:
+    async def person(self, token: str, tenant: str) -> Person:
+        """Whom an ID token is about. Raises FalkirkError."""
         try:
             identity = await self._verifier.verify(token)
         except oidc.Unavailable as error:
@@ -210,6 +212,11 @@ def person_of(issuers: Sequence[OidcIssuer], identity: oidc.Identity, tenant: st
         groups=groups if issuer.groups_claim else None,
         needs_approval=issuer.needs_approval,
         device_lifetime_s=issuer.device_lifetime_s,
+        role=Role.ADMINISTRATOR
+        if set(issuer.administrator_groups) & set(groups)
+        else Role.AUDITOR
+        if set(issuer.auditor_groups) & set(groups)
+        else Role.OWNER,
     )
 
 

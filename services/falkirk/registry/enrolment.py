@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from falkirk.api.registry.v1.device_service_pb2 import Device, DeviceProof
 from falkirk.api.registry.v1.device_token_service_pb2 import DeviceToken
 from falkirk.api.registry.v1.user_service_pb2 import User
+from falkirk.decide.callers import Role
 from falkirk.registry import engine, fields, tokens
 from falkirk.registry.engine import Engine
 from falkirk.registry.kinds import BY_NAME
@@ -54,6 +55,8 @@ class Person:
     """None: the issuer has no say in groups."""
     needs_approval: bool = False
     device_lifetime_s: int = 0
+    role: Role = Role.OWNER
+    """What the person may do over TCP."""
 
 
 def by_token(work: Engine, secret: str, machine: Machine) -> Device:

@@ -60,6 +60,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         # Login tokens that weren't used: SHA-256 of the secret only.
         "CREATE TABLE login (digest BLOB PRIMARY KEY, principal TEXT NOT NULL, end_ns INTEGER NOT NULL) WITHOUT ROWID",
     ),
+    (
+        # 1: by an OIDC sign-in; each certificate takes another one.
+        "ALTER TABLE principal ADD COLUMN signed_in INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 SCHEMA = len(MIGRATIONS)

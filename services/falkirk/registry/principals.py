@@ -3,7 +3,8 @@
 A token is `fk-login-<secret>-<fingerprint of the signing root>`: the fingerprint lets whoever has only the token know the mesh before the secret is sent. The
 store has the SHA-256 of the secret; it is 256 bits of randomness, so nothing slower is needed. A token is good once.
 
-An owner is a user of the registry: its name is the user's of the moment, and a user that is disabled or gone can't log in or renew.
+An owner is a user of the registry: its name is the user's of the moment, and a user that is disabled or gone can't log in or renew. Who signs in by OIDC is a user too, with the role that the issuer's groups give at that moment, and gets no certificate without
+another sign-in: to revoke such a principal ends what it holds, to keep the person out the user is disabled.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from falkirk.registry.kinds import BY_NAME
 from falkirk.registry.refusal import Reason, Refused
 
 PREFIX: Final = "fk-login-"
-_COLUMNS: Final = "id, tenant_id, name, role, user_id, create_ns, login_ns, revoke_ns"
+_COLUMNS: Final = "id, tenant_id, name, role, user_id, create_ns, login_ns, revoke_ns, signed_in"
 _BOUND: Final = frozenset({Role.OWNER, Role.CONNECTOR})
 """Roles that need a tenant."""
 
@@ -92,7 +93,38 @@ def renew(connection: sqlite3.Connection, key: str, now_ns: int) -> Caller:
     row = connection.execute(f"SELECT {_COLUMNS} FROM principal WHERE id = ?", (key,)).fetchone()
     if row is None or row[7] is not None:
         raise Refused(Reason.LOGIN_REFUSED, "whom it is for may no longer log in")
-    _, tenant_id, name, role, user_id = row[:5]
+    if row[8]:
+        raise Refused(Reason.LOGIN_REFUSED, "this login was by an issuer's token: sign in again for the next one")
+    return _login(connection, row, now_ns)
+
+
+def sign_in(connection: sqlite3.Connection, new_id: str, user: User, role: Role, now_ns: int) -> Caller:
+    """Whom an OIDC sign-in logs in, made or brought up to date. Raises Refused where the name is somebody else's."""
+    where = "FROM principal WHERE tenant_id = ? AND user_id = ? AND revoke_ns IS NULL"
+    values = (user.metadata.tenant_id, user.metadata.id)
+    connection.execute(
+        "UPDATE principal SET role = ?, signed_in = 1 WHERE tenant_id = ? AND user_id = ? AND revoke_ns IS NULL",
+        (role, *values),
+    )
+    row = connection.execute(f"SELECT {_COLUMNS} {where}", values).fetchone()
+    if row is None:
+        if _current(connection, user.metadata.tenant_id, user.metadata.name) is not None:
+            raise Refused(
+                Reason.NAME_TAKEN,
+                f"{user.metadata.name} is somebody who logs in by tokens: revoke that first",
+                kind="principal",
+                name=user.metadata.name,
+            )
+        connection.execute(
+            "INSERT INTO principal (id, tenant_id, name, role, user_id, create_ns, signed_in) VALUES (?, ?, ?, ?, ?, ?, 1)",
+            (new_id, user.metadata.tenant_id, user.metadata.name, role, user.metadata.id, now_ns),
+        )
+        row = connection.execute(f"SELECT {_COLUMNS} {where}", values).fetchone()
+    return _login(connection, row, now_ns)
+
+
+def _login(connection: sqlite3.Connection, row: Any, now_ns: int) -> Caller:
+    key, tenant_id, name, role, user_id = row[:5]
     tenant = _tenant_name(connection, tenant_id)
     if tenant_id and not tenant:
         raise Refused(Reason.LOGIN_REFUSED, "the tenant is gone")
@@ -145,7 +177,7 @@ def _current(connection: sqlite3.Connection, tenant_id: str, name: str) -> pb.Pr
 
 
 def _principal(connection: sqlite3.Connection, row: Any) -> pb.Principal:
-    key, tenant_id, name, role, _, create_ns, login_ns, revoke_ns = row
+    key, tenant_id, name, role, _, create_ns, login_ns, revoke_ns, _ = row
     found = pb.Principal(id=key, name=name, role=number(Role(role)), tenant_id=tenant_id)
     found.tenant = _tenant_name(connection, tenant_id)
     found.create_time.FromNanoseconds(create_ns)

@@ -44,6 +44,10 @@ class OidcIssuer(Section, frozen=True, kw_only=True):
     """The claim that holds groups; the issuer then owns the groups of its users: each sign-in replaces them. Empty: it has no say in groups."""
     required_groups: tuple[str, ...] = ()
     """Only who is in one of them may sign in; empty: everyone whom the issuer signs in."""
+    administrator_groups: tuple[str, ...] = ()
+    """Who is in one of them administers the tenant over TCP (`falkirk login --oidc-token-file`)."""
+    auditor_groups: tuple[str, ...] = ()
+    """Who is in one of them, and in none of the former, may read everything of the tenant over TCP."""
     needs_approval: bool = False
     """Whether devices wait for an administrator's approval."""
     device_lifetime_s: int = 0
@@ -57,8 +61,8 @@ class OidcIssuer(Section, frozen=True, kw_only=True):
             check_url(self.jwks_url)
         if not self.audience or not self.tenant:
             raise ValueError("audience and tenant must not be empty")
-        if self.required_groups and not self.groups_claim:
-            raise ValueError("required_groups needs groups_claim")
+        if (self.required_groups or self.administrator_groups or self.auditor_groups) and not self.groups_claim:
+            raise ValueError("required_groups, administrator_groups and auditor_groups need groups_claim")
         if not 0 <= self.device_lifetime_s <= 10 * 366 * 86400:
             raise ValueError("device_lifetime_s must lie between 0 and 316224000")
 

@@ -284,3 +284,21 @@ def test_an_owner_is_the_user_of_the_moment(connection: sqlite3.Connection) -> N
     connection.execute("DELETE FROM resource WHERE id = ?", (USER,))
     with pytest.raises(Refused):
         principals.renew(connection, made.id, NOW)
+
+
+def test_a_sign_in_takes_another_one(connection: sqlite3.Connection) -> None:
+    put_user(connection, "alice")
+    user = User()
+    user.metadata.id, user.metadata.name, user.metadata.tenant_id = USER, "alice", TENANT
+    first = principals.sign_in(connection, "p1", user, Role.ADMINISTRATOR, NOW)
+    assert first == Caller("", Role.ADMINISTRATOR, "p1", "alice", TENANT, "acme")
+    with pytest.raises(Refused) as caught:
+        principals.renew(connection, "p1", NOW)
+    assert caught.value.reason is Reason.LOGIN_REFUSED
+    # The role is what the issuer says now.
+    assert principals.sign_in(connection, "p2", user, Role.OWNER, NOW).role is Role.OWNER
+    principals.revoke(connection, TENANT, "alice", NOW)
+    principals.make(connection, "p3", TENANT, "alice", Role.AUDITOR, NOW)
+    with pytest.raises(Refused) as caught:
+        principals.sign_in(connection, "p4", user, Role.OWNER, NOW)
+    assert caught.value.reason is Reason.NAME_TAKEN
