@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.api.registry.v1 import presence_service_pb2, presence_service_pb2_grpc
 from tools.mesh import Mesh, resource, rule
-from tools.netlab import Lab, LabError, Namespace, run, wait_for
+from tools.netlab import Lab, LabError, Namespace, run, stop, wait_for
 from tools.wg_device import StockDevice, key_pair
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(180)]
@@ -266,6 +267,48 @@ def test_a_killed_worker_costs_no_connection(place: Place) -> None:
         exchange(*ends)
         exchange(*across)
         assert {name: tunnel.id for name, tunnel in place.tunnels().items()} == known
+
+
+def test_a_flood_of_strangers_costs_no_session(place: Place) -> None:
+    """Initiations of keys that are nobody's, far more than are answered: a live connection goes on, whole, and whoever is here stays here."""
+    attacker = place.lab.namespace("attacker")
+    place.lab.cable(place.node, attacker, ["198.18.111.1/24"], ["198.18.111.2/24"])
+    assert place.one.ping(SERVER4, seconds=5)
+    with stream(place, place.one.namespace, place.server, SERVER4) as ends:
+        exchange(*ends, size=4096)
+        before, tunnels = place.dropped(), {name: tunnel.id for name, tunnel in place.tunnels().items()}
+        options = (place.key, "198.18.111.1", str(PORT), "--seconds", "60")
+        flood = attacker.start(sys.executable, "-m", "tools.load.wireguard_flood", *options)
+
+        def more(reason: str) -> int:
+            return place.dropped().get(reason, 0) - before.get(reason, 0)
+
+        wait_for("load", lambda: more("no_cookie") > 100 and more("handshake_rate") > 1000, DEADLINE_S)
+        exchange(*ends)
+        assert flood.poll() is None
+        stop(flood)
+        exchange(*ends)
+    # Cookies for the few, nothing for the many; and nobody was let in.
+    assert more("unknown_key") < more("handshake_rate") + more("no_cookie")
+    assert {name: tunnel.id for name, tunnel in place.tunnels().items()} == tunnels
+
+
+def test_sessions_are_renewed_under_a_connection(place: Place) -> None:
+    """Two more handshakes of a stock client that has forgotten its session each time, bytes on their way."""
+    device = place.one
+    assert device.ping(SERVER4, seconds=5)
+    with stream(place, device.namespace, place.server, SERVER4) as ends:
+        tunnel = place.tunnels()["one"].id
+        for _ in range(2):
+            exchange(*ends)
+            shown = device.namespace.run("wg", "show", device.interface, "endpoints").split()
+            allowed = ("endpoint", shown[1], "allowed-ips", "0.0.0.0/0,::/0")
+            device.namespace.run("wg", "set", device.interface, "peer", place.key, "remove")
+            device.namespace.run("wg", "set", device.interface, "peer", place.key, *allowed)
+            assert device.handshake() == 0
+            exchange(*ends)
+            assert device.handshake() > 0
+        assert place.tunnels()["one"].id == tunnel
 
 
 def test_a_change_takes_effect_at_once(place: Place) -> None:

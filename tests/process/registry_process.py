@@ -39,8 +39,8 @@ class Registry:
 
     def __init__(self, base: Path, settings: str = "") -> None:
         self.run_dir, self.data_dir = base / "run", base / "data"
-        self._config = base / "falkirk.yaml"
-        self._config.write_text(f"apiVersion: falkirk.dev/v1alpha1\nkind: Settings\n{settings}")
+        self.config = base / "falkirk.yaml"
+        self.config.write_text(f"apiVersion: falkirk.dev/v1alpha1\nkind: Settings\n{settings}")
         self._process: subprocess.Popen[str] | None = None
         self._channels: list[grpc.Channel] = []
 
@@ -51,7 +51,7 @@ class Registry:
 
     def start(self) -> None:
         """Start and wait for SERVING."""
-        command = [sys.executable, "-m", "falkirk.registry", "--config", str(self._config)]
+        command = [sys.executable, "-m", "falkirk.registry", "--config", str(self.config)]
         command += ["--run-dir", str(self.run_dir), "--data-dir", str(self.data_dir)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)

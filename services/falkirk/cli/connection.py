@@ -7,20 +7,22 @@ the command with status 1. Status 2 is kept for wrong usage.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Final, NoReturn
 
 import grpc
 import typer
 
-from falkirk.cli import logins
 from falkirk.runtime.client import sync_channel
 from falkirk.runtime.errors import FalkirkError, from_rpc
 from falkirk.runtime.settings import default_run_dir
 
+ADDRESS: Final = "FALKIRK_ADDRESS"
+"""Environment variable: host:port of the registry of a mesh on another machine."""
 FAILED = 1
 """Exit status of a command that was refused or didn't find its service."""
 
@@ -86,7 +88,11 @@ def calling(
 
 def reach(run_dir: Path, service: str) -> grpc.Channel:
     """A blocking channel to a service, where the user wants it. Raises FalkirkError."""
-    return logins.channel(service) if logins.chosen() else sync_channel(run_dir, service)
+    if not os.environ.get(ADDRESS):
+        return sync_channel(run_dir, service)
+    from falkirk.cli import logins  # loads cryptography, for those who need it
+
+    return logins.channel(service)
 
 
 @contextmanager

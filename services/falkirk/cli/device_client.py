@@ -29,6 +29,7 @@ from falkirk.cli.connection import Json, RunDir, fail
 from falkirk.cli.device_state import BadState, Enrolled, Place, State, default_folder
 from falkirk.cli.output import print_table
 from falkirk.linux.wireguard import control
+from falkirk.runtime import remote
 from falkirk.runtime.errors import FalkirkError, from_rpc
 from falkirk.wireguard import primitives, proof
 
@@ -72,11 +73,9 @@ def enroll(
     address: Annotated[
         str, typer.Option("--address", help="The registry's host:port; not given takes --run-dir.")
     ] = "",
-    roots: Annotated[
-        Path | None, typer.Option("--roots", help="With --address: the mesh's root certificates, a PEM file.")
-    ] = None,
-    server_name: Annotated[
-        str, typer.Option("--server-name", help="With --address: the name that the registry's certificate has.")
+    fingerprint: Annotated[
+        str,
+        typer.Option("--fingerprint", help="With --address: SHA-256 of the mesh's root (`falkirk authority show`)."),
     ] = "",
     replace: Annotated[
         bool, typer.Option("--replace", help="Forget the device that was enrolled here before.")
@@ -84,8 +83,8 @@ def enroll(
     json: Json = False,
 ) -> None:
     """Become a device, by an enrolment token or an OIDC token."""
-    place = _place(run_dir, address, roots, server_name)
     with _local():
+        place = _place(run_dir, address, fingerprint)
         kept = State(state)
         before = kept.read()
         if before is not None and before.device_id and not replace:
@@ -204,15 +203,13 @@ def _local() -> Iterator[None]:
         fail(error.message, error.reason)
 
 
-def _place(run_dir: Path, address: str, roots: Path | None, server_name: str) -> Place:
+def _place(run_dir: Path, address: str, fingerprint: str) -> Place:
+    """Raises FalkirkError where nobody with that fingerprint answers."""
     if not address:
         return Place(run_dir=str(run_dir.absolute()))
-    if roots is None:
-        raise typer.BadParameter("over TCP the registry's certificate is checked: give --roots", param_hint="--address")
-    try:
-        return Place(address=address, roots=roots.read_text(), server_name=server_name)
-    except OSError as error:
-        raise typer.BadParameter(f"{roots}: {error.strerror}", param_hint="--roots") from None
+    if not fingerprint:
+        raise typer.BadParameter("over TCP it must be known who answers: give --fingerprint", param_hint="--address")
+    return Place(address=address, roots=remote.roots(address, fingerprint))
 
 
 def _secret(token_file: Path | None, oidc_token_file: Path | None) -> str:

@@ -16,7 +16,8 @@ from falkirk.api.registry.v1.device_service_pb2_grpc import DeviceServiceStub
 from falkirk.cli import posture
 from falkirk.cli.device_state import BadState, Enrolled, Place, State, Tunnel
 from falkirk.linux.wireguard.request import PeerRequest
-from falkirk.runtime.client import OPTIONS, sync_channel
+from falkirk.runtime import remote
+from falkirk.runtime.client import sync_channel
 from falkirk.runtime.errors import FalkirkError, from_rpc
 from falkirk.wireguard import proof
 
@@ -44,9 +45,7 @@ def stub(place: Place) -> Iterator[DeviceServiceStub]:
         with sync_channel(Path(place.run_dir), "registry") as channel:
             yield DeviceServiceStub(channel)
         return
-    options = [*OPTIONS, *([("grpc.ssl_target_name_override", place.server_name)] if place.server_name else [])]
-    credentials = grpc.ssl_channel_credentials(place.roots.encode())
-    with grpc.secure_channel(place.address, credentials, options=options) as channel:
+    with remote.channel(place.address, place.roots) as channel:
         yield DeviceServiceStub(channel)
 
 

@@ -36,9 +36,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: str = ""
     """host:port."""
     roots: str = ""
-    """Certificates (PEM) that its certificate must come from."""
-    server_name: str = ""
-    """The name that its certificate must have."""
+    """The mesh's roots, PEM: what its certificate must come from."""
 
 
 class Tunnel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

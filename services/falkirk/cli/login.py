@@ -17,7 +17,7 @@ from falkirk.api.net.v1 import access_pb2
 from falkirk.api.registry.v1 import authority_service_pb2 as pb
 from falkirk.api.registry.v1 import authority_service_pb2_grpc as pb_grpc
 from falkirk.cli import logins
-from falkirk.cli.connection import Json, RunDir, calling, fail, told
+from falkirk.cli.connection import ADDRESS, Json, RunDir, calling, fail, told
 from falkirk.cli.output import print_json, print_table, timestamp
 from falkirk.runtime import remote
 
@@ -38,7 +38,7 @@ def register(app: typer.Typer) -> None:
 
 
 def login(
-    address: Annotated[str, typer.Option(envvar=logins.ADDRESS, help="host:port of the mesh's registry.")],
+    address: Annotated[str, typer.Option(envvar=ADDRESS, help="host:port of the mesh's registry.")],
     token_file: Annotated[
         Path | None, typer.Option(help="Holds the login token; - is standard input. Without it you are asked.")
     ] = None,
@@ -75,11 +75,11 @@ def _greet(address: str, principal: pb.Principal) -> None:
     role = access_pb2.Role.Name(principal.role).removeprefix("ROLE_").lower()
     where = f" of tenant {principal.tenant}" if principal.tenant else ""
     print(f"logged in to {address} as {principal.name}, {role}{where}")
-    print(f"  export {logins.ADDRESS}={address}")
+    print(f"  export {ADDRESS}={address}")
 
 
 def logout(
-    address: Annotated[str, typer.Option(envvar=logins.ADDRESS, help="host:port of the mesh's registry.")],
+    address: Annotated[str, typer.Option(envvar=ADDRESS, help="host:port of the mesh's registry.")],
 ) -> None:
     """Forget a login on this machine. `falkirk authority revoke` takes the access itself away."""
     with told():

@@ -17,13 +17,12 @@ import msgspec
 
 from falkirk.api.registry.v1 import authority_service_pb2 as pb
 from falkirk.api.registry.v1 import authority_service_pb2_grpc as pb_grpc
+from falkirk.cli.connection import ADDRESS
 from falkirk.decide.callers import NotAnIdentity
 from falkirk.runtime import certificates, remote
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.settings import host_port
 
-ADDRESS: Final = "FALKIRK_ADDRESS"
-"""Environment variable: host:port of a mesh's registry."""
 SECONDS: Final = 15.0
 
 
@@ -39,11 +38,6 @@ class Login(msgspec.Struct, kw_only=True):
     renewable: bool = True
     tenant: str = ""
     """The principal's, empty for one of the whole mesh."""
-
-
-def chosen() -> str:
-    """The address that the user has chosen; empty for this machine's sockets."""
-    return os.environ.get(ADDRESS, "")
 
 
 def log_in(address: str, roots: str, *, secret: str = "", oidc_token: str = "", tenant: str = "") -> pb.Principal:
@@ -69,7 +63,7 @@ def log_out(address: str) -> bool:
 
 def channel(service: str) -> grpc.Channel:
     """A channel to a service of the mesh that was chosen. Raises FalkirkError."""
-    login = _current(chosen())
+    login = _current(os.environ.get(ADDRESS, ""))
     where = _where(login, service)
     return remote.channel(where, login.roots, (login.chain, login.key))
 

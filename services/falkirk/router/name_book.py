@@ -3,7 +3,8 @@
 A device's name is known in the virtual network that it has selected (else the tenant's default), as its addresses are; one that is disabled or not approved yet has no name, as
 nothing would answer there.
 
-Limit: every change compiles all networks anew, 100,000 devices in about half a second, beside the loop.
+Limit: a change of names goes through all devices anew, 100,000 in 0.4 s, in which the router answers nothing else; what changes no name (posture, keys,
+groups, routes) costs nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class NameBook:
         self._networks: dict[str, VirtualNetwork] = {}
         self._devices: dict[str, Device] = {}
         self._zones: dict[str, Zone] = {}
+        self.changed = True
+        """Whether `networks` would give something else than it did last."""
 
     def apply(self, changed: Iterable[registry.Resource], removed: Iterable[registry.Tombstone]) -> None:
         """One transaction."""
@@ -44,20 +47,25 @@ class NameBook:
             registry.KIND_ZONE: self._zones,  # type: ignore[dict-item]
         }
         for tombstone in removed:
-            kinds.get(tombstone.kind, {}).pop(tombstone.id, None)
+            self.changed |= kinds.get(tombstone.kind, {}).pop(tombstone.id, None) is not None
         for resource in changed:
-            match resource.WhichOneof("resource"):
+            kind = resource.WhichOneof("resource")
+            match kind:
                 case "tenant":
                     self._tenants[resource.tenant.metadata.id] = resource.tenant
                 case "virtual_network":
                     self._networks[resource.virtual_network.metadata.id] = resource.virtual_network
                 case "device":
+                    before = self._devices.get(resource.device.metadata.id)
                     self._devices[resource.device.metadata.id] = resource.device
+                    self.changed |= before is None or _named(before) != _named(resource.device)
                 case "zone":
                     self._zones[resource.zone.metadata.id] = resource.zone
+            self.changed |= kind in ("tenant", "virtual_network", "zone")
 
     def networks(self) -> list[name_table.Network]:
         """What the resolver is told."""
+        self.changed = False
         found: dict[tuple[str, str], name_table.Network] = {}
         for network in self._networks.values():
             tenant = self._tenants.get(network.metadata.tenant_id)
@@ -88,6 +96,12 @@ class NameBook:
                     entry = RouteEntry("", ROUTE_NAME, prefix, "resolver")
                     sources.append(RouteSource(network.metadata.id, entry))
         return sources
+
+
+def _named(device: Device) -> tuple[object, ...]:
+    """What of a device its names come from."""
+    shown = not device.disabled and not device.pending
+    return device.metadata.name, device.virtual_network, tuple(device.addresses), shown
 
 
 def _pools(tenant: Tenant) -> list[str]:

@@ -66,7 +66,8 @@ class Press:
             assert revision is not None
             taken = {(source.virtual_network_id, source.entry.prefix) for source in sources}
             sources += self._names.sources(taken)
-            self._tell("names", await asyncio.to_thread(name_table.encode, self._names.networks()))
+            if self._names.changed:
+                self._tell("names", name_table.encode(self._names.networks()))
             try:
                 data = await asyncio.to_thread(routes.compile, sources)
             except RouteConflict as error:

@@ -35,7 +35,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from falkirk.api.net.v1 import net_pb2
-from falkirk.runtime import metrics, roads, supervised, tcp, telemetry
+from falkirk.runtime import metrics, roads, supervised, telemetry
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.gates import Gate, RoadGate
 from falkirk.runtime.interceptor import Calls, GateInterceptor, draining
@@ -170,8 +170,12 @@ class Server:
         with roads.sole(self.shell.run_dir, self.name):
             servers = [self._bind_road(road) for road in ROADS]
             background = (self._refusals.run, *background)
-            port = tcp.Port.wanted(self.name, self.shell, self.metrics, self._refusals)
-            if port is not None:
+            if self.name in self.shell.listen_tcp:
+                from falkirk.runtime import (
+                    tcp,  # and cryptography with it, which a mesh without TCP needn't load in each service
+                )
+
+                port = tcp.Port(self.name, self.shell, self.metrics, self._refusals)
                 servers.append(self._bind(port.gate, port.backend, "admin"))
                 background = (port.run, *background)
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,7 +1,7 @@
 """A service's TCP port: the front, the gate behind it, and the certificate that the front shows.
 
 The certificate is the node's, made by the registry's authority for a key that this process makes, and renewed after two thirds of its life, as soon as
-there is a new root, and when it is refused by nobody yet ends. It lies, with its key, in `<data_dir>/<service>/tls.pem` (0600), and what is trusted beside it in
+there is a new root. It lies, with its key, in `<data_dir>/<service>/tls.pem` (0600), and what is trusted beside it in
 `trust.pb`, so that a service that starts while the registry is away serves TCP all the same. What is trusted, and who is revoked, follows
 `AuthorityService.WatchTrust`; while that is away the last word stands.
 
@@ -41,7 +41,7 @@ log = structlog.get_logger()
 
 
 class Port:
-    """One service's. `run` serves until cancelled."""
+    """One service's, bound at once; `run` serves until cancelled. Raises SettingsError where it can't be bound."""
 
     def __init__(self, service: str, shell: Shell, metrics: CollectorRegistry, refusals: Refusals) -> None:
         self.backend = shell.run_dir / "admin" / f"{service}.tcp.sock"
@@ -53,11 +53,6 @@ class Port:
         self._changed = asyncio.Event()
         self._signed_by = 0
         """Number of the root at the last signing; 0 before the first of this process."""
-
-    @classmethod
-    def wanted(cls, service: str, shell: Shell, metrics: CollectorRegistry, refusals: Refusals) -> Port | None:
-        """The port, bound, where settings name one. Raises SettingsError where it can't be bound."""
-        return cls(service, shell, metrics, refusals) if service in shell.listen_tcp else None
 
     @property
     def mesh(self) -> str:
