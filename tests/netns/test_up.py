@@ -23,7 +23,12 @@ from tools.netlab import wait_for
 
 ORDINARY = [sys.executable, str(Path(__file__).with_name("ordinary_user.py"))]
 FALKIRK = [sys.executable, "-m", "falkirk.cli.main"]
-NAMES = {*SERVICES, "upgrader.helper", "upgrader.lower_helper", "upgrader.worker.0", "flow.worker.0", "onramp.worker.0"}
+NAMES = {
+    *SERVICES,
+    "upgrader.helper",
+    "upgrader.lower_helper",
+    *(f"{service}.worker.0" for service in ("upgrader", "flow", "onramp", "router")),
+}
 
 
 class Place:
