@@ -138,7 +138,9 @@ def test_list_and_show_tell_where_a_device_is(shell: Shell, registry: Registry) 
         last_handshake=Timestamp(seconds=1_900_000_000),
         received_bytes=4711,
     )
-    request = presence_service_pb2.PresenceServiceReportRequest(node="n1", complete=True, present=[here])
+    request = presence_service_pb2.PresenceServiceReportRequest(
+        node="n1", complete=True, present=[here], lease_ms=300_000
+    )
     registry.stubs().presence.Report(request, timeout=DEADLINE_S)
     (line,) = [line for line in shell.ok("device", "list", "--tenant", "acme").splitlines() if "roamer" in line]
     assert "n1 198.51.100.7:4242" in line
