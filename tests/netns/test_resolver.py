@@ -175,7 +175,11 @@ def test_flows_name_who_they_are_for_wherever_they_are_told(world: World) -> Non
     command = ["sh", "-c", f"dig @{RESOLVER4} nas.acme.falkirk >/dev/null; exec sleep 60"]
     world.lab.start(world.mesh.lower("laptop", command))
     chosen = ("flow", "list", "--device", "laptop", "--port", "53")
-    wait_for("the flow in the list", lambda: bool(world.mesh.ask_json("flows", *chosen)), 20)
+
+    def counted() -> bool:
+        return any(int(flow["bytesUp"]) for flow in world.mesh.ask_json("flows", *chosen))
+
+    wait_for("the flow in the list, with what it has carried", counted, 20)
     found = world.mesh.ask_json("flows", *chosen)
     assert {(flow["context"]["user"], *flow["context"]["groups"]) for flow in found} == {("alice", "staff")}
     for by, name in (("device", "laptop"), ("user", "alice"), ("group", "staff"), ("destination", "resolver")):

@@ -11,8 +11,8 @@ takes no records, questions are refused.
 Questions are few and small next to packets, and most of their time is spent waiting for others, so this is an asyncio loop and not one of the
 packet workers' own.
 
-It exits when its parent's pair ends. Limits: `resolver_questions` of the settings wait for other resolvers at once, a twentieth of them for one device; a stream
-that is silent for `IDLE_S` is closed (RFC 7766 6.2.3); connections as RLIMIT_NOFILE allows.
+It exits when its parent's pair ends. Limits: `resolver_questions` of the settings wait for other resolvers at once, a twentieth of them for one device, which
+has at most a twentieth of the connections too; a stream that is silent for `IDLE_S` is closed (RFC 7766 6.2.3); connections as RLIMIT_NOFILE allows.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TELL_S: Final = 0.1
 """How often the parent is told that the spool has grown, at most."""
 RESERVED: Final = 64
 SHARE: Final = 20
-"""A device has at most this part of the questions that wait."""
+"""A device has at most this part of the questions that wait, and of the connections."""
 
 
 class Resolver:
@@ -82,9 +82,10 @@ class Resolver:
         self._spool = spool.SpoolWriter(directory, max(time.time_ns(), spool.last_epoch(directory) + 1))
         self._untold = False
         self.connections = 0
-        self.most_connections = (
-            resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED - 2 * start.settings.resolver_questions
-        )
+        # Each question that waits for another resolver has a socket of its own.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED
+        self.most_connections = max(most - start.settings.resolver_questions, most // 2)
+        self._connected: Counter[str] = Counter()
 
     # what it must know
 
@@ -237,7 +238,10 @@ class Resolver:
         return True
 
     def asker(self, data: bytes, protocol: int) -> Asker | None:
-        """Who asks, as a connection of a protocol begins; None, counted and logged, where that isn't said properly."""
+        """Who asks, as a connection of a protocol begins; None, counted, where that isn't said properly or the device has too many.
+
+        `left` ends what this begins.
+        """
         try:
             said = asker.decode(data)
             if said.protocol != protocol:
@@ -246,7 +250,19 @@ class Resolver:
             self.count("asker_refused")
             self.log.error("asker_refused", error=str(error))
             return None
+        device = said.context.device_id
+        if self._connected[device] >= max(1, self.most_connections // SHARE):
+            self.count("dns_too_many")
+            return None
+        self._connected[device] += 1
         return said
+
+    def left(self, said: Asker | None) -> None:
+        """The connection of somebody who was let in is over."""
+        if said is not None:
+            self._connected[said.context.device_id] -= 1
+            if not self._connected[said.context.device_id]:
+                del self._connected[said.context.device_id]
 
     def opened(self, change: int) -> None:
         """A connection more, or one less."""
@@ -311,6 +327,7 @@ class Datagrams(ReplyTo):
             self._deadline.cancel()
             asyncio.get_running_loop().remove_reader(self._sock)
             self._sock.close()
+            self._resolver.left(self._said)
             self._resolver.opened(-1)
 
 
@@ -336,6 +353,7 @@ async def stream(resolver: Resolver, reader: asyncio.StreamReader, writer: async
         return
     resolver.opened(1)
     reply = Streamed(resolver, writer)
+    said: Asker | None = None
     try:
         said = await _preface(resolver, reader)
         async with asyncio.TaskGroup() as tasks:
@@ -345,6 +363,7 @@ async def stream(resolver: Resolver, reader: asyncio.StreamReader, writer: async
             # A client that has said all still gets what it asked for.
     finally:
         writer.close()
+        resolver.left(said)
         resolver.opened(-1)
 
 
@@ -435,6 +454,8 @@ async def _listen(resolver: Resolver) -> None:
 def main() -> int:
     """The process; its exit status."""
     parser = argparse.ArgumentParser()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     parser.add_argument("--control-fd", type=int, required=True)
     parent = socket.socket(fileno=parser.parse_args().control_fd)
     parent.setblocking(False)
