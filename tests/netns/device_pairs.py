@@ -16,6 +16,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import grpc
+
+from falkirk.api.registry.v1 import device_service_pb2 as pb
+from falkirk.api.registry.v1 import device_service_pb2_grpc
 from tests.netns.fidelity import DEADLINE_S, Client, World
 from tools.mesh import resource, rule
 from tools.netlab import wait_for
@@ -46,14 +50,9 @@ class Devices:
         ]
         world.apply(documents)
         # Which worker a device falls to is its id's to say: those on the wrong one are made anew.
-        missing = list(names)
-        while missing:
-            owners = {name: "leo" if name.startswith("laptop") else "nina" for name in missing}
-            world.apply([resource("Device", name, TENANT, user=owners[name]) for name in missing])
-            missing = [name for name in missing if self._worker(name) != self.wanted(name)]
-            for name in missing:
-                world.mesh.ask("device", "delete", "--tenant", TENANT, name)
-        self.addresses = {name: self._addresses(name) for name in names}
+        with grpc.insecure_channel(f"unix:{world.mesh.run_dir / 'admin' / 'registry.sock'}") as channel:
+            stub = device_service_pb2_grpc.DeviceServiceStub(channel)
+            self.addresses = {name: self._make(stub, name) for name in names}
         twin = [self.addresses["nas-raw"][family] for family in FAMILIES]
         world.apply(
             [
@@ -74,15 +73,15 @@ class Devices:
         """The worker that a device's tunnel should be on."""
         return 0 if name.startswith("laptop") else self.world.workers - 1
 
-    def _device(self, name: str) -> dict[str, Any]:
-        (found,) = self.world.mesh.ask_json("device", "device", "get", "--tenant", TENANT, name)
-        return found
-
-    def _worker(self, name: str) -> int:
-        return zlib.crc32(self._device(name)["metadata"]["id"].encode()) % self.world.workers
-
-    def _addresses(self, name: str) -> dict[int, str]:
-        return {ipaddress.ip_address(text).version: text for text in self._device(name)["addresses"]}
+    def _make(self, stub: Any, name: str) -> dict[int, str]:
+        """A device on the worker that is wanted; its addresses by version."""
+        device = pb.Device(user="leo" if name.startswith("laptop") else "nina")
+        device.metadata.name, device.metadata.tenant = name, TENANT
+        while True:
+            made = stub.Create(pb.DeviceServiceCreateRequest(device=device), timeout=DEADLINE_S).device
+            if zlib.crc32(made.metadata.id.encode()) % self.world.workers == self.wanted(name):
+                return {ipaddress.ip_address(text).version: text for text in made.addresses}
+            stub.Delete(pb.DeviceServiceDeleteRequest(tenant=TENANT, name=name), timeout=DEADLINE_S)
 
     def pair(self, laptop: str, nas: str) -> Pair:
         """Two devices by framing."""
