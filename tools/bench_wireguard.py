@@ -155,7 +155,6 @@ def _wireguard_go(place: Stage, name: str, program: str, number: int) -> Server:
 
 def _throughput(place: Stage, server: Server, direction: str, seconds: float) -> dict[str, float]:
     """Gbit/s of payload that arrived, and for a second of the server's processor time."""
-    spent = server.cpu()
     options = [*DIRECTIONS[direction], "-C", place.congestion]
     command = [
         "iperf3",
@@ -168,10 +167,18 @@ def _throughput(place: Stage, server: Server, direction: str, seconds: float) ->
         str(max(1, round(seconds))),
         *options,
     ]
-    end = measure(server.client.command(*command), seconds).get("end", {})
-    parts = [end[key] for key in ("sum_received", "sum_received_bidir_reverse") if key in end]
-    if not parts:
-        raise LabError(f"iperf3 behind {server.name}: no result")
+    deadline = time.monotonic() + 10
+    while True:
+        spent = server.cpu()
+        result = measure(server.client.command(*command), seconds)
+        end = result.get("end", {})
+        parts = [end[key] for key in ("sum_received", "sum_received_bidir_reverse") if key in end]
+        if parts and "error" not in result:
+            break
+        # iperf3's server takes one test at a time, and may not be done with the one before.
+        if time.monotonic() > deadline:
+            raise LabError(f"iperf3 behind {server.name}: {result.get('error', 'no result')}")
+        time.sleep(0.2)
     gigabits = sum(part["bytes"] for part in parts) * 8 / 1e9
     rate = sum(part["bits_per_second"] for part in parts) / 1e9
     return {direction: rate, f"{direction}_cpu": gigabits / max(spent(), 1e-3)}
