@@ -12,11 +12,11 @@ Limit: client, servers and iperf3 share the machine, so what the client takes is
 
 from __future__ import annotations
 
+import base64
 import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from falkirk.wireguard import primitives
@@ -28,7 +28,7 @@ from tools.bench_cpu import Meter, memory, used_us
 from tools.bench_stage import IPERF_PORT, LOAD, Stage, attempt, measure, medians, ratio, say, shape, stage
 from tools.mesh import Mesh, resource
 from tools.netlab import LabError, Namespace, wait_for
-from tools.wg_device import StockDevice, key_pair
+from tools.wg_device import StockDevice, key_pair, secret_file, start
 
 RULES, ROUTES = 1000, 10_000
 PORT = 51820
@@ -122,12 +122,8 @@ def _wireguard_go(place: Stage, name: str, program: str, number: int) -> Server:
     client = _cabled(place, number, f"stock{number}")
     private, public = key_pair()
     interface, inner = f"fks{os.getpid() % 100_000}{number}", f"10.66.{number}"
-    environment = {**os.environ, "WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
-    process = place.lab.start(place.node.command(program, "-f", interface), env=environment)
-    wait_for("wireguard-go's socket", Path(f"/var/run/wireguard/{interface}.sock").exists, 10)
-    key = place.directory / f"{interface}.key"
-    key.touch(mode=0o600)
-    key.write_text(private)
+    process = start(place.lab, place.node, interface, program)
+    key = secret_file(place.directory / f"{interface}.key", private)
     run = place.node.run
     run(
         "wg",
@@ -214,9 +210,7 @@ def _small_packets(place: Stage, mesh: Mesh, seconds: float) -> dict[str, float]
     )
     sink = f"import socket,time; s=socket.socket(2,2); s.bind(({place.addresses[0]!r},{port})); time.sleep(600)"
     place.server.start(sys.executable, "-c", sink)
-    key = place.directory / "small.key"
-    key.touch(mode=0o600)
-    key.write_text(device.private_key)
+    key = secret_file(place.directory / "small.key", device.private_key)
     meter = Meter(mesh.pid)
     load = [sys.executable, str(LOAD / "wireguard_packets.py"), str(key), _key(mesh), f"198.19.3.1:{PORT}", address]
     load += [f"{place.addresses[0]}:{port}", "--seconds", f"{seconds:g}"]
@@ -237,13 +231,9 @@ def _idle(place: Stage, mesh: Mesh) -> dict[str, float]:
     say(f"{IDLE} idle devices")
     client = place.lab.namespace("crowd")
     place.lab.cable(place.node, client, ["198.19.4.1/24"], ["198.19.4.2/24"])
-    keys = [(os.urandom(32)) for _ in range(IDLE)]
-    folder = place.directory / "crowd.keys"
-    folder.touch(mode=0o600)
-    folder.write_bytes(b"".join(keys))
+    keys = [os.urandom(32) for _ in range(IDLE)]
+    crowd = secret_file(place.directory / "crowd.keys", b"".join(keys))
     before = {kind: memory(mesh.pid, kind) for kind in KINDS}
-    import base64
-
     devices = [
         resource("Device", f"idle-{number}", "acme", publicKey=base64.b64encode(primitives.public_key(key)).decode())
         for number, key in enumerate(keys)
@@ -253,14 +243,10 @@ def _idle(place: Stage, mesh: Mesh) -> dict[str, float]:
     log = place.directory / "crowd.log"
     with log.open("wb") as output:
         client.start(
-            sys.executable, str(LOAD / "wireguard_crowd.py"), str(folder), _key(mesh), f"198.19.4.1:{PORT}", log=output
+            sys.executable, str(LOAD / "wireguard_crowd.py"), str(crowd), _key(mesh), f"198.19.4.1:{PORT}", log=output
         )
 
-    def joined() -> bool:
-        stats = mesh.ask_json("tunnels", "flow", "stats")
-        return bool(stats) and log.read_text(errors="replace").count("joined") == 1
-
-    wait_for(f"{IDLE} sessions", joined, 120)
+    wait_for(f"{IDLE} sessions", lambda: "joined" in log.read_text(errors="replace"), 120)
     time.sleep(REST_S)
     grown = {kind: (memory(mesh.pid, kind) - before[kind]) / IDLE for kind in KINDS}
     meter = Meter(mesh.pid)

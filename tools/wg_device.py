@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from falkirk.wireguard.primitives import public_key
 from tools.netlab import Lab, LabError, Namespace, run, wait_for
 
 UP_S = 10.0
@@ -21,10 +22,23 @@ UP_S = 10.0
 
 def key_pair() -> tuple[str, str]:
     """A private key and its public one, as `wg` writes them."""
-    from falkirk.wireguard.primitives import public_key
-
     secret = os.urandom(32)
     return base64.b64encode(secret).decode(), base64.b64encode(public_key(secret)).decode()
+
+
+def start(lab: Lab, namespace: Namespace, interface: str, program: str = "wireguard-go") -> subprocess.Popen[bytes]:
+    """A wireguard-go with this interface, ready to be set up; the lab ends it. Raises LabError."""
+    environment = {**os.environ, "WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
+    process = lab.start(namespace.command(program, "-f", interface), env=environment)
+    wait_for("wireguard-go's socket", Path(f"/var/run/wireguard/{interface}.sock").exists, UP_S)
+    return process
+
+
+def secret_file(path: Path, secret: str | bytes) -> Path:
+    """A file that only its owner may read."""
+    path.touch(mode=0o600)
+    path.write_bytes(secret.encode() if isinstance(secret, str) else secret)
+    return path
 
 
 class StockDevice:
@@ -36,7 +50,6 @@ class StockDevice:
         self.private_key, self.public_key = key_pair()
         self._lab, self._directory, self._program = lab, directory, program
         self.interface = f"fk{os.getpid() % 100_000}{name[:6]}"
-        self._process: subprocess.Popen[bytes] | None = None
 
     def join(
         self,
@@ -52,9 +65,7 @@ class StockDevice:
         peer = ["peer", server_key, "endpoint", endpoint, "allowed-ips", ",".join(allowed)]
         if keepalive_s:
             peer += ["persistent-keepalive", str(keepalive_s)]
-        key = self._directory / f"{self.name}.key"
-        key.touch(mode=0o600)
-        key.write_text(self.private_key)
+        key = secret_file(self._directory / f"{self.name}.key", self.private_key)
         self._start()
         self.namespace.run("wg", "set", self.interface, "private-key", str(key), *peer)
         self._up(addresses, allowed, mtu)
@@ -66,18 +77,13 @@ class StockDevice:
             name, equals, value = line.partition("=")
             if equals and not name.startswith("#"):
                 said.setdefault(name.strip(), []).extend(one.strip() for one in value.split(","))
-        stripped = self._directory / f"{self.name}.stripped"
-        stripped.touch(mode=0o600)
-        stripped.write_text(run(["wg-quick", "strip", str(file)]))
+        stripped = secret_file(self._directory / f"{self.name}.stripped", run(["wg-quick", "strip", str(file)]))
         self._start()
         self.namespace.run("wg", "setconf", self.interface, str(stripped))
         self._up([one.partition("/")[0] for one in said["Address"]], said["AllowedIPs"], int(said["MTU"][0]))
 
     def _start(self) -> None:
-        environment = {**os.environ, "WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
-        command = self.namespace.command(self._program, "-f", self.interface)
-        self._process = self._lab.start(command, env=environment)
-        wait_for("wireguard-go's socket", Path(f"/var/run/wireguard/{self.interface}.sock").exists, UP_S)
+        start(self._lab, self.namespace, self.interface, self._program)
 
     def _up(self, addresses: Sequence[str], allowed: Sequence[str], mtu: int) -> None:
         """Addresses, MTU and routes, as wg-quick sets them."""

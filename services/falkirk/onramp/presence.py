@@ -99,13 +99,13 @@ class Reporter:
 
     async def _report(self) -> None:
         now = presences(self._parent.tunnels, self._parent.heard)
-        for request in _requests(self._node, self._told, now, whole=self._whole):
+        for request in requests(self._node, self._told, now, whole=self._whole):
             answer = await self._presence.Report(request, timeout=TIMEOUT_S)
             self._whole = answer.resync
         self._told = now
 
 
-def _requests(
+def requests(
     node: str, told: Mapping[str, pb.Presence], now: Mapping[str, pb.Presence], *, whole: bool
 ) -> Iterable[pb.PresenceServiceReportRequest]:
     """What is to be said; always something, as it renews the lease."""

@@ -7,6 +7,7 @@ from ipaddress import ip_address
 
 from falkirk.onramp.admission import ANY
 from falkirk.runtime.settings import Section
+from falkirk.wire.endpoint import host_and_port
 
 
 class TunnelGrant(Section, frozen=True, kw_only=True):
@@ -43,9 +44,7 @@ class WireGuardSettings(Section, frozen=True, kw_only=True):
         if self.address:
             ip_address(self.address)
         for endpoint in self.endpoints:
-            host, colon, port = endpoint.rpartition(":")
-            if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
-                raise ValueError(f"wireguard.endpoints: {endpoint!r} isn't HOST:PORT")
+            host_and_port(endpoint)
 
 
 class Settings(Section, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from falkirk.linux.wireguard.request import InterfaceRequest, PeerRequest, decode, encode, host_and_port
+from falkirk.linux.wireguard.request import InterfaceRequest, PeerRequest, decode, encode
 
 SECRET = bytes(range(32))
 GOOD = InterfaceRequest(
@@ -43,23 +43,3 @@ def test_what_is_wrong_is_named(change: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told) as caught:
         decode(json.dumps(json.loads(encode(GOOD)) | change).encode())
     assert json.loads(encode(GOOD))["private_key"] not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("192.0.2.1:1", ("192.0.2.1", 1)),
-        ("[2001:db8::1]:65535", ("2001:db8::1", 65535)),
-        ("node.example.com:51820", ("node.example.com", 51820)),
-    ],
-)
-def test_endpoints(text: str, parts: tuple[str, int]) -> None:
-    assert host_and_port(text) == parts
-
-
-@pytest.mark.parametrize(
-    "text", ["", "host", ":1", "host:", "host:0", "host:65536", "host:-1", "2001:db8::1:51820", "[]:1"]
-)
-def test_what_is_no_endpoint(text: str) -> None:
-    with pytest.raises(ValueError, match="isn't host:port"):
-        host_and_port(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from falkirk.api.registry.v1 import presence_service_pb2 as pb
 from falkirk.onramp.control import Heard, Opened
-from falkirk.onramp.presence import _requests, presences
+from falkirk.onramp.presence import presences, requests
 from falkirk.wire.context import Framing, TunnelContext
 
 
@@ -29,18 +29,18 @@ def test_a_device_is_told_once_by_the_tunnel_that_was_heard_last() -> None:
 def test_changes_are_told_and_the_whole_where_it_is_asked_for() -> None:
     before = presences({1: opened(1, "a"), 2: opened(2, "b")}, {})
     after = presences({2: opened(2, "b"), 3: opened(3, "c")}, {})
-    (change,) = _requests("n", before, after, whole=False)
+    (change,) = requests("n", before, after, whole=False)
     assert ([one.device_id for one in change.present], list(change.gone_device_ids), change.complete) == (
         ["c"],
         ["a"],
         False,
     )
-    (whole,) = _requests("n", before, after, whole=True)
+    (whole,) = requests("n", before, after, whole=True)
     assert ([one.device_id for one in whole.present], list(whole.gone_device_ids), whole.complete) == (
         ["b", "c"],
         [],
         True,
     )
     # Nothing has changed: the lease is renewed.
-    (same,) = _requests("n", after, after, whole=False)
+    (same,) = requests("n", after, after, whole=False)
     assert (same.node, len(same.present), same.lease_ms) == ("n", 0, 15_000)

@@ -21,9 +21,10 @@ from typing import Any, Final
 from falkirk.linux import trains, tun
 from falkirk.linux.wireguard import control
 from falkirk.linux.wireguard.network import MARK, Network
-from falkirk.linux.wireguard.request import InterfaceRequest, PeerRequest, host_and_port
+from falkirk.linux.wireguard.request import InterfaceRequest, PeerRequest
 from falkirk.linux.wireguard.resolver import Resolver
 from falkirk.wire import vnet
+from falkirk.wire.endpoint import endpoint_text, host_and_port
 from falkirk.wire.segment import segments
 from falkirk.wireguard.messages import INITIATION_SIZE
 from falkirk.wireguard.node import Node
@@ -252,7 +253,7 @@ class Interface:
         peers = [
             {
                 "public_key": way.peer.public_key.hex(),
-                "endpoint": _text(way.peer.endpoint),
+                "endpoint": endpoint_text(way.peer.endpoint),
                 "connected": way.peer.usable(now),
                 "handshake_age_s": round(now - way.peer.handshake_at, 3) if way.peer.handshake_wall_ns else None,
                 "received_bytes": way.peer.rx_bytes,
@@ -274,13 +275,6 @@ class Interface:
             "peers": peers,
             "dropped": dropped,
         }
-
-
-def _text(endpoint: tuple[Any, ...] | None) -> str:
-    if endpoint is None:
-        return ""
-    host, port = str(endpoint[0]).removeprefix("::ffff:"), endpoint[1]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def main(path: str) -> int:

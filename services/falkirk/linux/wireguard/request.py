@@ -7,6 +7,8 @@ from typing import Final
 
 import msgspec
 
+from falkirk.wire.endpoint import host_and_port
+
 DEFAULT_INTERFACE: Final = "falkirk0"
 DEFAULT_MTU: Final = 1420
 """1,500 less what IPv6, UDP and WireGuard add (80)."""
@@ -77,15 +79,3 @@ def decode(data: bytes) -> InterfaceRequest:
 def encode(request: InterfaceRequest) -> bytes:
     """JSON of it, keys included."""
     return msgspec.json.format(msgspec.json.encode(request), indent=2)
-
-
-def host_and_port(endpoint: str) -> tuple[str, int]:
-    """An endpoint's two parts. Raises ValueError."""
-    host, _, port = endpoint.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-        raise ValueError(f"endpoint {endpoint!r} isn't host:port or [address]:port")
-    return host, int(port)
