@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import pytest
 
+from falkirk.api.flow.v1 import flow_service_pb2, flow_service_pb2_grpc
 from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.api.registry.v1 import presence_service_pb2, presence_service_pb2_grpc
@@ -50,7 +51,9 @@ class Place:
                 [f"198.18.{number}.2/24", f"198.18.{number}.3/24", f"fd12:{number}::2/64"],
             )
         self.mesh = Mesh(lab, self.directory, self.node)
-        self.mesh.start({"onramp": {"wireguard": {"port": PORT, "endpoints": [f"198.18.102.1:{PORT}"]}}})
+        self.mesh.start(
+            {"onramp": {"adopt_timeout_ms": 1000, "wireguard": {"port": PORT, "endpoints": [f"198.18.102.1:{PORT}"]}}}
+        )
         self.addresses = ["100.96.0.9", "fd00:96::9"]
         documents = []
         for tenant in ("acme", "other"):
@@ -309,6 +312,39 @@ def test_sessions_are_renewed_under_a_connection(place: Place) -> None:
             exchange(*ends)
             assert device.handshake() > 0
         assert place.tunnels()["one"].id == tunnel
+
+
+def test_a_tunnel_that_no_flow_worker_takes_leaves_nothing(place: Place) -> None:
+    """The device is refused, again and again, while nobody reads; then it is back, and no descriptor of the parent's is left over."""
+    assert place.one.ping(SERVER4, seconds=5)
+    onramp = next(process.pid for process in place.stats().processes if process.name == "onramp")
+    before = _descriptors(onramp)
+    refused = _refused(place)
+    flow = _flow_worker(place)
+    os.kill(flow, signal.SIGSTOP)
+    try:
+        with grpc.insecure_channel(f"unix:{place.mesh.run_dir / 'admin' / 'onramp.sock'}") as channel:
+            onramp_service_pb2_grpc.OnrampServiceStub(channel).Close(pb.CloseRequest(id=place.tunnels()["one"].id))
+        wait_for("a refusal", lambda: not place.one.ping(SERVER4, seconds=1) and _refused(place) > refused, DEADLINE_S)
+    finally:
+        os.kill(flow, signal.SIGCONT)
+    wait_for("it is back", lambda: place.one.ping(SERVER4, seconds=1), DEADLINE_S)
+    wait_for("its tunnel", lambda: "one" in place.tunnels(), DEADLINE_S)
+    wait_for("the descriptors of before", lambda: _descriptors(onramp) <= before, DEADLINE_S)
+
+
+def _descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def _refused(place: Place) -> int:
+    return sum(counter.value for counter in place.stats().refused if counter.name == "NOT_READY")
+
+
+def _flow_worker(place: Place) -> int:
+    with grpc.insecure_channel(f"unix:{place.mesh.run_dir / 'read' / 'flow.sock'}") as channel:
+        stats = flow_service_pb2_grpc.FlowServiceStub(channel).Stats(flow_service_pb2.StatsRequest())
+    return next(int(process.pid) for process in stats.processes if process.name == "flow.worker.0")
 
 
 def test_a_change_takes_effect_at_once(place: Place) -> None:

@@ -10,7 +10,7 @@ other end stays here. So whatever closes a tunnel (a device that is disabled, re
 
 Of a device that may still come, but not as it was (another address or network), a handshake is asked at once, and the tunnel is made anew.
 
-Limits: one worker; a device's tunnel takes two descriptors here and one in its flow worker, for as long as it answers; 64 KiB a datagram of packets.
+Limits: one worker; a device's tunnel takes four descriptors for as long as it answers, two here, one of the parent's and one in its flow worker; 64 KiB a datagram of packets.
 Sessions end with the process, tunnels don't: the parent keeps their near ends, and the next process asks each device that still sends for a handshake.
 """
 
@@ -21,7 +21,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from falkirk.linux import sockets, trains
 from falkirk.linux.seqpacket import Peer as Producer
@@ -31,6 +31,7 @@ from falkirk.onramp.context import Refusal
 from falkirk.onramp.control import WIREGUARD
 from falkirk.onramp.reactor import Reactor, Timer
 from falkirk.onramp.tables import DeviceRow, Tables, Touched
+from falkirk.wire.endpoint import host_and_port
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import split
 from falkirk.wireguard.counters import REASONS
@@ -48,9 +49,8 @@ PLACES: Final = 100_000
 """Endpoints that are remembered; beyond, the oldest are forgotten, and their devices come back by their own timers."""
 REPORT_S: Final = 1.0
 """How often the parent hears of what has changed about devices."""
-Admit = Callable[[socket.socket, socket.socket, Producer, Admission], int]
-"""Hands the far end of a tunnel to its flow worker, and a copy of the near end to whoever keeps it; the tunnel's number. Raises Refusal, and the far end stays the
-caller's."""
+Admit = Callable[[socket.socket, Producer, Admission], int]
+"""Hands the far end of a tunnel to its flow worker; the tunnel's number. Raises Refusal, and the socket stays the caller's."""
 Close = Callable[[int, str], None]
 Heard = Callable[[int, Peer], None]
 """Something is new about the device of a tunnel: its endpoint, its last handshake, its bytes."""
@@ -96,7 +96,7 @@ class WireGuard:
         self._news: set[Peer] = set()
         self._timer: Timer | None = None
         self._due = float("inf")
-        self._counted = dict.fromkeys(REASONS, 0)
+        self._counted: dict[str, int] = dict.fromkeys(REASONS, 0)
         self._producer = Producer(os.getpid(), os.getuid(), os.getgid())
 
     def start(self) -> None:
@@ -116,9 +116,7 @@ class WireGuard:
         row = tables.device_by_key(public_key)
         if row is None:
             return Whose.NOBODY
-        try:
-            admission.admit_device(tables, row)
-        except Refusal:
+        if _unwelcome(tables, row, public_key):
             self._drop("not_admitted")
             return Whose.NOBODY
         return self._add(row, None)
@@ -150,11 +148,7 @@ class WireGuard:
         self._node.remove_peer(peer.public_key)
         self._peers.pop(link.device_id, None)
         self._news.discard(peer)
-        near, link.near = link.near, None
-        if near is not None:
-            self._reactor.remove(near.fileno())
-            near.close()
-            self._close(link.tunnel, reason)
+        self._close_tunnel(peer, reason)
 
     def _again(self, peer: Peer, reason: str) -> None:
         """It begins anew, where it may."""
@@ -209,13 +203,21 @@ class WireGuard:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
             sockets.raise_buffers(near, BUFFER)
-            link.tunnel = self._admit(far, near, self._producer, admission.admit_device(tables, row))
+            link.tunnel = self._admit(far, self._producer, admission.admit_device(tables, row))
         except Refusal:
             self._drop("not_admitted")
             near.close()
             far.close()
             return
         self._attach(peer, near)
+
+    def near_end(self, tunnel: int, device_id: str) -> int | None:
+        """A copy, its caller's, of the near end of a device's tunnel; None where the tunnel isn't WireGuard's (any more)."""
+        peer = self._peers.get(device_id)
+        link: Link | None = peer.owner if peer is not None else None
+        return (
+            os.dup(link.near.fileno()) if link is not None and link.near is not None and link.tunnel == tunnel else None
+        )
 
     def _attach(self, peer: Peer, near: socket.socket) -> None:
         peer.owner.near = near
@@ -230,8 +232,7 @@ class WireGuard:
             near.close()
             return
         near.setblocking(False)
-        host, _, port = endpoint.rpartition(":")
-        place = trains.destination(self._sock, host.strip("[]"), int(port)) if host else None
+        place = trains.destination(self._sock, *host_and_port(endpoint)) if endpoint else None
         peer = self._add(row, place)
         peer.owner.tunnel = tunnel
         if place is not None:
@@ -311,7 +312,7 @@ class WireGuard:
             self._lost(trains.send(self._sock, peer.endpoint, datagrams))
 
     def _close_tunnel(self, peer: Peer, reason: str) -> None:
-        """It doesn't answer: others are told that it isn't there, until it comes again."""
+        """End its tunnel, where it has one: others are told that it isn't there, until it comes again."""
         link: Link = peer.owner
         near, link.near = link.near, None
         if near is not None:
@@ -348,9 +349,9 @@ class WireGuard:
         while len(self._places) > PLACES:
             del self._places[next(iter(self._places))]
         for reason, count in self._node.counters.items():
-            more = count - self._counted[reason]  # type: ignore[index]
+            more = count - self._counted[reason]
             if more:
-                self._counted[reason] = count  # type: ignore[index]
+                self._counted[reason] = count
                 self._count(WIREGUARD + reason, more)
 
     def _drop(self, reason: str, packets: int = 1) -> None:
@@ -376,11 +377,3 @@ def _unwelcome(tables: Tables, row: DeviceRow | None, public_key: bytes) -> str:
 
 def _nothing() -> None:
     """The loop's turn is all that is wanted."""
-
-
-def endpoint_text(endpoint: tuple[Any, ...] | None) -> str:
-    """An address and port as people write it; empty for none."""
-    if endpoint is None:
-        return ""
-    host, port = str(endpoint[0]).removeprefix("::ffff:"), endpoint[1]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -38,10 +38,11 @@ from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor
 from falkirk.onramp.tables import Row, Tables
 from falkirk.onramp.tunnels import Tunnel, TunnelTable
-from falkirk.onramp.wireguard import WireGuard, endpoint_text
+from falkirk.onramp.wireguard import WireGuard
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire import handover
+from falkirk.wire.endpoint import endpoint_text
 from falkirk.wire.handover import Adopted, AdoptRefused, Held, TunnelClosed
 from falkirk.wireguard.peer import Peer as WireGuardPeer
 
@@ -232,16 +233,14 @@ class Worker:
             self._on_refused(refusal.code)
             gate.refuse(sock, refusal.answer())
 
-    def _admit_device(self, far: socket.socket, near: socket.socket, producer: Peer, admitted: Admission) -> int:
-        """A WireGuard device has proved its key. The parent has a copy of the near end, so that the flow tracker doesn't notice where this process dies."""
+    def _admit_device(self, far: socket.socket, producer: Peer, admitted: Admission) -> int:
+        """A WireGuard device has proved its key."""
         try:
             if len(self._reports) > MAX_REPORTS:
                 raise Refusal(Code.NOT_READY, "the on-ramp's parent doesn't answer; try again")
             context = admitted.context
             request = ContextRequest(context.tenant, context.device, packed=True)
-            tunnel = self._tunnels.admit(far, producer, admitted, request, time.time_ns(), self._wireguard_mtu)
-            self._report(control.Kept(tunnel, context.device_id), os.dup(near.fileno()))
-            return tunnel
+            return self._tunnels.admit(far, producer, admitted, request, time.time_ns(), self._wireguard_mtu)
         except Refusal as refusal:
             self._on_refused(refusal.code)
             raise
@@ -295,6 +294,11 @@ class Worker:
                 resumed=resumed,
             )
         )
+        if self._wireguard is not None and not resumed:
+            # Only of a tunnel that the parent hears the end of. With its copy the flow tracker doesn't notice where this process dies.
+            near = self._wireguard.near_end(tunnel.id, tunnel.context.device_id)
+            if near is not None:
+                self._report(control.Kept(tunnel.id, tunnel.context.device_id), near)
 
     def _on_heard(self, tunnel: int, peer: WireGuardPeer) -> None:
         endpoint = endpoint_text(peer.endpoint)
