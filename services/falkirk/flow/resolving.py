@@ -26,7 +26,7 @@ from falkirk.flow.session import Session, Sessions
 from falkirk.flow.table import Tunnel
 from falkirk.wire import asker
 from falkirk.wire.context import Framing
-from falkirk.wire.datagram import Heads
+from falkirk.wire.datagram import Heads, quoted_packet
 from falkirk.wire.icmp import Unreachable
 
 if TYPE_CHECKING:
@@ -166,7 +166,5 @@ class ResolverSessions(Sessions[ResolverSession]):
 
     def quote(self, session: ResolverSession, quoted: bytes) -> bytes | None:
         """The client's datagram as far as it is quoted."""
-        heads = Heads(session.source, session.destination, session.source_port, session.destination_port)
-        packet = bytearray(heads.size) + quoted
-        heads.put(packet, 0, len(quoted), 1, 0)
-        return bytes(packet)
+        ends = session.source, session.destination, session.source_port, session.destination_port
+        return quoted_packet(*ends, quoted)

@@ -32,7 +32,7 @@ from falkirk.linux import datagrams
 from falkirk.wire import vnet
 from falkirk.wire.checksum import pseudo_header, residue
 from falkirk.wire.context import Framing
-from falkirk.wire.datagram import Heads
+from falkirk.wire.datagram import Heads, quoted_packet
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, verify
 from falkirk.wire.protocol import UDP
@@ -412,10 +412,8 @@ class UdpSessions(Sessions[UdpSession]):
 
     def quote(self, session: UdpSession, quoted: bytes) -> bytes | None:
         """The client's datagram as far as an error quotes it."""
-        heads = Heads(session.source, session.destination, session.source_port, session.destination_port)
-        packet = bytearray(heads.size) + quoted
-        heads.put(packet, 0, len(quoted), 1, 0)
-        return bytes(packet)
+        ends = session.source, session.destination, session.source_port, session.destination_port
+        return quoted_packet(*ends, quoted)
 
     # begun and ended
 

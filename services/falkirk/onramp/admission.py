@@ -73,10 +73,7 @@ def admit(tables: Tables, request: ContextRequest) -> Admission:
     device = tables.device(tenant.id, request.device)
     if device is None:
         raise Refusal(Code.UNKNOWN_DEVICE, f"tenant {tenant.name} has no device {shown(request.device)}")
-    network = tables.network(tenant.id, request.virtual_network or device.virtual_network)
-    if network is None:
-        name = request.virtual_network or device.virtual_network or "default"
-        raise Refusal(Code.UNKNOWN_VIRTUAL_NETWORK, f"tenant {tenant.name} has no virtual network {shown(name)}")
+    network = _network(tables, tenant, request.virtual_network or device.virtual_network)
     context = _context(tables, tenant, device, network, request.attributes, packed=request.packed)
     return Admission(context, bool(request.virtual_network))
 
@@ -86,11 +83,18 @@ def admit_device(tables: Tables, device: DeviceRow) -> Admission:
     tenant = tables.tenant_by_id(device.tenant_id)
     if tenant is None:
         raise Refusal(Code.UNKNOWN_TENANT, f"the tenant of device {device.name} isn't known")
-    network = tables.network(tenant.id, device.virtual_network)
-    if network is None:
-        name = device.virtual_network or "default"
-        raise Refusal(Code.UNKNOWN_VIRTUAL_NETWORK, f"tenant {tenant.name} has no virtual network {shown(name)}")
+    network = _network(tables, tenant, device.virtual_network)
     return Admission(_context(tables, tenant, device, network, {"onramp": "wireguard"}, packed=True), False)
+
+
+def _network(tables: Tables, tenant: TenantRow, name: str) -> NetworkRow:
+    """A tenant's network; an empty name is its default. Raises Refusal."""
+    network = tables.network(tenant.id, name)
+    if network is None:
+        raise Refusal(
+            Code.UNKNOWN_VIRTUAL_NETWORK, f"tenant {tenant.name} has no virtual network {shown(name or 'default')}"
+        )
+    return network
 
 
 def review(tables: Tables, admission: Admission) -> Admission | str:

@@ -132,6 +132,14 @@ class Heads:
         return made
 
 
+def quoted_packet(source: bytes, destination: bytes, source_port: int, destination_port: int, payload: bytes) -> bytes:
+    """The packet of a datagram of which an error quotes `payload`, as far as it is known."""
+    heads = Heads(source, destination, source_port, destination_port)
+    packet = bytearray(heads.size) + payload
+    heads.put(packet, 0, len(payload), 1, 0)
+    return bytes(packet)
+
+
 def rebuild(buf: bytearray, at: int, l4: int, end: int, heads: Heads) -> int:
     """Take the packet at [at, end), whose UDP header is at `l4`, apart to its payload, and build it anew in its place; its new end.
 
