@@ -44,7 +44,7 @@ QUIET_S: Final = 0.5
 
 def missing() -> str:
     """What isn't installed; empty where the devices can be shown."""
-    return ", ".join(name for name in ("wireguard-go", "wg") if shutil.which(name) is None)
+    return ", ".join(name for name in ("wireguard-go", "wg", "ping") if shutil.which(name) is None)
 
 
 class Devices:

@@ -144,6 +144,28 @@ def test_doctor_without_a_mesh(run_dir: Path) -> None:
     assert all(check["remedy"] for check in report["checks"] if check["state"] != "ok")
 
 
+def test_doctor_waits_for_a_mesh(run_dir: Path, request: pytest.FixtureRequest) -> None:
+    waiting = subprocess.Popen(
+        command("doctor", run_dir, "--json", "--wait", "20"), stdout=subprocess.PIPE, text=True, env=environment()
+    )
+    request.getfixturevalue("up")
+    report = json.loads(waiting.communicate(timeout=30)[0])
+    assert (waiting.returncode, report["mesh"]["services"]) == (0, {"registry": "SERVING"})
+
+
+def test_doctor_waits_no_longer_than_it_is_told(run_dir: Path) -> None:
+    done = subprocess.run(
+        command("doctor", run_dir, "--wait", "0.2"),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env=environment(),
+    )
+    assert done.returncode == 1
+    assert f"none answers in {run_dir} after 0.2 s" in done.stdout
+
+
 def test_doctor_names_what_is_wrong_with_its_remedy(up: Up, run_dir: Path) -> None:
     (run_dir / "admin").chmod(0o755)
     report = doctor(run_dir)

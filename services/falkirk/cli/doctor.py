@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -24,6 +25,7 @@ from falkirk.cli.checks import Check
 from falkirk.runtime.settings import SERVICES, SettingsError, Shell
 
 ANSWER_SECONDS: Final = 2.0
+RETRY_SECONDS: Final = 0.1
 
 
 class Process(msgspec.Struct, frozen=True):
@@ -63,16 +65,19 @@ def doctor(
     config: Annotated[Path | None, typer.Option(help="Settings of the mesh. [$FALKIRK_CONFIG]")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Its sockets. [$FALKIRK_RUN_DIR]")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="What survives a restart. [$FALKIRK_DATA_DIR]")] = None,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="First wait until all services are well, so long at most.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Check this machine, and the mesh that runs on it."""
-    report = examine(config, run_dir, data_dir)
+    report = examine(config, run_dir, data_dir, wait)
     typer.echo(msgspec.json.encode(report).decode() if as_json else render(report), nl=as_json)
     raise typer.Exit(0 if report.ok else 1)
 
 
-def examine(config: Path | None, run_dir: Path | None, data_dir: Path | None) -> Report:
-    """Runs every check."""
+def examine(config: Path | None, run_dir: Path | None, data_dir: Path | None, wait: float = 0) -> Report:
+    """Runs every check. `wait`: seconds that a mesh may take to be well; one that isn't there by then has failed."""
     from falkirk.cli import checks
     from falkirk.runtime import settings
 
@@ -83,9 +88,15 @@ def examine(config: Path | None, run_dir: Path | None, data_dir: Path | None) ->
     except SettingsError as error:
         found.append(Check("settings", "failed", str(error), "correct the file"))
         shell = settings.shell_of({}, None, run_dir=run_dir, data_dir=data_dir)
-    mesh = look(shell)
+    mesh = _await(shell, wait)
     found += checks.machine()
     if mesh is None:
+        if wait:
+            found.append(
+                Check(
+                    "mesh", "failed", f"none answers in {shell.run_dir} after {wait:g} s", "see the log of falkirk up"
+                )
+            )
         found += checks.directories(shell)
     else:
         found += checks.permissions(shell)
@@ -101,6 +112,17 @@ def look(shell: Shell) -> Mesh | None:
         return None
     processes = [process for service in SERVICES for process in _processes(shell, service)]
     return Mesh(str(shell.run_dir), health, processes)
+
+
+def _await(shell: Shell, seconds: float) -> Mesh | None:
+    """The mesh once all of it is well, or as it is when the time is over."""
+    deadline = time.monotonic() + seconds
+    while True:
+        mesh = look(shell)
+        well = mesh is not None and set(mesh.services.values()) == {"SERVING"}
+        if well or time.monotonic() >= deadline:
+            return mesh
+        time.sleep(RETRY_SECONDS)
 
 
 def _troubles(mesh: Mesh) -> Iterator[Check]:
