@@ -16,7 +16,6 @@ Limits: Linux only. RFC 4884 extensions of errors aren't told.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import socket
 import struct
@@ -63,8 +62,7 @@ _QUOTED: Final = 2048
 _FAMILIES: Final = {4: socket.AF_INET, 16: socket.AF_INET6}
 _ANY: Final = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}
 _FLAGS: Final = socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-_INSTRUCTION: Final = struct.Struct("=HBBI")
-_NOTHING: Final = _INSTRUCTION.pack(0x06, 0, 0, 0)
+_NOTHING: Final = [(0x06, 0, 0, 0)]
 """Classic BPF: return 0."""
 
 
@@ -92,7 +90,7 @@ def udp(destination: bytes, port: int, egress: bytes, local: int) -> socket.sock
     family = _family(destination, egress)
     sock = socket.socket(family, socket.SOCK_DGRAM | _FLAGS)
     try:
-        _filter(sock, _NOTHING)
+        sockets.attach(sock, SO_ATTACH_FILTER, _NOTHING)
         if local:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind((_text(family, egress), local))
@@ -148,7 +146,7 @@ def _raw_echo(
 ) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_RAW | _FLAGS, protocol)
     try:
-        _filter(sock, _replies(family, identifier))
+        sockets.attach(sock, SO_ATTACH_FILTER, _replies(family, identifier))
         sock.bind((_text(family, egress), 0))
         _prepare(sock, family)
         sock.connect((_text(family, destination), 0))
@@ -159,10 +157,10 @@ def _raw_echo(
     return sock
 
 
-def _replies(family: socket.AddressFamily, identifier: int) -> bytes:
+def _replies(family: socket.AddressFamily, identifier: int) -> list[sockets.Instruction]:
     """Classic BPF: echo replies of one identifier. IPv4 packets begin with their IP header, ICMPv6 ones with ICMP's."""
     four = family == socket.AF_INET
-    steps = [
+    return [
         (0xB1, 0, 0, 0) if four else (0x01, 0, 0, 0),  # X = 4 * (first byte & 15), or X = 0
         (0x50, 0, 0, 0),  # A = type
         (0x15, 0, 3, 0 if four else 129),  # a reply?
@@ -171,7 +169,6 @@ def _replies(family: socket.AddressFamily, identifier: int) -> bytes:
         (0x06, 0, 0, 0xFFFF),
         (0x06, 0, 0, 0),
     ]
-    return b"".join(_INSTRUCTION.pack(*step) for step in steps)
 
 
 def _drain(sock: socket.socket) -> None:
@@ -203,13 +200,6 @@ def _prepare(sock: socket.socket, family: socket.AddressFamily) -> None:
         for option in (IPV6_RECVERR, IPV6_RECVHOPLIMIT, IPV6_RECVTCLASS):
             sock.setsockopt(socket.IPPROTO_IPV6, option, 1)
     may_fragment(sock, six=family == socket.AF_INET6, allowed=False)
-
-
-def _filter(sock: socket.socket, program: bytes) -> None:
-    """Let the socket take only what this classic BPF program lets by."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    count = len(program) // _INSTRUCTION.size
-    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HxxxxxxP", count, ctypes.addressof(buffer)))
 
 
 def may_fragment(sock: socket.socket, *, six: bool, allowed: bool) -> None:

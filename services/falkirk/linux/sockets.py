@@ -6,8 +6,10 @@ Limits: Linux only. Setters raise OSError unless they say otherwise.
 from __future__ import annotations
 
 import _socket
+import ctypes
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 IP_BIND_ADDRESS_NO_PORT: Final = 24
@@ -18,6 +20,11 @@ SO_RCVBUFFORCE: Final = 33
 TCP_CONGESTION: Final = 13
 _TCP_CONGESTION_NAME_SIZE: Final = 16
 _LINGER: Final = struct.Struct("=ii")
+_INSTRUCTION: Final = struct.Struct("=HBBI")
+_PROGRAM: Final = struct.Struct("HxxxxxxP")
+
+Instruction = tuple[int, int, int, int]
+"""Of classic BPF: code, where to jump if true and if false, operand."""
 
 Socket = _socket.socket
 """What `socket.socket` is derived from. One takes half the memory and a third of the time to make, which counts where there are very many."""
@@ -83,6 +90,13 @@ def raise_buffers(sock: socket.socket, size: int) -> tuple[int, int]:
         # The kernel keeps and reports twice what was asked, for its own book-keeping.
         result.append(sock.getsockopt(socket.SOL_SOCKET, plain) // 2)
     return result[0], result[1]
+
+
+def attach(sock: Socket, option: int, program: Sequence[Instruction]) -> None:
+    """Give the socket a classic BPF program; `option` says what for (SO_ATTACH_FILTER and its like)."""
+    code = b"".join(_INSTRUCTION.pack(*instruction) for instruction in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    sock.setsockopt(socket.SOL_SOCKET, option, _PROGRAM.pack(len(program), ctypes.addressof(buffer)))
 
 
 def pending_error(sock: Socket) -> int:

@@ -35,7 +35,6 @@ from falkirk.wire.endpoint import host_and_port
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import split
 from falkirk.wireguard.counters import REASONS
-from falkirk.wireguard.dialogue import Whose
 from falkirk.wireguard.node import Node
 from falkirk.wireguard.outcome import Arrivals
 from falkirk.wireguard.peer import Endpoint, Peer
@@ -107,18 +106,18 @@ class WireGuard:
 
     # who may come
 
-    def _find(self, public_key: bytes) -> Peer | Whose:
+    def _find(self, public_key: bytes) -> Peer | None:
         """The engine asks for a key that it doesn't know."""
         tables = self._tables()
         if tables is None:
             self._drop("not_ready")
-            return Whose.NOBODY
+            return None
         row = tables.device_by_key(public_key)
         if row is None:
-            return Whose.NOBODY
+            return None
         if _unwelcome(tables, row, public_key):
             self._drop("not_admitted")
-            return Whose.NOBODY
+            return None
         return self._add(row, None)
 
     def _add(self, row: DeviceRow, endpoint: Endpoint | None) -> Peer:

@@ -11,14 +11,13 @@ that was recorded and is played to a node that has lost its memory of timestamps
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import Final
 
 from falkirk.wireguard import handshake, messages
 from falkirk.wireguard.cookies import Checker, cookie_key, mac1_key, open_reply, sign
 from falkirk.wireguard.counters import Reason
 from falkirk.wireguard.guard import Guard
-from falkirk.wireguard.handshake import Identity
+from falkirk.wireguard.handshake import Claim, Identity
 from falkirk.wireguard.messages import COOKIE, HEADER, INITIATION, RESPONSE, RESPONSE_HEADER
 from falkirk.wireguard.outcome import Arrivals, Event
 from falkirk.wireguard.peer import COOKIE_SECONDS, INF, REKEY_TIMEOUT, Endpoint, Peer, Pending
@@ -33,15 +32,11 @@ _MAC2: Final = slice(-messages.MAC_SIZE, None)
 _RESPONSE_BODY: Final = slice(12, messages.MAC_OFFSETS[RESPONSE])
 
 
-class Whose(Enum):
-    """Why a key has no peer in this node."""
+Find = Callable[[bytes], Peer | int | None]
+"""Asked for the peer of a public key that isn't one yet; may add it to the node first.
 
-    NOBODY = "nobody's: its initiations are dropped"
-    ANOTHER_WORKER = "another worker's: its initiations are given to the owner as an event"
-
-
-Find = Callable[[bytes], Peer | Whose]
-"""Asked for the peer of a public key that isn't one yet; may add it to the node first."""
+A number is another worker's of the node, who has this peer: its initiations go there as an event. None: nobody's, and they are dropped.
+"""
 
 
 class Dialogue:
@@ -63,7 +58,8 @@ class Dialogue:
             self._count("bad_length" if known or len(message) < HEADER.size else "bad_type")
             return None
         if kind == COOKIE:
-            self._take_cookie(message, now)
+            if not self._elsewhere(int.from_bytes(message[4:8], "little"), message, endpoint, arrivals):
+                self._take_cookie(message, now)
             return None
         if kind == INITIATION and self._hopeless(message, now):
             self._count("handshake_rate")
@@ -72,10 +68,20 @@ class Dialogue:
             self._count("bad_mac1")
             return None
         if kind == RESPONSE:
+            if self._elsewhere(int.from_bytes(message[8:12], "little"), message, endpoint, arrivals):
+                return None
             return self._receive_response(message, endpoint, now, wall_ns, arrivals)
         if self._may_cost(message, endpoint, now, arrivals):
             self._receive_initiation(message, endpoint, now, arrivals)
         return None
+
+    def _elsewhere(self, index: int, message: bytes, endpoint: Endpoint, arrivals: Arrivals) -> bool:
+        """Whether another worker has asked for this, who is given it: it came behind a datagram of another kind, in one train."""
+        worker = self._table.worker_of(index)
+        if worker == self._table.worker:
+            return False
+        arrivals.events.append(Event("other_worker", None, endpoint, datagram=message, worker=worker))
+        return True
 
     def _hopeless(self, message: bytes, now: float) -> bool:
         """Whether nothing could come of an initiation whatever else it holds: most of a flood ends here, for no hash at all."""
@@ -111,16 +117,32 @@ class Dialogue:
             self._count("low_order_point")
             return
         peer = self._table.peers.get(claimed.public) or self._find(claimed.public)
-        if peer is Whose.ANOTHER_WORKER:
-            self._count("other_worker")
-            arrivals.events.append(Event("other_worker", None, endpoint, claimed.public, message))
-            return
-        if isinstance(peer, Whose):
+        if isinstance(peer, int):
+            # Who knows this peer's last timestamp must judge it, and who answers it must have its session.
+            arrivals.events.append(Event("other_worker", None, endpoint, claimed.public, message, peer, claimed))
+        else:
+            self._answer(message, claimed, peer, endpoint, now, arrivals)
+
+    def receive_claimed(
+        self, message: bytes, claimed: Claim, endpoint: Endpoint, now: float, arrivals: Arrivals
+    ) -> None:
+        """An initiation that another worker gave us. Its macs were checked there, and its first Diffie-Hellman is made."""
+        # It counts as a handshake of ours, so that who comes to us directly is asked for a cookie sooner; who was asked elsewhere isn't asked again.
+        self._guard.loaded(now)
+        peer = self._table.peers.get(claimed.public) or self._find(claimed.public)
+        # Workers that don't agree drop it: it never goes round.
+        self._answer(message, claimed, None if isinstance(peer, int) else peer, endpoint, now, arrivals)
+
+    def _answer(
+        self, message: bytes, claimed: Claim, peer: Peer | None, endpoint: Endpoint, now: float, arrivals: Arrivals
+    ) -> None:
+        """An initiation of a peer of ours, or of nobody's."""
+        if peer is None:
             self._count("unknown_key")
             arrivals.events.append(Event("unknown_key", None, endpoint, claimed.public))
             return
         try:
-            timestamp, state = handshake.prove(claimed, self._static_secret(peer), body)
+            timestamp, state = handshake.prove(claimed, self._static_secret(peer), message[_INITIATION_BODY])
         except NotAuthentic:
             self._count("bad_timestamp")
             return

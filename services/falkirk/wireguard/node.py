@@ -12,9 +12,9 @@ from typing import Final
 
 from falkirk.wireguard import export
 from falkirk.wireguard.allowed import Allowed, Prefix
-from falkirk.wireguard.dialogue import Dialogue, Find, Whose
+from falkirk.wireguard.dialogue import Dialogue, Find
 from falkirk.wireguard.guard import Guard
-from falkirk.wireguard.handshake import Identity
+from falkirk.wireguard.handshake import Claim, Identity
 from falkirk.wireguard.messages import DATA, DATA_OVERHEAD, HEADER, KEY_SIZE
 from falkirk.wireguard.outcome import Arrivals, Event
 from falkirk.wireguard.peer import INF, KEEPALIVE_TIMEOUT, REKEY_ATTEMPT_SECONDS, REKEY_TIMEOUT, Endpoint, Peer
@@ -29,8 +29,8 @@ REST_SECONDS: Final = 5.0
 _LAST_MINUTE_SECONDS: Final = REJECT_AFTER_SECONDS - KEEPALIVE_TIMEOUT - REKEY_TIMEOUT
 
 
-def _nobody(_public_key: bytes) -> Whose:
-    return Whose.NOBODY
+def _nobody(_public_key: bytes) -> None:
+    return None
 
 
 class Node:
@@ -136,6 +136,12 @@ class Node:
             self._table.counters["bad_length"] += 1
         if self._rest_at == INF and self._table.awake:
             self._rest_at = now + REST_SECONDS
+
+    def receive_claimed(
+        self, datagram: bytes, claim: Claim, endpoint: Endpoint, now: float, arrivals: Arrivals
+    ) -> None:
+        """An initiation that another worker of this node got and gave to us, whose peer it is (`Event` "other_worker")."""
+        self._dialogue.receive_claimed(datagram, claim, endpoint, now, arrivals)
 
     def _after_data(self, session: Session, now: float, wall_ns: int, arrivals: Arrivals) -> None:
         peer = session.peer

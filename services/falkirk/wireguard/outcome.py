@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from falkirk.wireguard.handshake import Claim
 from falkirk.wireguard.peer import Endpoint, Peer
 
 EventKind = Literal["handshake", "moved", "silent", "expired", "unknown_key", "other_worker", "unknown_index"]
@@ -17,7 +18,8 @@ class Event(NamedTuple):
     silent          `peer` didn't answer for 90 s; what was kept for it is dropped
     expired         the last session with `peer` is too old to carry anything; its keys are gone
     unknown_key     `public_key` asked for a session from `endpoint` and is nobody's
-    other_worker    `datagram`, an initiation of `public_key` from `endpoint`, is another worker's to answer
+    other_worker    `datagram` from `endpoint` is for the node's worker of number `worker`: an initiation, whose sender is in `claim`, or what says an index of its.
+                    It isn't counted here
     unknown_index   `endpoint` sent data of a session that isn't here: of a predecessor of this process, for instance. Not authenticated
     """
 
@@ -26,6 +28,8 @@ class Event(NamedTuple):
     endpoint: Endpoint | None = None
     public_key: bytes = b""
     datagram: bytes = b""
+    worker: int = 0
+    claim: Claim | None = None
 
 
 class Arrivals:

@@ -1,7 +1,7 @@
 """Who is who in one node: peers by key, sessions and handshakes by index, timers by time, counters by reason.
 
 Indices are random, and are the node's alone: where several workers share a port by SO_REUSEPORT, the first byte of an index on the wire,
-modulo the number of workers, says whose it is (one load in a classic BPF filter).
+modulo the number of workers, says whose it is (`falkirk.linux.trains` has the filter).
 
 The heap has one live entry a peer, `Peer.armed`, at or before what is due for it; others are stale and skipped.
 """
@@ -25,7 +25,6 @@ class Table:
     __slots__ = (
         "_entries",
         "_heap",
-        "_worker",
         "_workers",
         "awake",
         "counters",
@@ -33,13 +32,15 @@ class Table:
         "peers",
         "rng",
         "sessions",
+        "worker",
     )
 
     def __init__(self, rng: Callable[[int], bytes], worker: int = 0, workers: int = 1) -> None:
         if not 0 <= worker < workers <= MAX_WORKERS:
             raise ValueError(f"worker {worker} of {workers}: workers count from 0 and are at most {MAX_WORKERS}")
         self.rng = rng
-        self._worker = worker
+        self.worker: Final = worker
+        """Which of the node's workers this is."""
         self._workers = workers
         self.peers: dict[bytes, Peer] = {}
         self.sessions: dict[int, Session] = {}
@@ -55,7 +56,7 @@ class Table:
         """An index of this worker's that nothing has."""
         while True:
             first, *rest = self.rng(4)
-            mine = first - first % self._workers + self._worker
+            mine = first - first % self._workers + self.worker
             if mine > 0xFF:
                 continue
             index = int.from_bytes(bytes((mine, *rest)), "little")
@@ -64,9 +65,11 @@ class Table:
 
     def may_have(self, index: int) -> bool:
         """Whether an index is of this worker's and free."""
-        return (
-            index % 256 % self._workers == self._worker and index not in self.sessions and index not in self.handshakes
-        )
+        return self.worker_of(index) == self.worker and index not in self.sessions and index not in self.handshakes
+
+    def worker_of(self, index: int) -> int:
+        """Whose an index is, be it in use or not."""
+        return index % 256 % self._workers
 
     def jitter(self) -> float:
         """Up to 333 ms, so that two sides that begin at once don't go on so (6.1)."""

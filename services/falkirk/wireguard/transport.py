@@ -50,7 +50,9 @@ class Transport:
         _, index, counter = _HEADER(data, at)
         session = self._table.sessions.get(index)
         if session is None or session.expired(now):
-            return self._strange(session, at + segment, endpoint, arrivals), None
+            stop = at + segment
+            self._strange(session, index, data[at:stop], endpoint, arrivals)
+            return stop, None
         peer = session.peer
         window = session.window
         highest = window.highest
@@ -115,16 +117,22 @@ class Transport:
         self._heard(session, bool(packets), endpoint, now, wall_ns, arrivals)
         return at, session
 
-    def _strange(self, session: Session | None, stop: int, endpoint: Endpoint, arrivals: Arrivals) -> int:
+    def _strange(
+        self, session: Session | None, index: int, message: Buffer, endpoint: Endpoint, arrivals: Arrivals
+    ) -> None:
         """A message of a session that isn't here, or is too old."""
+        worker = self._table.worker_of(index)
         if session is not None:
             self._count("session_expired")
+        elif worker != self._table.worker:
+            # It came behind an initiation, in one train.
+            event = Event("other_worker", None, endpoint, datagram=bytes(message), worker=worker)
+            arrivals.events.append(event)
         else:
             self._count("unknown_index")
             last = arrivals.events[-1] if arrivals.events else None
             if last is None or last.kind != "unknown_index" or last.endpoint != endpoint:
                 arrivals.events.append(Event("unknown_index", None, endpoint))
-        return stop
 
     def _may(self, session: Session, counter: int) -> bool:
         """Whether a counter that isn't simply the next one may be looked at."""

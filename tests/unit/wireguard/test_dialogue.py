@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from falkirk.wireguard import primitives
-from falkirk.wireguard.dialogue import Whose
 from falkirk.wireguard.guard import Guard
 from falkirk.wireguard.messages import COOKIE_SIZE, INITIATION_SIZE, MAC_OFFSETS, RESPONSE_SIZE
 from falkirk.wireguard.node import Node
@@ -160,7 +159,7 @@ def test_a_key_can_be_looked_up_when_it_first_asks() -> None:
     asked: list[bytes] = []
     world = World()
 
-    def find(public_key: bytes) -> Peer | Whose:
+    def find(public_key: bytes) -> Peer | int | None:
         asked.append(public_key)
         return node.add_peer(public_key)
 
@@ -171,20 +170,6 @@ def test_a_key_can_be_looked_up_when_it_first_asks() -> None:
     world.now += 6
     assert len(world.server.receive(initiation(world), CLIENT)) == 1
     assert len(asked) == 1
-
-
-def test_another_workers_key_is_handed_on_whole() -> None:
-    world = World()
-    datagram = initiation(world)
-    first = Node(secret("server"), rng=randomness("first"), worker=0, workers=2, find=lambda _: Whose.ANOTHER_WORKER)
-    second = world.server.node
-    world.server.node = first
-    assert world.server.receive(datagram, CLIENT) == []
-    (event,) = world.server.events
-    assert (event.kind, event.public_key) == ("other_worker", world.client.node.public_key)
-    assert event.endpoint is not None
-    world.server.node = second
-    assert len(world.server.receive(event.datagram, event.endpoint)) == 1
 
 
 @pytest.mark.parametrize("kind", ["initiation", "response"])
