@@ -94,7 +94,7 @@ def _cabled(place: Stage, number: int, name: str) -> StockDevice:
     return device
 
 
-def _key(mesh: Mesh) -> str:
+def key_of(mesh: Mesh) -> str:
     """The node's public key."""
     import grpc
 
@@ -111,7 +111,7 @@ def _falkirk(place: Stage, mesh: Mesh) -> Server:
     mesh.apply(
         [resource("Device", "roamer", "acme", user="alice", publicKey=device.public_key, addresses=[address])], "roamer"
     )
-    device.join(_key(mesh), f"198.19.0.1:{PORT}", [address], allowed=["0.0.0.0/0"])
+    device.join(key_of(mesh), f"198.19.0.1:{PORT}", [address], allowed=["0.0.0.0/0"])
     # No rule allows the echo, which is what the handshake begins with.
     wait_for("a session with Falkirk", lambda: device.ping(place.addresses[0], seconds=1) or device.handshake() > 0, 20)
     return Server("falkirk", device.namespace, mesh, 0)
@@ -212,7 +212,7 @@ def _small_packets(place: Stage, mesh: Mesh, seconds: float) -> dict[str, float]
     place.server.start(sys.executable, "-c", sink)
     key = secret_file(place.directory / "small.key", device.private_key)
     meter = Meter(mesh.pid)
-    load = [sys.executable, str(LOAD / "wireguard_packets.py"), str(key), _key(mesh), f"198.19.3.1:{PORT}", address]
+    load = [sys.executable, str(LOAD / "wireguard_packets.py"), str(key), key_of(mesh), f"198.19.3.1:{PORT}", address]
     load += [f"{place.addresses[0]}:{port}", "--seconds", f"{seconds:g}"]
     before = _received(mesh)
     result = measure(device.namespace.command(*load), seconds)
@@ -243,7 +243,7 @@ def _idle(place: Stage, mesh: Mesh) -> dict[str, float]:
     log = place.directory / "crowd.log"
     with log.open("wb") as output:
         client.start(
-            sys.executable, str(LOAD / "wireguard_crowd.py"), str(crowd), _key(mesh), f"198.19.4.1:{PORT}", log=output
+            sys.executable, str(LOAD / "wireguard_crowd.py"), str(crowd), key_of(mesh), f"198.19.4.1:{PORT}", log=output
         )
 
     wait_for(f"{IDLE} sessions", lambda: "joined" in log.read_text(errors="replace"), 120)

@@ -2,8 +2,9 @@
 
     sessions    1,000 UDP sessions at once for so many minutes, each with a datagram and its echo every few seconds
     churn       a million short flows, UDP and TCP by turns, through tunnels that open and close
+    wireguard   stock WireGuard clients through roaming, restarts and rekeys (`tools.soak_wireguard`)
 
-Before and after, each process of the mesh is asked what it holds: descriptors, anonymous memory (/proc/PID/smaps_rollup), and the flow
+Of the first two: before and after, each process of the mesh is asked what it holds: descriptors, anonymous memory (/proc/PID/smaps_rollup), and the flow
 tracker its flows and slots. What must be as it was is so, or the exit code is 1: descriptors, flows and slots exactly, memory
 of the packet workers within `MEMORY`. "Before" is after a warm-up of the same kind: an interpreter and an allocator that have never worked hold
 less than ones that have. `--json` prints one object.
@@ -26,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from tools import soak_wireguard
 from tools.mesh import Mesh, resource, rule
 from tools.netlab import Lab, LabError, guard_signals, wait_for
 from tools.soak_device import Count, Device
@@ -213,12 +215,15 @@ def flow_stats(run_dir: Path) -> Any:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 where nothing leaked and nothing was lost for good."""
     parser = argparse.ArgumentParser(prog="tools/soak", description="Does anything leak?")
-    parser.add_argument("what", choices=("sessions", "churn"))
-    parser.add_argument("--minutes", type=float, default=10.0, help="of the sessions; at most, of the churn")
+    parser.add_argument("what", choices=("sessions", "churn", "wireguard"))
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="of the sessions, of WireGuard's connections; at most, of the churn"
+    )
     parser.add_argument("--sessions", type=int, default=1000)
     parser.add_argument("--flows", type=int, default=1_000_000)
     parser.add_argument("--warm-up", type=int, default=WARM_UP, help="flows churned before anything is counted")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--bytes", type=int, default=soak_wireguard.SIZE, help="of each of WireGuard's transfers")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     guard_signals()
@@ -226,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr if options.json else sys.stdout, flush=True)
 
+    if options.what == "wireguard":
+        return _wireguard(options, say)
     try:
         with stage(options.workers) as soak:
             begun = time.monotonic()
@@ -268,6 +275,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     say(f"{count}\n" + ("\n".join(found) or "nothing leaked"))
     return 1 if found else 0
+
+
+def _wireguard(options: argparse.Namespace, say: Callable[[str], None]) -> int:
+    try:
+        found = soak_wireguard.soak(options.minutes, options.bytes, options.workers, say)
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(found))
+    say(soak_wireguard.show(found))
+    return 0
 
 
 if __name__ == "__main__":
