@@ -88,8 +88,8 @@ async def _script(registry: Registry, directory: Path) -> None:
         await mirror.until(1)
         assert len(replica.items[KIND_ROUTE]) == 3000
         await mirror.until(await do(rename, "default", "main"))
-        assert {item.virtual_network for item in replica.items[KIND_ROUTE].values()} == {"main"}
-        assert {item.metadata.name for item in replica.items[KIND_VIRTUAL_NETWORK].values()} == {"main"}
+        assert {item.virtual_network for item in replica.messages(KIND_ROUTE)} == {"main"}
+        assert {item.metadata.name for item in replica.messages(KIND_VIRTUAL_NETWORK)} == {"main"}
         await asyncio.to_thread(registry.stop, kill=True)
         await asyncio.to_thread(registry.start)
         await mirror.until(await do(apply, route("late", "::/0")))

@@ -97,7 +97,7 @@ class Loaded(Message, frozen=True, tag=True):
     error: str = ""
 
 
-class TunnelOpened(Message, frozen=True, tag=True):
+class TunnelOpened(Message, frozen=True, tag=True, gc=False):
     """A tunnel is read from now on; or, of one that is, its context has changed."""
 
     tunnel: int

@@ -9,12 +9,12 @@ Limit: what a parent says of another worker's tunnels is a message behind; whoev
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
 
 from falkirk.wire.context import Framing
 
 
-class Attachment(NamedTuple):
+class Attachment(msgspec.Struct, frozen=True, gc=False):
     """An open tunnel, as far as those must know it who forward into it."""
 
     tunnel: int
@@ -31,7 +31,7 @@ class Directory:
 
     def __init__(self) -> None:
         self._tunnels: dict[int, Attachment] = {}
-        self._devices: dict[str, list[int]] = {}
+        self._devices: dict[str, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
         return len(self._tunnels)
@@ -40,18 +40,18 @@ class Directory:
         """A tunnel is read from now on; said twice it counts once, the last word is right."""
         self.closed(attachment.tunnel)
         self._tunnels[attachment.tunnel] = attachment
-        numbers = self._devices.setdefault(attachment.device_id, [])
-        numbers.append(attachment.tunnel)
-        numbers.sort()
+        numbers = self._devices.get(attachment.device_id, ())
+        self._devices[attachment.device_id] = tuple(sorted((*numbers, attachment.tunnel)))
 
     def closed(self, tunnel: int) -> None:
         """A tunnel is over, or was never known."""
         attachment = self._tunnels.pop(tunnel, None)
         if attachment is None:
             return
-        numbers = self._devices[attachment.device_id]
-        numbers.remove(tunnel)
-        if not numbers:
+        numbers = tuple(number for number in self._devices[attachment.device_id] if number != tunnel)
+        if numbers:
+            self._devices[attachment.device_id] = numbers
+        else:
             del self._devices[attachment.device_id]
 
     def get(self, tunnel: int) -> Attachment | None:

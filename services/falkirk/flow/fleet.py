@@ -57,7 +57,6 @@ class Fleet:
         self._plan = SlotPlan(shell.workers)
         self._directory = shell.data("flow")
         self._snapshots: dict[str, control.Load] = {}
-        self._contexts: list[dict[int, TunnelContext]] = [{} for _ in range(shell.workers)]
         self._ready = [False] * shell.workers
         self._live: list[LiveReader | None] = [None] * shell.workers
         self._deliveries = [
@@ -100,7 +99,6 @@ class Fleet:
 
     def _exited(self, worker: int, status: int) -> None:
         log.warning("worker_exited", worker=worker, status=status)
-        self._contexts[worker].clear()
         self.roster.exited(worker)
         self._set_ready(worker, False)
         self._deliveries[worker].grown()
@@ -113,10 +111,8 @@ class Fleet:
                 case control.Spooled():
                     self._deliveries[worker].grown()
                 case control.TunnelOpened():
-                    self._contexts[worker][message.tunnel] = message.context
                     self.roster.opened(worker, message)
                 case control.TunnelEnded():
-                    self._contexts[worker].pop(message.tunnel, None)
                     self.roster.ended(worker, message.tunnel)
                 case control.Status():
                     self._set_ready(worker, message.ready)
@@ -153,15 +149,16 @@ class Fleet:
 
     def context(self, worker: int, tunnel: int) -> TunnelContext | None:
         """Whom a tunnel speaks for; None where it is closed."""
-        return self._contexts[worker].get(tunnel)
+        opened = self.roster.open[worker].get(tunnel)
+        return opened.context if opened is not None else None
 
     def tunnels_of(self, device_id: str) -> list[tuple[int, int]]:
         """(worker, number) of a device's open tunnels."""
         return [
             (worker, number)
-            for worker, contexts in enumerate(self._contexts)
-            for number, context in contexts.items()
-            if context.device_id == device_id
+            for worker, tunnels in enumerate(self.roster.open)
+            for number, opened in tunnels.items()
+            if opened.context.device_id == device_id
         ]
 
     def worker_of(self, device_id: str) -> int:
@@ -181,17 +178,21 @@ class Fleet:
         for worker in range(self.workers):
             table = self.live(worker)
             for tunnel, _, _, up, down in table.sums() if table is not None else ():
-                context = self._contexts[worker].get(tunnel)
+                context = self.context(worker, tunnel)
                 if context is not None:
                     yield context, up, down
 
     def context_of(self, tenant: str, device: str) -> TunnelContext | None:
         """The context of an open tunnel of a device, by names."""
-        for contexts in self._contexts:
-            for context in contexts.values():
-                if context.tenant == tenant and context.device == device:
-                    return context
-        return None
+        return next(
+            (
+                opened.context
+                for tunnels in self.roster.open
+                for opened in tunnels.values()
+                if opened.context.device == device and opened.context.tenant == tenant
+            ),
+            None,
+        )
 
     def slot_address(self, worker: int, record: LiveRecord) -> str:
         """The slot's address in the private namespace; empty for a flow without one."""

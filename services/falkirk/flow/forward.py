@@ -270,7 +270,7 @@ class Forward(Owner[ForwardFlow]):
             why = f"device {route.device.device} has no open tunnel"
             worker.lifecycle.refused(tunnel, key, decision, OFFLINE, why)
             return True
-        tunnel.passages[key] = Passage(flow, True)
+        tunnel.let(key, Passage(flow, True))
         self._flows[flow.handle] = flow
         worker.lifecycle.begin(flow, decision, timing, self._idle(flow))
         flow.held.append((HEADER + packet.header_length, worker.fragments.largest, data))
@@ -337,7 +337,7 @@ class Forward(Owner[ForwardFlow]):
                 tunnel = self._worker.tunnels[found.tunnel]
                 if flow.reply in tunnel.passages:
                     return False
-                tunnel.passages[flow.reply] = Passage(flow, False, prefix=flow.route.prefix)
+                tunnel.let(flow.reply, Passage(flow, False, prefix=flow.route.prefix))
                 flow.to = tunnel
             self._led.setdefault(found.tunnel, {})[flow] = None
             return True
@@ -455,7 +455,8 @@ class Forward(Owner[ForwardFlow]):
             link.tell(Gone(message.handle, closed=tunnel is None))
             return
         link.foreign[message.handle] = message.tunnel, message.key
-        tunnel.passages[message.key] = Passage(None, False, link, message.handle, message.mtu, message.prefix)
+        passage = Passage(None, False, link, message.handle, message.mtu, message.prefix)
+        tunnel.let(message.key, passage)
 
     def forget(self, link: SiblingLink, message: Forget) -> None:
         """It has ended."""

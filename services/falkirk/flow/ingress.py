@@ -203,7 +203,7 @@ class Ingress:
             decided = worker.clock()
         if len(tunnel.memo) >= MEMO:
             tunnel.memo.clear()
-        tunnel.memo[at] = decision
+        tunnel.remember(at, decision)
         return decision, (resolved - begun, decided - resolved)
 
     @staticmethod

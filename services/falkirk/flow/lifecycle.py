@@ -195,9 +195,9 @@ class Lifecycle:
         tunnel.records_left -= 1
         if worker.spool.stuck:
             # Told with the next record of it: what the disk doesn't take must not fill the memory.
-            tunnel.refused[at] = [worker.second - REPEAT, repeats + 1]
+            tunnel.refuse(at, worker.second - REPEAT, repeats + 1)
             return
-        tunnel.refused[at] = [worker.second, 0]
+        tunnel.refuse(at, worker.second, 0)
         flow_id = self._random(16)
         span_id = self._random(8) if int.from_bytes(flow_id[8:12], "big") < self._sampled_below else b""
         told = f',"count":{repeats}' if repeats else ""

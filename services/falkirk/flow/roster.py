@@ -13,6 +13,7 @@ from typing import Final
 
 from falkirk.flow import control
 from falkirk.linux import seqpacket
+from falkirk.wire.context import shared
 from falkirk.wire.handover import Message, batches, encode
 
 BUFFER: Final = 4 * 1024 * 1024
@@ -28,7 +29,8 @@ class Roster:
         self._workers = workers
         self._send = send
         self._alive = alive
-        self._open: list[dict[int, control.Attached]] = [{} for _ in range(workers)]
+        self.open: Final[list[dict[int, control.TunnelOpened]]] = [{} for _ in range(workers)]
+        """Each worker's open tunnels, by number, and whom they speak for."""
 
     def started(self, worker: int) -> None:
         """A worker's process has started and has got its `Start`."""
@@ -42,50 +44,48 @@ class Roster:
             self._send(other, encode([control.Sibling(worker)]), [theirs.fileno()])
             ours.close()
             theirs.close()
-        known: list[Message] = [attached for others in self._open for attached in others.values()]
+        known: list[Message] = [
+            _attached(other, opened) for other, tunnels in enumerate(self.open) for opened in tunnels.values()
+        ]
         for data in batches(known):
             self._send(worker, data, ())
 
     def opened(self, worker: int, message: control.TunnelOpened) -> None:
         """A worker reads a tunnel."""
-        context = message.context
-        attached = control.Attached(
-            message.tunnel,
-            worker,
-            context.tenant_id,
-            context.device_id,
-            context.virtual_network_id,
-            message.framing,
-            message.mtu,
-        )
-        self._open[worker][message.tunnel] = attached
-        self._tell(worker, [attached])
+        shared(message.context)
+        self.open[worker][message.tunnel] = message
+        self._tell(worker, [_attached(worker, message)])
 
     def ended(self, worker: int, tunnel: int) -> None:
         """A worker's tunnel is over."""
-        if self._open[worker].pop(tunnel, None) is not None:
+        if self.open[worker].pop(tunnel, None) is not None:
             self._tell(worker, [control.Detached(tunnel)])
 
     def exited(self, worker: int) -> None:
         """A worker's process has ended."""
-        tunnels = list(self._open[worker])
-        self._open[worker].clear()
+        tunnels = list(self.open[worker])
+        self.open[worker].clear()
         self._tell(worker, [control.Detached(tunnel) for tunnel in tunnels])
 
     def of(self, tunnel: int) -> control.Attached | None:
         """An open tunnel, by its number."""
-        return next((tunnels[tunnel] for tunnels in self._open if tunnel in tunnels), None)
+        found = ((worker, tunnels[tunnel]) for worker, tunnels in enumerate(self.open) if tunnel in tunnels)
+        return next((_attached(*one) for one in found), None)
 
     def find(self, tenant_id: str, device_id: str, virtual_network_id: str = "") -> control.Attached | None:
         """The tunnel that a worker would take for a device (see `falkirk.flow.directory`)."""
         found = [
-            attached
-            for tunnels in self._open
-            for attached in tunnels.values()
-            if (attached.tenant_id, attached.device_id) == (tenant_id, device_id)
-            and virtual_network_id in ("", attached.virtual_network_id)
+            (number, worker)
+            for worker, tunnels in enumerate(self.open)
+            for number, opened in tunnels.items()
+            if opened.context.device_id == device_id
+            and opened.context.tenant_id == tenant_id
+            and virtual_network_id in ("", opened.context.virtual_network_id)
         ]
-        return max(found, key=lambda attached: attached.tunnel, default=None)
+        if not found:
+            return None
+        number, worker = max(found)
+        return _attached(worker, self.open[worker][number])
 
     def _tell(self, worker: int, messages: list[Message]) -> None:
         """Everyone but the worker itself."""
@@ -93,3 +93,17 @@ class Roster:
             for other in range(self._workers):
                 if other != worker:
                     self._send(other, data, ())
+
+
+def _attached(worker: int, opened: control.TunnelOpened) -> control.Attached:
+    """What other workers are told of a tunnel."""
+    context = opened.context
+    return control.Attached(
+        opened.tunnel,
+        worker,
+        context.tenant_id,
+        context.device_id,
+        context.virtual_network_id,
+        opened.framing,
+        opened.mtu,
+    )

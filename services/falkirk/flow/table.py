@@ -296,11 +296,24 @@ def unattached(_: object) -> int:
     raise OSError(errno.ENOTCONN, "nothing carries this tunnel's packets yet")
 
 
+class _Nothing(dict[Any, Any]):
+    """The dict of all tunnels that have nothing to put into theirs. It stays empty."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise TypeError("this dict is every idle tunnel's: it takes nothing")
+
+
+NOTHING: Final = _Nothing()
+_NO_QUEUE: Final[deque[bytes]] = deque(maxlen=0)
+
+
 class Tunnel:
-    """One tunnel: whom it speaks for, its flows, and the bounded queue towards a slow reader."""
+    """One tunnel: whom it speaks for, its flows, and the bounded queue towards a slow reader. What an idle one hasn't, such as a queue, is shared until it has it."""
 
     __slots__ = (
-        "audit",
+        "_audit",
         "context",
         "device",
         "fd",
@@ -332,8 +345,7 @@ class Tunnel:
         self.id = number
         self.device = device
         self.context = context
-        self.audit = of_tunnel(number, context)
-        """Its part of an audit record."""
+        self._audit = ""
         self.framing = framing
         self.mtu = mtu
         self.fd = fd
@@ -351,12 +363,13 @@ class Tunnel:
         self.lifts = cast("dict[bytes, TcpLift]", self.flows)
         """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else. Legs lie here too, which this tunnel has not
         initiated."""
-        self.passages: dict[bytes, Passage] = {}
+        self.passages: dict[bytes, Passage] = NOTHING
         """Forwarded flows' packets that come from here, initiated here or elsewhere (`falkirk.flow.passages`)."""
-        self.memo: dict[tuple[bytes, int, int], Decision] = {}
-        self.queue: deque[bytes] = deque()
+        self.memo: dict[tuple[bytes, int, int], Decision] = NOTHING
+        """Decisions on new flows by (destination, port, protocol)."""
+        self.queue = _NO_QUEUE
         self.queued = 0
-        self.refused: dict[tuple[bytes, int, str], list[int]] = {}
+        self.refused: dict[tuple[bytes, int, str], list[int]] = NOTHING
         """Refusals of the last seconds by (destination, port, reason): [second of the record, repeats since]."""
         self.records_tick = 0
         self.records_left = 0
@@ -366,6 +379,43 @@ class Tunnel:
         self.icmp_left = 0
         self.identification = -1
         """The last one that was given to fragments; -1 before the first."""
+
+    @property
+    def audit(self) -> str:
+        """Its part of an audit record, made when the first is written."""
+        if not self._audit:
+            self._audit = of_tunnel(self.id, self.context)
+        return self._audit
+
+    def recontext(self, context: TunnelContext) -> None:
+        """It speaks for this from now on."""
+        self.context = context
+        self._audit = ""
+
+    def wait(self, data: bytes) -> None:
+        """Queue a datagram."""
+        if self.queue is _NO_QUEUE:
+            self.queue = deque()
+        self.queue.append(data)
+        self.queued += len(data)
+
+    def remember(self, at: tuple[bytes, int, int], decision: Decision) -> None:
+        """Keep a decision on new flows."""
+        if self.memo is NOTHING:
+            self.memo = {}
+        self.memo[at] = decision
+
+    def refuse(self, at: tuple[bytes, int, str], second: int, repeats: int) -> None:
+        """Note a refusal: the second of its record, and repeats since."""
+        if self.refused is NOTHING:
+            self.refused = {}
+        self.refused[at] = [second, repeats]
+
+    def let(self, key: bytes, passage: Passage) -> None:
+        """Let packets of a forwarded flow pass."""
+        if self.passages is NOTHING:
+            self.passages = {}
+        self.passages[key] = passage
 
     @property
     def transport(self) -> Transport:

@@ -18,11 +18,10 @@ import msgspec
 
 from falkirk.flow import control, peers
 from falkirk.flow.lane import ZERO_HEADER
-from falkirk.flow.records import of_tunnel
 from falkirk.flow.siblings import PACKET
 from falkirk.flow.table import DeviceCounts, Distant, Flow, Tunnel
 from falkirk.linux import seqpacket, tun
-from falkirk.wire.context import Framing, Transport, TunnelContext
+from falkirk.wire.context import Framing, Transport, TunnelContext, shared
 from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
 
 if TYPE_CHECKING:
@@ -100,8 +99,7 @@ class Tunnels(dict[int, Tunnel]):
             return False
         if not tunnel.queue:
             worker.rewatch(tunnel.fd, peers.READ | select.EPOLLOUT)
-        tunnel.queue.append(bytes(data))
-        tunnel.queued += len(data)
+        tunnel.wait(bytes(data))
         return True
 
     def _drain(self, tunnel: Tunnel) -> None:
@@ -120,7 +118,7 @@ class Tunnels(dict[int, Tunnel]):
     def adopt(self, link: peers.OnrampLink, message: Adopt, fd: int) -> tuple[str, str] | None:
         """Read a tunnel from now on; or why not (code, message)."""
         worker = self._worker
-        context = message.context
+        context = shared(message.context)
         if not (
             0 < message.tunnel < 1 << 32
             and MIN_MTU <= message.mtu <= MAX_MTU
@@ -211,8 +209,7 @@ class Tunnels(dict[int, Tunnel]):
             # The on-ramp closes a tunnel whose device is another one or lies elsewhere; who doesn't is not to be believed.
             self.close(number, "context_refused")
             return
-        tunnel.context = context
-        tunnel.audit = of_tunnel(number, context)
+        tunnel.recontext(shared(context))
         worker.orphans.remember(number, context)
         worker.taps.forget()
         worker.review.tunnel(tunnel)

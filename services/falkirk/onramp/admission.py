@@ -20,6 +20,7 @@ import msgspec
 from falkirk.onramp.context import Code, ContextRequest, Refusal, shown
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Tables, TenantRow
 from falkirk.wire.context import Transport, TunnelContext
+from falkirk.wire.sharing import facts, words
 
 ANY: Final = "*"
 _FIXED: Final = ("device_id", "virtual_network_id", "addresses")
@@ -58,7 +59,7 @@ class Grants:
             )
 
 
-class Admission(msgspec.Struct, frozen=True):
+class Admission(msgspec.Struct, frozen=True, gc=False):
     """A context, and whether its virtual network was asked for by name (then a new selection doesn't concern it)."""
 
     context: TunnelContext
@@ -154,9 +155,9 @@ def _context(
         addresses=device.addresses,
         user_id=user.id if user else "",
         user=user.name if user else "",
-        groups=tuple(sorted({*device.groups, *(user.groups if user else ())})),
+        groups=words(tuple(sorted({*device.groups, *(user.groups if user else ())}))),
         posture=device.posture,
-        attributes=dict(attributes),
+        attributes=facts(dict(attributes)),
         device_max_flows=device.max_flows,
         tenant_max_flows=tenant.max_flows,
         packed=packed,

@@ -101,7 +101,7 @@ class State(Message, frozen=True, tag=True):
     links: tuple[bool, ...]
 
 
-class Opened(Message, frozen=True, tag=True):
+class Opened(Message, frozen=True, tag=True, gc=False):
     """A tunnel is read by its flow worker. `resumed`: it was so before this on-ramp worker started."""
 
     tunnel: int
@@ -131,7 +131,7 @@ class Changed(Message, frozen=True, tag=True):
     context: TunnelContext
 
 
-class Heard(Message, frozen=True, tag=True):
+class Heard(Message, frozen=True, tag=True, gc=False):
     """What is known of the WireGuard device at the other end of a tunnel."""
 
     tunnel: int

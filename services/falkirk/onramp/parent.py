@@ -36,7 +36,7 @@ from falkirk.runtime import telemetry
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.settings import Shell
 from falkirk.runtime.workers import WorkerPool
-from falkirk.wire.context import TunnelContext
+from falkirk.wire.context import TunnelContext, shared
 
 LOST_AFTER_S: Final = 5.0
 EXPIRY_S: Final = 0.25
@@ -72,6 +72,8 @@ class Parent:
         """The node's public key; empty where WireGuard isn't on."""
         self.heard: dict[int, Heard] = {}
         """The newest of each WireGuard device, by its tunnel."""
+        self.news: set[str] = set()
+        """Devices of which something has changed, for whoever tells the registry and empties it."""
         self._near: dict[int, tuple[str, int]] = {}
         """Device and near end of the tunnels of WireGuard devices, by tunnel: whatever happens to a worker, the tunnels stay open."""
         key_file = settings.wireguard.private_key_file
@@ -235,6 +237,7 @@ class Parent:
             case Heard() as heard:
                 if heard.tunnel in self.tunnels:
                     self.heard[heard.tunnel] = heard
+                    self.news.add(self.tunnels[heard.tunnel].context.device_id)
             case Ended() as ended:
                 self._on_ended(ended)
             case Traced() as traced:
@@ -245,15 +248,24 @@ class Parent:
         if before is None:
             log.info("tunnel_opened", tunnel=opened.tunnel, tenant=opened.context.tenant, device=opened.context.device)
         # Its worker doesn't know when a resumed tunnel was admitted; we may.
-        self.tunnels[opened.tunnel] = msgspec.structs.replace(before, context=opened.context) if before else opened
+        self._keep(before or opened, opened.context)
         self._ids.seen(opened.tunnel)
         self._save_ids()
 
     def _on_changed(self, tunnel: int, context: TunnelContext) -> None:
         opened = self.tunnels.get(tunnel)
         if opened is not None:
-            self.tunnels[tunnel] = msgspec.structs.replace(opened, context=context)
+            self._keep(opened, context)
             log.info("tunnel_changed", tunnel=tunnel, tenant=context.tenant, device=context.device)
+
+    def _keep(self, opened: Opened, context: TunnelContext) -> None:
+        """Hold an open tunnel, of whose context only what the tables don't have already."""
+        shared(context)
+        row = self.tables.device_by_id(context.device_id)
+        if row is not None and (row.name, row.addresses) == (context.device, context.addresses):
+            context = msgspec.structs.replace(context, device_id=row.id, device=row.name, addresses=row.addresses)
+        self.tunnels[opened.tunnel] = msgspec.structs.replace(opened, context=context)
+        self.news.add(context.device_id)
 
     def _save_ids(self) -> None:
         try:
@@ -269,6 +281,7 @@ class Parent:
             os.close(kept[1])
         if opened is not None:
             context = opened.context
+            self.news.add(context.device_id)
             log.info(
                 "tunnel_closed", tunnel=ended.tunnel, tenant=context.tenant, device=context.device, reason=ended.reason
             )

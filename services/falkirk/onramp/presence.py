@@ -10,7 +10,7 @@ Limit: presence is up to two seconds old, and a node that dies is gone from it w
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 import grpc
@@ -28,21 +28,10 @@ LEASE_MS: Final = 15_000
 ANNOUNCE_S: Final = 60.0
 """How often the node says again that it is there, for a registry whose store was replaced."""
 TIMEOUT_S: Final = 5.0
-MOST: Final = 10_000
-"""Devices of one report."""
+MOST: Final = 1000
+"""Devices of one report: of ten thousand the messages alone would be 10 MB, which a process doesn't give back."""
 
 log = structlog.get_logger()
-
-
-def presences(tunnels: Mapping[int, Opened], heard: Mapping[int, Heard]) -> dict[str, pb.Presence]:
-    """Who is here, by device id."""
-    best: dict[str, tuple[int, int]] = {}
-    for number, opened in tunnels.items():
-        last = heard[number].handshake if number in heard else 0
-        known = best.get(opened.context.device_id)
-        if known is None or (last, number) > known:
-            best[opened.context.device_id] = last, number
-    return {device: _presence(tunnels[number], heard.get(number)) for device, (_, number) in best.items()}
 
 
 def _presence(opened: Opened, heard: Heard | None) -> pb.Presence:
@@ -64,7 +53,6 @@ class Reporter:
         self._node, self._parent = node, parent
         self._nodes = node_service_pb2_grpc.NodeServiceStub(channel)
         self._presence = presence_service_pb2_grpc.PresenceServiceStub(channel)
-        self._told: dict[str, pb.Presence] = {}
         self._whole = True
         self._complained = ""
 
@@ -98,24 +86,37 @@ class Reporter:
         await self._nodes.Announce(node_pb.NodeServiceAnnounceRequest(node=node), timeout=TIMEOUT_S)
 
     async def _report(self) -> None:
-        now = presences(self._parent.tunnels, self._parent.heard)
-        for request in requests(self._node, self._told, now, whole=self._whole):
+        news, self._parent.news = self._parent.news, set()
+        whole, self._whole = self._whole, False
+        for request in requests(self._node, self._parent.tunnels, self._parent.heard, news, whole=whole):
             answer = await self._presence.Report(request, timeout=TIMEOUT_S)
-            self._whole = answer.resync
-        self._told = now
+            if answer.resync:
+                self._whole = True
+                break
 
 
 def requests(
-    node: str, told: Mapping[str, pb.Presence], now: Mapping[str, pb.Presence], *, whole: bool
-) -> Iterable[pb.PresenceServiceReportRequest]:
-    """What is to be said; always something, as it renews the lease."""
-    changed = [presence for device, presence in now.items() if whole or told.get(device) != presence]
-    gone = [] if whole else [device for device in told if device not in now]
-    for at in range(0, max(len(changed), 1), MOST):
+    node: str, tunnels: Mapping[int, Opened], heard: Mapping[int, Heard], news: Collection[str], *, whole: bool
+) -> Iterator[pb.PresenceServiceReportRequest]:
+    """What is to be said of the devices that are `news`, or of all; always something, as it renews the lease.
+
+    What changes while one report is on its way is told as it is when its own is made.
+    """
+    best: dict[str, tuple[int, int]] = {}
+    for number, opened in tunnels.items() if whole or news else ():
+        device = opened.context.device_id
+        if whole or device in news:
+            last = heard[number].handshake if number in heard else 0
+            best[device] = max(best.get(device, (0, 0)), (last, number))
+    gone = [] if whole else [device for device in news if device not in best]
+    places = [number for _, number in best.values()]
+    for at in range(0, max(len(places), 1), MOST):
+        # One that has gone meanwhile is among the next news.
+        some = [number for number in places[at : at + MOST] if number in tunnels]
         yield pb.PresenceServiceReportRequest(
             node=node,
             lease_ms=LEASE_MS,
             complete=whole and at == 0,
-            present=changed[at : at + MOST],
+            present=[_presence(tunnels[number], heard.get(number)) for number in some],
             gone_device_ids=gone if at == 0 else (),
         )

@@ -6,6 +6,7 @@ Limit: an address that isn't one (the registry refuses them) is left out: the de
 from __future__ import annotations
 
 import base64
+import sys
 from collections.abc import Iterable
 from ipaddress import ip_address
 
@@ -44,7 +45,8 @@ def _row(resource: registry_service_pb2.Resource, now_ns: int) -> Row | None:
             device = resource.device
             ends_ns = device.expire_time.ToNanoseconds() if device.HasField("expire_time") else 0
             row = DeviceRow(
-                id=device.metadata.id,
+                # The replica has it too.
+                id=sys.intern(device.metadata.id),
                 tenant_id=device.metadata.tenant_id,
                 name=device.metadata.name,
                 user=device.user,

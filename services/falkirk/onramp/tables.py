@@ -4,16 +4,19 @@ The parent turns registry resources into rows; a `Change` is one transaction of 
 state). Rows refer to their tenant by id and to users and virtual networks by name, as the registry renders them: a
 transaction that renames something carries the rows that refer to it too.
 
-Limits: a change is applied in one go, about 1.5 µs a row; a full state is built aside in another `Tables`, a piece at a
-time, so the loop that does it is never held up for long. A device takes about 1 kB.
+Limits: a change is applied in one go, about 2 µs a row; a full state is built aside in another `Tables`, a piece at a
+time, so the loop that does it is never held up for long. A device takes about 0.6 kB.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
+
+from falkirk.wire.sharing import share
 
 
 class TenantRow(msgspec.Struct, frozen=True, array_like=True, tag="t", gc=False):
@@ -24,7 +27,7 @@ class TenantRow(msgspec.Struct, frozen=True, array_like=True, tag="t", gc=False)
     max_flows: int = 0
 
 
-class UserRow(msgspec.Struct, frozen=True, array_like=True, tag="u"):
+class UserRow(msgspec.Struct, frozen=True, array_like=True, tag="u", gc=False):
     """A user."""
 
     id: str
@@ -43,7 +46,7 @@ class NetworkRow(msgspec.Struct, frozen=True, array_like=True, tag="n", gc=False
     is_default: bool = False
 
 
-class DeviceRow(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+class DeviceRow(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
     """A device; `addresses` are packed, `user` and `virtual_network` are names (empty: none, the tenant's default)."""
 
     id: str
@@ -66,6 +69,8 @@ class DeviceRow(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 Row = TenantRow | UserRow | NetworkRow | DeviceRow
 ROWS_A_CHUNK: Final = 100
+_SHARED: Final = ("tenant_id", "user", "groups", "virtual_network", "posture", "why")
+"""What a device's row may have in common with others (`falkirk.wire.sharing`)."""
 
 
 class Touched(msgspec.Struct):
@@ -84,7 +89,8 @@ class Tables:
         self._tenants: dict[str, TenantRow] = {}
         self._users: dict[tuple[str, str], UserRow] = {}
         self._networks: dict[tuple[str, str], NetworkRow] = {}
-        self._devices: dict[tuple[str, str], DeviceRow] = {}
+        self._devices: defaultdict[str, dict[str, DeviceRow]] = defaultdict(dict)
+        """By tenant and name: a tuple of both would be 56 bytes a device."""
         self._defaults: dict[str, NetworkRow] = {}
         self._keys: dict[bytes, DeviceRow] = {}
 
@@ -102,7 +108,7 @@ class Tables:
 
     def device(self, tenant_id: str, name: str) -> DeviceRow | None:
         """By name within a tenant."""
-        return self._devices.get((tenant_id, name))
+        return self._devices[tenant_id].get(name) if tenant_id in self._devices else None
 
     def device_by_id(self, device_id: str) -> DeviceRow | None:
         """By id."""
@@ -148,7 +154,8 @@ class Tables:
             case UserRow():
                 self._users[row.tenant_id, row.name] = row
             case DeviceRow():
-                self._devices[row.tenant_id, row.name] = row
+                share(row, _SHARED)
+                self._devices[row.tenant_id][row.name] = row
                 if row.public_key:
                     self._keys[row.public_key] = row
             case NetworkRow():
@@ -163,7 +170,9 @@ class Tables:
             case UserRow():
                 self._users.pop((row.tenant_id, row.name), None)
             case DeviceRow():
-                self._devices.pop((row.tenant_id, row.name), None)
+                self._devices[row.tenant_id].pop(row.name, None)
+                if not self._devices[row.tenant_id]:
+                    del self._devices[row.tenant_id]
                 self._keys.pop(row.public_key, None)
             case NetworkRow():
                 self._networks.pop((row.tenant_id, row.name), None)

@@ -57,15 +57,15 @@ class Rulebook:
 
     def tenant_id(self, name: str) -> str | None:
         """The id of a tenant by its name."""
-        tenants = self.replica.items[registry.KIND_TENANT]
-        return next((tenant.metadata.id for tenant in tenants.values() if tenant.metadata.name == name), None)
+        tenants = self.replica.messages(registry.KIND_TENANT)
+        return next((tenant.metadata.id for tenant in tenants if tenant.metadata.name == name), None)
 
     def rules_by_tenant(self) -> dict[str, int]:
         """Rules in force of every tenant that has any, by the tenant's name (its id where the name isn't known)."""
         if self.table is None:
             return {}
-        tenants = self.replica.items[registry.KIND_TENANT]
-        names = {identity: tenant.metadata.name for identity, tenant in tenants.items()}
+        tenants = self.replica.messages(registry.KIND_TENANT)
+        names = {tenant.metadata.id: tenant.metadata.name for tenant in tenants}
         return {names.get(identity, identity): self.table.count(identity) for identity in self.table.tenants()}
 
     def status(self) -> net_pb2.ReplicaStatus:
@@ -93,7 +93,7 @@ class Rulebook:
                 continue
             if self._stale:
                 self._stale = False
-                policies = sources(self.replica.items[registry.KIND_POLICY].values())
+                policies = sources(self.replica.messages(registry.KIND_POLICY))
                 self._data, self.table = await asyncio.to_thread(self._compile, policies)
             self._revision = revision
             self.publisher.set(revision, self._data)

@@ -7,8 +7,11 @@ device, the on-ramp makes another one in its place (`falkirk.wire.handover.Recon
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 import msgspec
+
+from falkirk.wire.sharing import share
 
 
 class Framing(StrEnum):
@@ -29,7 +32,7 @@ class Transport(StrEnum):
     """The producer's own TUN device, whose descriptor it hands over once it is admitted: no process of its own has to move packets."""
 
 
-class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
+class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Identity of a tunnel; `addresses` are packed (4 or 16 bytes) and are the only ones that it may speak from."""
 
     tenant_id: str
@@ -50,3 +53,22 @@ class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True):
     """Flows that the tenant may have at once on this node; 0 takes the node's default."""
     packed: bool = False
     """A `raw` tunnel whose producer takes several packets in a datagram, as the flow tracker does from everyone."""
+
+
+_SHARED: Final = (
+    "tenant_id",
+    "tenant",
+    "virtual_network_id",
+    "virtual_network",
+    "user_id",
+    "user",
+    "groups",
+    "posture",
+    "attributes",
+)
+
+
+def shared(context: TunnelContext) -> TunnelContext:
+    """The same context, which has been decoded and is to be kept: what it has in common with others is held once (`falkirk.wire.sharing`)."""
+    share(context, _SHARED)
+    return context

@@ -198,7 +198,7 @@ def test_a_full_tunnel_costs_every_packet_of_the_pack(tmp_path: Path) -> None:
     rig = FlowRig(tmp_path, FlowSettings(tunnel_queue_bytes=1))
     client = packer(rig)
     _, slot = established(client)
-    rig.worker.tunnels[1].queue.append(b"a reader that doesn't read")
+    rig.worker.tunnels[1].wait(b"a reader that doesn't read")
     for packet in answers(client, slot, 5):
         client.tun.send(vnet.ZERO + packet)
     rig.step(1)
