@@ -1,10 +1,12 @@
-"""Small packets, as many as a tunnel takes: a producer of a raw connected tunnel that speaks TCP by hand; prints one JSON object.
+"""Small packets, as many as a tunnel takes: a producer of a raw connected tunnel that speaks TCP and UDP by hand; prints one JSON object.
 
-It opens --flows connections to the targets (SYN, SYN-ACK, ACK), then sends pure ACKs of 64 bytes (24 of them options), one flow after another,
---packed to a datagram, for --seconds and until the last one has left. Nothing can join pure ACKs, so each one goes the whole way by itself:
-tunnel, flow, NAT, device, kernel.
+With --kind ack it opens --flows connections to the targets (SYN, SYN-ACK, ACK), then sends pure ACKs of 64 bytes (24 of them options). Nothing can join
+pure ACKs, so each one goes the whole way by itself: tunnel, flow, NAT, device, kernel. With --kind udp it has the targets answer one datagram of each
+flow, then sends UDP packets of 64 bytes, whose payloads are all different.
 
-Limit: IPv4; whatever comes back after the handshakes is thrown away.
+--run packets of a flow follow each other, then as many of the next one; --packed go to a datagram, for --seconds and until the last one has left.
+
+Limit: IPv4; whatever comes back after the beginning is thrown away.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ import argparse
 import array
 import fcntl
 import json
+import math
+import os
 import select
 import socket
 import struct
@@ -20,13 +24,17 @@ import time
 from collections.abc import Iterator
 
 from falkirk.wire.checksum import checksum, pseudo_header
+from falkirk.wire.datagram import Heads
 from falkirk.wire.packet import Packet, parse, split
-from falkirk.wire.protocol import TCP
+from falkirk.wire.protocol import TCP, UDP
 
 SIOCOUTQ = 0x5411
 PATIENCE_S = 20.0
 PADDING = b"\x01" * 24
 SYN, ACK = 2, 16
+DATA = 36
+"""Bytes of a UDP packet's payload: 64 with the headers."""
+TRIES_S = 0.5
 
 
 def segment(
@@ -43,6 +51,13 @@ def segment(
     head = bytearray(struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(tcp), 0, 0x4000, 64, TCP, 0)) + source + destination
     head[10:12] = checksum(head).to_bytes(2, "big")
     return bytes(head + tcp)
+
+
+def datagram(heads: Heads, payload: bytes) -> bytes:
+    """A UDP packet."""
+    packet = bytearray(heads.size) + payload
+    heads.put(packet, 0, len(payload), 64, 0)
+    return bytes(packet)
 
 
 class Producer:
@@ -65,8 +80,8 @@ class Producer:
         for at, length in split(data, len(data)):
             yield parse(data, at, length)
 
-    def connect(self, targets: list[tuple[bytes, int]], flows: int) -> list[bytes]:
-        """Open that many connections; the small packet of each."""
+    def connect(self, targets: list[tuple[bytes, int]], flows: int, run: int) -> list[bytes]:
+        """Open that many connections; `run` small packets of each, one flow after another."""
         waiting = {20000 + number: targets[number % len(targets)] for number in range(flows)}
         for port, (address, to) in waiting.items():
             self.socket.send(segment((self.address, port, address, to), 1000, 0, SYN, b""))
@@ -82,13 +97,36 @@ class Producer:
                 del waiting[packet.destination_port]
                 ends = (self.address, packet.destination_port, *target)
                 self.socket.send(segment(ends, 1001, packet.sequence + 1 & 0xFFFFFFFF, ACK, b""))
-                made.append(segment(ends, 1001, packet.sequence + 1 & 0xFFFFFFFF, ACK, PADDING))
+                made += [segment(ends, 1001, packet.sequence + 1 & 0xFFFFFFFF, ACK, PADDING)] * run
         return made
+
+    def converse(self, targets: list[tuple[bytes, int]], flows: int, run: int) -> list[bytes]:
+        """The same for UDP: each flow has been answered once, so that it is known that its packets arrive."""
+        heads = {
+            20000 + number: Heads(
+                self.address, targets[number % len(targets)][0], 20000 + number, targets[number % len(targets)][1]
+            )
+            for number in range(flows)
+        }
+        waiting = set(heads)
+        deadline = time.monotonic() + PATIENCE_S
+        while waiting:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"{len(waiting)} flows weren't answered")
+            for port in waiting:
+                self.socket.send(datagram(heads[port], bytes(DATA)))
+            while waiting and select.select([self.socket], [], [], TRIES_S)[0]:
+                waiting -= {packet.destination_port for packet in self.packets() if packet.protocol == UDP}
+        return [datagram(one, os.urandom(DATA)) for one in heads.values() for _ in range(run)]
 
     def flood(self, packets: list[bytes], packed: int, seconds: float) -> tuple[int, float]:
         """Send them over and over; how many, and how long it took until they had been read."""
-        rows = [packets[at % len(packets) :] + packets[: at % len(packets)] for at in range(0, len(packets), packed)]
-        datagrams = [b"".join((row * (packed // len(row) + 1))[:packed]) for row in rows]
+        # As many datagrams as it takes until one begins with the first packet again.
+        total = math.lcm(len(packets), packed)
+        datagrams = [
+            b"".join(packets[number % len(packets)] for number in range(at, at + packed))
+            for at in range(0, total, packed)
+        ]
         self.socket.settimeout(None)
         send, number, turn = self.socket.send, 0, 0
         start = time.monotonic()
@@ -113,7 +151,9 @@ def main() -> None:
     parser.add_argument("targets", help="address:port,...")
     parser.add_argument("--tenant", default="acme")
     parser.add_argument("--device", default="laptop")
+    parser.add_argument("--kind", choices=("ack", "udp"), default="ack")
     parser.add_argument("--flows", type=int, default=64)
+    parser.add_argument("--run", type=int, default=1)
     parser.add_argument("--packed", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=2.0)
     arguments = parser.parse_args()
@@ -122,7 +162,8 @@ def main() -> None:
         host, _, port = one.rpartition(":")
         targets.append((socket.inet_aton(host), int(port)))
     producer = Producer(arguments.tunnel, arguments.tenant, arguments.device)
-    packets = producer.connect(targets, arguments.flows)
+    begin = producer.connect if arguments.kind == "ack" else producer.converse
+    packets = begin(targets, arguments.flows, arguments.run)
     sent, took = producer.flood(packets, arguments.packed, arguments.seconds)
     print(json.dumps({"sent": sent, "seconds": took, "per_s": sent / took, "size": len(packets[0])}))
 

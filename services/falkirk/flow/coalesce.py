@@ -78,6 +78,9 @@ class Road(Protocol):
     def joined(self, run: Run) -> None:
         """Several of them, verified."""
 
+    def datagrams(self, at: int, end: int) -> tuple[int, int]:
+        """UDP packets that lie one behind another from `at` on, as far as they are taken: where the next packet is, and how many were before it."""
+
     def other(self, at: int, size: int) -> None:
         """Whatever else: not looked at further than that it says to be `size` bytes, or doesn't say where it ends."""
 
@@ -261,6 +264,11 @@ class Coalescer:
             else:
                 plain, size, header = 0, left, 0
             if not plain or not header <= size <= left:
+                if left > 20 and arena[at + (9 if version == 4 else 6)] == UDP:
+                    at, some = self._road.datagrams(at, end)
+                    if some:
+                        count += some - 1
+                        continue
                 at += self._other(at, left)
                 run = None
                 continue

@@ -1,7 +1,8 @@
 """The fast path of `raw` tunnels, where every packet is a plain one: there are forty for each super-packet of a `vnet` tunnel.
 
     tunnel ──► arena ──► walk ──► runs joined, one write each     coalesce.py, PURE
-                           │ └──► plain segments, rewritten in place
+                           │ ├──► plain segments, rewritten in place
+                           │ ├──► UDP of known sessions, from its place to the socket    udp_trains.py
                            └────► all else: to the lane's own buffer, and its slow path
     device ──► arena ──► rewritten in place ──► one datagram for several packets of a tunnel that asked for it (`packed`)
 
@@ -90,7 +91,7 @@ class RawLane(Lane):
                 received += walk(tunnel, at, at + size)
                 at += size
                 if at > ROOM:
-                    self._coalescer.flush()
+                    self._flush()
                     at = 0
             elif hung_up or ended(tunnel.fd):
                 alive = False
@@ -98,11 +99,17 @@ class RawLane(Lane):
             else:
                 received += 1
                 self.worker.drop("empty_datagram")
-        self._coalescer.flush()
+        self._flush()
         self.settle()
         self.worker.counts[RECEIVED] += received - self.waiting
         self.waiting = 0
         return alive
+
+    def _flush(self) -> None:
+        """Nothing refers to the arena any more."""
+        self._coalescer.flush()
+        if self.worker.udp.runs:
+            self.worker.udp.flush()
 
     def settle(self) -> None:
         """Count what has been written to the device."""
@@ -149,6 +156,12 @@ class RawLane(Lane):
             self.worker.drop("tun_write_error", count)
         else:
             self._sent += count
+
+    def datagrams(self, at: int, end: int) -> tuple[int, int]:
+        """UDP packets of sessions; what those don't take goes the lane's own way."""
+        tunnel = self._tunnel
+        assert tunnel is not None
+        return self.worker.udp.plain(tunnel, self._arena, self._arena_view, at, end)
 
     def bad(self, at: int, size: int) -> None:
         """A segment whose payload isn't what was sent."""

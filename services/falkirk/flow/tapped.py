@@ -103,6 +103,10 @@ class TappedRawLane(TappedLane, RawLane):
         self.taps.follow(captured.TUNNEL, flow.tunnel, flow, came, go, below)
         return None
 
+    def datagrams(self, at: int, end: int) -> tuple[int, int]:
+        """UDP packets, each to be looked at by itself."""
+        return (at, 0) if self.taps.watched(self._tunnel) else super().datagrams(at, end)
+
     def bad(self, at: int, size: int) -> None:
         """One whose payload isn't what was sent."""
         tunnel = self._tunnel

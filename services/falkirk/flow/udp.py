@@ -6,9 +6,8 @@ kernel choose the external one; sessions that begin meanwhile wait for that. The
 all routes of a device name the same).
 
 Offloads: a USO super-packet of a `vnet` tunnel leaves with one call (UDP_SEGMENT), and a train that the kernel joined (UDP_GRO) comes back as one
-super-packet; to a `raw` tunnel it goes as plain packets, in one datagram where its producer asked for that (`packed`). Plain packets of one session
-that come in one turn and differ in nothing but their payloads, of one length, leave with one call too; datagrams that wait in a session's socket and
-the kernel hasn't joined are joined here.
+super-packet; to a `raw` tunnel it goes as plain packets, in one datagram where its producer asked for that (`packed`). What plain packets leave with one
+call is `falkirk.flow.udp_trains`'s business; datagrams that wait in a session's socket and the kernel hasn't joined are joined here.
 
 A checksum is verified before the headers that carry it are taken off, so that what was damaged before stays known as damaged; a partial one
 (virtio NEEDS_CSUM) can't be. IPv4 may do without one (RFC 768), IPv6 may not (RFC 8200 8.1).
@@ -19,71 +18,32 @@ MTU is fragmented: the session's headers are made here, so this is where it leav
 
 from __future__ import annotations
 
-import errno
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.counters import FORWARDED, RECEIVED
 from falkirk.flow.keys import key_of
 from falkirk.flow.lane import HEADER
 from falkirk.flow.resolving import ResolverSession
-from falkirk.flow.session import Opening, Session, Sessions
 from falkirk.flow.table import State, Tunnel
+from falkirk.flow.udp_trains import CHUNK, MAX_PAYLOAD, UdpSession, UdpTrains
 from falkirk.linux import datagrams
 from falkirk.wire import vnet
-from falkirk.wire.checksum import pseudo_header, residue
+from falkirk.wire.checksum import residue
 from falkirk.wire.context import Framing
-from falkirk.wire.datagram import Heads, quoted_packet
+from falkirk.wire.datagram import quoted_packet
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import Packet, verify
 from falkirk.wire.protocol import UDP
 
 if TYPE_CHECKING:
     from falkirk.flow.lane import Lane
+    from falkirk.flow.session import Opening
     from falkirk.flow.worker import Worker
 
 DNS: Final = 53
-CHUNK: Final = 64
-"""Datagrams of one send; older kernels take no more (UDP_MAX_SEGMENTS)."""
-MAX_PAYLOAD: Final = 65507
-_NO_TRAIN: Final = (errno.EINVAL, errno.EIO, errno.EMSGSIZE)
 _PROTOCOL: Final = bytes([UDP])
 _ROOM: Final = HEADER + 48
 _BUFFER: Final = 2 * 65536 + _ROOM
-
-
-class UdpSession(Session):
-    """A UDP session."""
-
-    __slots__ = ("heads", "mapping", "pseudo", "run", "singly")
-
-    def __init__(self, owner: Sessions[UdpSession], tunnel: Tunnel, key: bytes) -> None:
-        super().__init__(owner, tunnel, key)
-        self.heads = Heads(self.destination, self.source, self.destination_port, self.source_port)
-        """Of packets to the client."""
-        self.pseudo = pseudo_header(self.source, self.destination, UDP, 0)
-        self.mapping: Mapping | None = None
-        self.run: Run | None = None
-        """Packets of this turn that leave at its end."""
-        self.singly = False
-        """The way out takes no trains (udp(7): an interface without checksums of its own, IPsec)."""
-
-
-class Run:
-    """Plain packets of one session, each behind its virtio-net header, that leave together."""
-
-    __slots__ = ("dont_fragment", "most", "packets", "size", "start", "traffic_class", "ttl")
-
-    def __init__(self, size: int, start: int, ttl: int, traffic_class: int, dont_fragment: bool) -> None:
-        self.size = size
-        """Bytes of payload, of all but a last one that may be shorter."""
-        self.start = start
-        """Where the payload is."""
-        self.ttl = ttl
-        self.traffic_class = traffic_class
-        self.dont_fragment = dont_fragment
-        self.packets: list[bytes] = []
-        self.most = min(CHUNK, MAX_PAYLOAD // size)
-        """Packets that one call takes."""
 
 
 class Mapping:
@@ -100,15 +60,13 @@ class Mapping:
         self.waiting: list[UdpSession] = []
 
 
-class UdpSessions(Sessions[UdpSession]):
+class UdpSessions(UdpTrains):
     """UDP of one worker."""
 
     def __init__(self, worker: Worker, opening: Opening) -> None:
         super().__init__(worker, opening)
         self.trains = False
         """Whether super-packets may go to `vnet` tunnels: older kernels' TUN devices take none."""
-        self.runs: list[UdpSession] = []
-        """Sessions with packets that leave at the end of this turn."""
         self._mappings: dict[bytes, Mapping] = {}
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
@@ -143,7 +101,7 @@ class UdpSessions(Sessions[UdpSession]):
         elif buffer[1] or end == 38:
             self._up(session, lane, 38, end, buffer[18], buffer[11], buffer[16] & 0x40 != 0)
         else:
-            self._keep(session, lane, 38, end, buffer[18], buffer[11], buffer[16] & 0x40 != 0)
+            self.put_aside(session, lane, end, 28, buffer[18], buffer[11], buffer[16] & 0x40 != 0)
 
     def up6(self, lane: Lane, tunnel: Tunnel, end: int) -> None:
         """The same for IPv6 without extension headers, of at least 48 bytes."""
@@ -168,7 +126,7 @@ class UdpSessions(Sessions[UdpSession]):
                 dont_fragment = buffer[1] != 0 or end - 10 <= tunnel.mtu
                 self._up(session, lane, 58, end, buffer[17], traffic_class, dont_fragment)
             else:
-                self._keep(session, lane, 58, end, buffer[17], traffic_class, True)
+                self.put_aside(session, lane, end, 48, buffer[17], traffic_class, True)
 
     def packet(self, lane: Lane, tunnel: Tunnel, packet: Packet, end: int) -> None:
         """Any UDP packet; its virtio-net header is true."""
@@ -220,96 +178,6 @@ class UdpSessions(Sessions[UdpSession]):
             self.unsent(session, lane.view[:stop].tobytes(), code)
         else:
             self._worker.counts[FORWARDED] += 1
-
-    def _datagrams(self, session: UdpSession, data: memoryview, size: int) -> int:
-        """Send datagrams of `size` bytes, the last may be shorter; the errno of the first that went wrong, else 0."""
-        at, step, end = 0, size if session.singly else CHUNK * size, len(data)
-        if end <= size:
-            return self._one(session, data)
-        while at < end:
-            part = data[at : at + step]
-            if step > size and size != session.segment:
-                self._segment(session, size)
-            code = self.write(session, [part]) if step > size else self._one(session, part)
-            if code in _NO_TRAIN and step > size:
-                self._no_train(session, code)
-                step = size
-                continue
-            if code:
-                return code
-            at += step
-        return 0
-
-    def _no_train(self, session: UdpSession, code: int) -> None:
-        """A train wasn't taken: what single datagrams come to is what counts."""
-        session.singly = code in (errno.EINVAL, errno.EIO)
-        if session.sock is not None:
-            # Even one datagram is a train for the kernel where there is a size.
-            self._segment(session, 0)
-
-    def _one(self, session: UdpSession, data: memoryview) -> int:
-        if session.segment and len(data) > session.segment:
-            self._segment(session, 0)
-        return self.write(session, [data])
-
-    def _keep(
-        self, session: UdpSession, lane: Lane, start: int, end: int, ttl: int, traffic_class: int, dont_fragment: bool
-    ) -> None:
-        """A plain packet at [10, end) of the lane's buffer, whose payload begins at `start`: it leaves by the end of the turn."""
-        size = end - start
-        run = session.run
-        if run is not None:
-            if (
-                size <= run.size
-                and ttl == run.ttl
-                and traffic_class == run.traffic_class
-                and dont_fragment is run.dont_fragment
-            ):
-                run.packets.append(lane.view[:end].tobytes())
-                if size < run.size or len(run.packets) == run.most:
-                    self._ship(session)
-                return
-            self._ship(session)
-        run = session.run = Run(size, start, ttl, traffic_class, dont_fragment)
-        run.packets.append(lane.view[:end].tobytes())
-        self.runs.append(session)
-        if self._worker.taps.passing is not None:
-            # Whoever captures is told what becomes of a packet while it is looked at.
-            self._ship(session)
-
-    def flush(self) -> None:
-        """The end of a turn: send what waits for it."""
-        runs, self.runs = self.runs, []
-        for session in runs:
-            if session.run is not None:
-                self._ship(session)
-
-    def _ship(self, session: UdpSession) -> None:
-        run, session.run = session.run, None
-        assert run is not None
-        packets, start = run.packets, run.start
-        self._header(session, run.ttl - 1, run.traffic_class, run.dont_fragment)
-        self._count_up(session, sum(map(len, packets)) - len(packets) * HEADER, len(packets))
-        if len(packets) > 1 and not session.singly:
-            if session.segment != run.size:
-                self._segment(session, run.size)
-            code = self.write(session, [memoryview(packet)[start:] for packet in packets])
-            if not code:
-                self._worker.counts[FORWARDED] += len(packets)
-                return
-            self._no_train(session, code)
-        for packet in packets:
-            code = self._one(session, memoryview(packet)[start:])
-            if code:
-                self.unsent(session, packet, code)
-            else:
-                self._worker.counts[FORWARDED] += 1
-
-    @staticmethod
-    def _segment(session: UdpSession, size: int) -> None:
-        assert session.sock is not None
-        datagrams.set_segment(session.sock, size)
-        session.segment = size
 
     # from the world
 

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falkirk.flow.coalesce import MAX_PACKET, Coalescer, Run
+from falkirk.flow.coalesce import MAX_PACKET, Coalescer, Run, claimed
 from falkirk.flow.table import State, TcpLift
 from falkirk.wire import ipv6, vnet
 from falkirk.wire.checksum import checksum, pseudo_header
+from falkirk.wire.datagram import Heads
 from falkirk.wire.packet import parse, verify
-from falkirk.wire.protocol import TCP
+from falkirk.wire.protocol import TCP, UDP
 from falkirk.wire.segment import segments
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6
 
@@ -70,9 +71,10 @@ def flow_of(version: int, port: int = 40000) -> TcpLift:
 
 
 class Seen:
-    """A road that keeps what it is given: ("plain" | "joined" | "other" | "bad", packets)."""
+    """A road that keeps what it is given: ("plain" | "joined" | "datagrams" | "other" | "bad", packets). It takes UDP packets, `takes` at a time."""
 
-    def __init__(self, flows: list[TcpLift], *, enabled: bool = True, size: int = 1 << 18) -> None:
+    def __init__(self, flows: list[TcpLift], *, enabled: bool = True, size: int = 1 << 18, takes: int = 0) -> None:
+        self.takes = takes
         self.arena = bytearray(size)
         self.flows = {flow.key: flow for flow in flows}
         self.coalescer = Coalescer(self.arena, self, enabled=enabled)
@@ -102,13 +104,24 @@ class Seen:
         assert len(body) == run.length <= MAX_PACKET
         self.got.append(("joined", segments(head, body, 0, len(body))))
 
+    def datagrams(self, at: int, end: int) -> tuple[int, int]:
+        taken: list[bytes] = []
+        while len(taken) < self.takes and (size := claimed(self.arena, at, end - at)) >= 48:
+            if self.arena[at + (9 if self.arena[at] >> 4 == 4 else 6)] != UDP:
+                break
+            taken.append(self._at(at, size))
+            at += size
+        if taken:
+            self.got.append(("datagrams", taken))
+        return at, len(taken)
+
     def other(self, at: int, size: int) -> None:
         self.got.append(("other", [self._at(at, size)]))
 
     def bad(self, at: int, size: int) -> None:
         self.got.append(("bad", [self._at(at, size)]))
 
-    def datagrams(self, *datagrams: bytes) -> list[tuple[str, list[bytes]]]:
+    def drain(self, *datagrams: bytes) -> list[tuple[str, list[bytes]]]:
         """What becomes of datagrams that came in one drain."""
         at = 0
         for data in datagrams:
@@ -136,7 +149,7 @@ def stream(
 def test_a_burst_becomes_one_super_packet(version: int, size: int, packed: bool) -> None:
     seen = Seen([flow_of(version)])
     packets = stream(20, size, version=version, last=3, options=TIMESTAMPS)
-    assert seen.datagrams(*([b"".join(packets)] if packed else packets)) == [("joined", packets)]
+    assert seen.drain(*([b"".join(packets)] if packed else packets)) == [("joined", packets)]
     assert seen.counted == 20
 
 
@@ -165,7 +178,7 @@ def test_what_differs_is_not_joined(change: str) -> None:
         for i in range(2)
     ]
     different = packet(b"z" * 1400, **odd)
-    got = Seen([flow_of(4)]).datagrams(b"".join([*first, different, *after]))
+    got = Seen([flow_of(4)]).drain(b"".join([*first, different, *after]))
     assert got[0] == ("joined", first)
     assert [one for _, packets in got for one in packets] == [*first, different, *after]
 
@@ -174,34 +187,34 @@ def test_push_ends_a_run_and_keeps_its_place() -> None:
     packets = stream(3)
     packets.append(packet(b"p" * 1400, sequence=1000 + 3 * 1400, ident=3, flags=ACK | PSH))
     more = [packet(b"q" * 1400, sequence=1000 + i * 1400, ident=i) for i in (4, 5, 6)]
-    assert Seen([flow_of(4)]).datagrams(*packets, *more) == [("joined", packets), ("joined", more)]
+    assert Seen([flow_of(4)]).drain(*packets, *more) == [("joined", packets), ("joined", more)]
 
 
 def test_a_shorter_segment_is_the_last() -> None:
     first = stream(4, last=100)
     more = [packet(b"q" * 1400, sequence=1000 + 3 * 1400 + 100 + i * 1400, ident=4 + i) for i in range(3)]
-    assert Seen([flow_of(4)]).datagrams(*first, *more) == [("joined", first), ("joined", more)]
+    assert Seen([flow_of(4)]).drain(*first, *more) == [("joined", first), ("joined", more)]
 
 
 def test_a_longer_segment_begins_anew() -> None:
     first = stream(3, 1000)
     longer = [packet(b"q" * 1400, sequence=4000 + i * 1400, ident=3 + i) for i in range(3)]
-    assert Seen([flow_of(4)]).datagrams(*first, *longer) == [("joined", first), ("joined", longer)]
+    assert Seen([flow_of(4)]).drain(*first, *longer) == [("joined", first), ("joined", longer)]
 
 
 def test_identifications_may_stand_still_where_df_is_set() -> None:
     """RFC 6864 4.1: of atomic datagrams they mean nothing."""
     still = [packet(b"s" * 1400, sequence=1000 + i * 1400, ident=9) for i in range(5)]
-    ((kind, packets),) = Seen([flow_of(4)]).datagrams(*still)
+    ((kind, packets),) = Seen([flow_of(4)]).drain(*still)
     assert kind == "joined"
     assert [one[6:10] + one[12:] for one in packets] == [one[6:10] + one[12:] for one in still]
     fragmentable = [packet(b"s" * 1400, sequence=1000 + i * 1400, ident=9, df=False) for i in range(5)]
-    assert [kind for kind, _ in Seen([flow_of(4)]).datagrams(*fragmentable)] == ["plain"] * 5
+    assert [kind for kind, _ in Seen([flow_of(4)]).drain(*fragmentable)] == ["plain"] * 5
 
 
 def test_nothing_grows_beyond_what_a_length_can_say() -> None:
     packets = stream(60, 1460)
-    got = Seen([flow_of(4)]).datagrams(*packets)
+    got = Seen([flow_of(4)]).drain(*packets)
     assert [len(some) for _, some in got] == [44, 16]
     assert [one for _, some in got for one in some] == packets
 
@@ -214,7 +227,7 @@ def test_a_bad_checksum_is_dropped_and_the_others_go_on(version: int, size: int,
     damaged = bytearray(packets[at])
     damaged[-1] ^= 1
     packets[at] = bytes(damaged)
-    got = Seen([flow_of(version)]).datagrams(b"".join(packets))
+    got = Seen([flow_of(version)]).drain(b"".join(packets))
     assert [kind for kind, _ in got] == ["bad" if i == at else "plain" for i in range(10)]
     assert [one for _, some in got for one in some] == packets
 
@@ -223,29 +236,29 @@ def test_errors_that_cancel_out_between_segments_are_found() -> None:
     packets = [bytearray(one) for one in stream(10)]
     packets[3][-2:] = (int.from_bytes(packets[3][-2:], "big") + 1).to_bytes(2, "big")
     packets[6][-2:] = (int.from_bytes(packets[6][-2:], "big") - 1).to_bytes(2, "big")
-    got = Seen([flow_of(4)]).datagrams(b"".join(packets))
+    got = Seen([flow_of(4)]).drain(b"".join(packets))
     assert [i for i, (kind, _) in enumerate(got) if kind == "bad"] == [3, 6]
 
 
 def test_too_few_to_be_worth_it_go_by_themselves() -> None:
     packets = stream(2)
-    assert Seen([flow_of(4)]).datagrams(*packets) == [("plain", [one]) for one in packets]
+    assert Seen([flow_of(4)]).drain(*packets) == [("plain", [one]) for one in packets]
 
 
 def test_small_segments_go_by_themselves() -> None:
     packets = stream(5, 535)
-    assert Seen([flow_of(4)]).datagrams(*packets) == [("plain", [one]) for one in packets]
+    assert Seen([flow_of(4)]).drain(*packets) == [("plain", [one]) for one in packets]
 
 
 def test_switched_off_each_goes_by_itself_at_once() -> None:
     packets = stream(5)
-    assert Seen([flow_of(4)], enabled=False).datagrams(*packets) == [("plain", [one]) for one in packets]
+    assert Seen([flow_of(4)], enabled=False).drain(*packets) == [("plain", [one]) for one in packets]
 
 
 def test_interleaved_flows_are_joined_apart() -> None:
     one, two = stream(8), stream(8, port=40001)
     mixed = [segment for pair in zip(one, two, strict=True) for segment in pair]
-    got = Seen([flow_of(4), flow_of(4, 40001)]).datagrams(b"".join(mixed))
+    got = Seen([flow_of(4), flow_of(4, 40001)]).drain(b"".join(mixed))
     assert got == [("joined", one), ("joined", two)]
 
 
@@ -253,7 +266,7 @@ def test_interleaved_flows_are_joined_apart() -> None:
 def test_what_opens_or_closes_goes_the_slow_way_after_what_came_before(flags: int) -> None:
     packets = stream(4)
     end = packet(sequence=1000 + 4 * 1400, flags=flags, ident=4)
-    assert Seen([flow_of(4)]).datagrams(*packets, end) == [("joined", packets), ("other", [end])]
+    assert Seen([flow_of(4)]).drain(*packets, end) == [("joined", packets), ("other", [end])]
 
 
 def test_fragments_options_and_expired_packets_wait_for_what_came_before() -> None:
@@ -263,23 +276,43 @@ def test_fragments_options_and_expired_packets_wait_for_what_came_before() -> No
     options = b"\x46" + packet(b"x" * 64)[1:]
     dying = packet(b"x" * 64, ttl=1)
     for odd in (bytes(fragment), options, dying):
-        assert Seen([flow_of(4)]).datagrams(*packets, odd) == [("joined", packets), ("other", [odd])]
+        assert Seen([flow_of(4)]).drain(*packets, odd) == [("joined", packets), ("other", [odd])]
 
 
 def test_other_protocols_overtake_no_one_and_hold_no_one_up() -> None:
     packets = stream(6)
     udp = bytearray(packet(b"x" * 64))
     udp[9] = 17
-    got = Seen([flow_of(4)]).datagrams(b"".join([*packets[:3], bytes(udp), *packets[3:]]))
+    got = Seen([flow_of(4)]).drain(b"".join([*packets[:3], bytes(udp), *packets[3:]]))
     assert got == [("other", [bytes(udp)]), ("joined", packets)]
+
+
+def udp(version: int, port: int = 53) -> bytes:
+    """A UDP packet of 64 bytes and more."""
+    heads = Heads(*ENDS[version], 40000, port)
+    made = bytearray(heads.size) + b"x" * 40
+    heads.put(made, 0, 40, 64, 0)
+    return bytes(made)
+
+
+@pytest.mark.parametrize("version", [4, 6])
+@pytest.mark.parametrize("takes", [0, 1, 2, 9])
+def test_datagrams_are_given_on_with_those_behind_them(version: int, takes: int) -> None:
+    packets, some = stream(6, version=version), [udp(version)] * 5
+    seen = Seen([flow_of(version)], takes=takes)
+    got = seen.drain(b"".join([*packets[:3], *some, *packets[3:]]))
+    assert seen.counted == 11
+    assert [one for kind, many in got for one in many if kind in ("datagrams", "other")] == some
+    assert {kind for kind, _ in got} == {"datagrams" if takes else "other", "joined"}
+    assert got[-1] == ("joined", packets)
 
 
 def test_a_flow_that_is_not_established_or_not_known_goes_the_slow_way() -> None:
     opening = flow_of(4)
     opening.state = State.OPENING
     packets = stream(3)
-    assert Seen([opening]).datagrams(*packets) == [("other", [one]) for one in packets]
-    assert Seen([]).datagrams(*packets) == [("other", [one]) for one in packets]
+    assert Seen([opening]).drain(*packets) == [("other", [one]) for one in packets]
+    assert Seen([]).drain(*packets) == [("other", [one]) for one in packets]
 
 
 @pytest.mark.parametrize(
@@ -298,7 +331,7 @@ def test_a_flow_that_is_not_established_or_not_known_goes_the_slow_way() -> None
 def test_a_rest_that_does_not_say_where_it_ends_is_one_packet(rest: bytes) -> None:
     packets = stream(3)
     seen = Seen([flow_of(4)])
-    assert seen.datagrams(b"".join(packets) + rest) == [("joined", packets), ("other", [rest])]
+    assert seen.drain(b"".join(packets) + rest) == [("joined", packets), ("other", [rest])]
     assert seen.counted == 4
 
 
@@ -334,7 +367,7 @@ def drains(draw: st.DrawFn) -> list[bytes]:
 @given(drains())
 def test_every_packet_arrives_once_in_its_flows_order(datagrams: list[bytes]) -> None:
     seen = Seen([flow_of(4), flow_of(4, 40001), flow_of(6)])
-    got = [(kind, one) for kind, some in seen.datagrams(*datagrams) for one in some]
+    got = [(kind, one) for kind, some in seen.drain(*datagrams) for one in some]
     sent: list[bytes] = []
     for data in datagrams:
         at = 0

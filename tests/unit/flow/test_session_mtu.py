@@ -9,7 +9,7 @@ import pytest
 
 from falkirk.flow.session import PATH_MTU
 from falkirk.flow.settings import FlowSettings
-from falkirk.flow.udp import UdpSession
+from falkirk.flow.udp_trains import UdpSession
 from falkirk.wire import fragments, vnet
 from falkirk.wire.build import too_big
 from falkirk.wire.context import Framing

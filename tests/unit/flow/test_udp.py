@@ -6,18 +6,20 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from falkirk.flow import udp
 from falkirk.flow.session import HELD_PACKETS
 from falkirk.flow.settings import FlowSettings
+from falkirk.flow.udp_trains import UdpSession
 from falkirk.linux import datagrams
 from falkirk.wire import icmp, vnet
+from falkirk.wire.build import icmp_packet
 from falkirk.wire.context import Framing
+from falkirk.wire.datagram import Heads
 from falkirk.wire.handover import SocketFailed, SocketOpened
 from tests.flow_rig import FlowRig, context, read
 from tests.unit.flow.udp_client import FAMILIES, LOOPBACK, Client, unreachable
@@ -410,7 +412,7 @@ def test_a_run_that_the_socket_takes_singly_only_leaves_singly(client: Client) -
     client.begin()
     client.hears()
     (session,) = rig.worker.tunnels[1].flows.values()
-    assert isinstance(session, udp.UdpSession)
+    assert isinstance(session, UdpSession)
     assert session.sock is not None
     # A socket without checksums takes no trains (udp(7): EIO).
     session.sock.setsockopt(socket.SOL_SOCKET, 11, 1)
@@ -420,3 +422,126 @@ def test_a_run_that_the_socket_takes_singly_only_leaves_singly(client: Client) -
     rig.step()
     assert [client.hears()[0] for _ in packets] == [bytes([number]) * 50 for number in range(5)]
     assert rig.balanced()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_datagrams_leave_in_their_order_whatever_they_are(rig: FlowRig, family: int) -> None:
+    """Equal ones one behind another, other lengths, TTLs and classes, bad ones; more than one buffer holds."""
+    client = Client(rig, Framing.RAW, family)
+    client.begin()
+    client.hears()
+    mixed: list[tuple[int, int, int]] = [
+        (50, 64, 0),
+        (50, 64, 0),
+        (50, 9, 0),
+        (50, 9, 0xB8),
+        (49, 9, 0xB8),
+        (50, 9, 0xB8),
+        (51, 9, 0),
+    ]
+    sent: list[tuple[bytes, int, int]] = []
+    heard: list[tuple[bytes, int, int]] = []
+    good: list[int] = []
+    packets: list[bytes] = []
+    for number in range(400):
+        size, ttl, traffic_class = mixed[number % len(mixed)] if number % 40 < 20 else (1300, 64, 0)
+        payload = number.to_bytes(2, "big") * (size // 2) + b"!" * (size % 2)
+        packet = client.datagram(payload, ttl=ttl, traffic_class=traffic_class)
+        if number % 37 == 5:
+            packet = packet[:-1] + bytes([packet[-1] ^ 1])
+        else:
+            sent.append((payload, ttl - 1, traffic_class))
+            good.append(number)
+        packets.append(packet)
+    for at in range(0, len(packets), 40):
+        client.sock.send(b"".join(packets[at : at + 40]))
+        rig.step(1)
+        heard += [client.hears() for _ in range(sum(number // 40 == at // 40 for number in good))]
+    assert heard == sent
+    assert rig.drops() == {"bad_l4_checksum": len(packets) - len(sent)}
+    assert rig.count("received") == len(packets) + 1
+    assert rig.balanced()
+    client.close()
+
+
+ODD: dict[str, tuple[dict[int, str], Callable[[bool, bytes], bytes]]] = {
+    "no checksum": ({4: "", 6: "bad_l4_checksum"}, lambda four, data: _put(data, 26 if four else 46, b"\0\0")),
+    "bad checksum": ({4: "bad_l4_checksum", 6: "bad_l4_checksum"}, lambda four, data: data[:-1] + b"?"),
+    "UDP says less": (
+        {4: "bad_l4_checksum", 6: "bad_l4_checksum"},
+        lambda four, data: _put(data, 24 if four else 44, b"\0\x20"),
+    ),
+    "UDP says more": (
+        {4: "bad_udp_length", 6: "bad_udp_length"},
+        lambda four, data: _put(data, 24 if four else 44, b"\1\0"),
+    ),
+    "bad header": ({4: "bad_ip_checksum", 6: ""}, lambda four, data: _put(data, 10, b"??") if four else data),
+}
+"""Why it isn't passed on, by family (empty: it is), and what is done to it."""
+
+
+def _put(data: bytes, at: int, what: bytes) -> bytes:
+    return data[:at] + what + data[at + len(what) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", ODD)
+@pytest.mark.parametrize("place", [0, 1, 5])
+def test_an_odd_one_in_a_pack_is_found_wherever_it_is(rig: FlowRig, family: int, what: str, place: int) -> None:
+    client = Client(rig, Framing.RAW, family)
+    client.begin()
+    client.hears()
+    reasons, change = ODD[what]
+    payloads = [bytes([number]) * 50 for number in range(6)]
+    packets = [client.datagram(payload) for payload in payloads]
+    packets[place] = change(family == 4, packets[place])
+    client.sock.send(b"".join(packets))
+    rig.step()
+    expected = [payload for number, payload in enumerate(payloads) if number != place or not reasons[family]]
+    assert [client.hears()[0] for _ in expected] == expected
+    assert rig.drops() == ({reasons[family]: 1} if reasons[family] else {})
+    assert rig.balanced()
+    client.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pack_whose_last_one_is_cut_and_one_whose_hops_are_used_up(rig: FlowRig, family: int) -> None:
+    client = Client(rig, Framing.RAW, family)
+    client.begin()
+    client.hears()
+    packets = [client.datagram(bytes([number]) * 50) for number in range(3)]
+    client.sock.send(b"".join(packets)[:-1])
+    rig.step()
+    assert [client.hears()[0] for _ in range(2)] == [b"\0" * 50, b"\1" * 50]
+    assert sum(rig.drops().values()) == 1
+    client.sock.send(b"".join([*packets, client.datagram(b"x" * 50, ttl=1)]))
+    rig.step()
+    assert [client.hears()[0] for _ in range(3)] == [bytes([number]) * 50 for number in range(3)]
+    ((told, _),) = client.packets()
+    assert told.is_icmp_error
+    assert rig.balanced()
+    client.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_session_that_ends_while_its_packets_wait_begins_anew(rig: FlowRig, family: int) -> None:
+    """The client says that nobody listens, in between: what came before leaves, what comes after is another session's."""
+    client = Client(rig, Framing.RAW, family)
+    client.begin()
+    client.hears()
+    client.far.sendto(b"answer", client.peer)
+    ((_, _),) = client.packets()
+    answer = Heads(client.server, client.device, client.to, client.port)
+    quoted = bytearray(answer.size) + b"answer"
+    answer.put(quoted, 0, 6, 64, 0)
+    kind, code = unreachable(client, icmp.Unreachable.PORT)
+    told = icmp_packet(bytearray(icmp.build(kind, code, 0)) + quoted, client.device, client.server)
+    packets = [client.datagram(bytes([number]) * 50) for number in range(4)]
+    client.sock.send(b"".join([*packets[:2], told, *packets[2:]]))
+    rig.step()
+    assert [client.hears()[0] for _ in range(2)] == [b"\0" * 50, b"\1" * 50]
+    wish = client.wish()
+    rig.give_socket(wish, datagrams.udp(LOOPBACK[family], client.far.getsockname()[1], b"", wish.local))
+    rig.step()
+    assert [client.hears()[0] for _ in range(2)] == [b"\2" * 50, b"\3" * 50]
+    client.close()

@@ -52,13 +52,21 @@ def test_udp_without_a_peer() -> None:
 
 
 def test_pps() -> None:
-    found = {"40": {"kpps": 260.04, "kpps_cpu": 300.0}, "1": {"kpps": 130.0, "kpps_cpu": 150.0}}
+    many, single = (
+        {"kpps": 260.04, "kpps_cpu": 300.0, "kernel": 0.314},
+        {"kpps": 130.0, "kpps_cpu": 150.0, "kernel": 0.5},
+    )
+    found = {f"{kind}:{packed}": of for kind in bench_pps.KINDS for packed, of in ((40, many), (1, single))}
+    found["ack:40"] = {"kpps": 195.0, "kpps_cpu": 200.0, "kernel": 0.6}
     result = bench_pps.report(found, BASELINE, SHAPE)
-    assert result["kpps_per_worker"] == 260.0
-    assert result["unpacked"]["kpps_per_worker"] == 130.0
-    assert result["of_unpacked"] == 2.0
+    assert (result["kpps_per_worker"], result["headline"]) == (260.0, "udp_mixed")
+    for kind, kpps, of in (("udp_bursts", 260.0, 2.0), ("udp_mixed", 260.0, 2.0), ("ack", 195.0, 1.5)):
+        assert result[kind]["kpps_per_worker"] == kpps
+        assert result[kind]["unpacked"]["kpps_per_worker"] == 130.0
+        assert result[kind]["of_unpacked"] == of
     json.dumps(result)
-    assert "260.0" in bench_pps.show(result)
+    shown = bench_pps.show(result)
+    assert all(word in shown for word in ("260.0", "195.0", *bench_pps.KINDS))
 
 
 def test_flows() -> None:
