@@ -184,9 +184,11 @@ class KilledMesh:
         return sorted(found, key=lambda victim: (_rank(victim, turn), victim.name))
 
     def _expected(self) -> set[str]:
-        workers = {f"{kind}.worker.{number}" for kind in ("flow", "upgrader") for number in range(self.workers)}
+        workers = {
+            f"{kind}.worker.{number}" for kind in ("onramp", "flow", "upgrader") for number in range(self.workers)
+        }
         services = {"registry", "policy", "router", "onramp", "flow", "upgrader"}
-        return services | workers | {"router.worker.0", "onramp.worker.0", "upgrader.helper", "upgrader.lower_helper"}
+        return services | workers | {"router.worker.0", "upgrader.helper", "upgrader.lower_helper"}
 
     # load
 

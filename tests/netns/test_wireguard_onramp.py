@@ -5,13 +5,10 @@ Limit: needs root, wireguard-go and wg.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,9 @@ from falkirk.api.flow.v1 import flow_service_pb2, flow_service_pb2_grpc
 from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.api.registry.v1 import presence_service_pb2, presence_service_pb2_grpc
+from tests.netns.streams import connect, exchange, stream
 from tools.mesh import Mesh, resource, rule
-from tools.netlab import Lab, LabError, Namespace, run, stop, wait_for
+from tools.netlab import Lab, LabError, run, stop, wait_for
 from tools.wg_device import StockDevice, key_pair
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(180)]
@@ -121,63 +119,6 @@ def place() -> Iterator[Place]:
         yield Place(lab)
 
 
-def listen(namespace: Namespace, address: str, port: int = 0) -> socket.socket:
-    """A listener inside."""
-    return _inside(namespace, lambda: socket.create_server((address, port), family=_family(address)))
-
-
-def connect(namespace: Namespace, address: str, port: int) -> socket.socket:
-    """A connection from inside."""
-    return _inside(namespace, lambda: socket.create_connection((address, port), timeout=DEADLINE_S))
-
-
-def _inside(namespace: Namespace, make: Any) -> socket.socket:
-    from tests.netns.conftest import in_namespace
-
-    descriptor = os.open(f"/proc/{namespace.pid}/ns/net", os.O_RDONLY)
-    try:
-        sock: socket.socket = in_namespace(descriptor, make)
-    finally:
-        os.close(descriptor)
-    return sock
-
-
-def _family(address: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in address else socket.AF_INET
-
-
-@contextlib.contextmanager
-def stream(
-    place: Place, client: Namespace, server: Namespace, address: str
-) -> Iterator[tuple[socket.socket, socket.socket]]:
-    """A connection from one place to the other: both ends."""
-    with listen(server, address) as listener:
-        listener.settimeout(DEADLINE_S)
-        with connect(client, address, listener.getsockname()[1]) as there:
-            here, _ = listener.accept()
-            with here:
-                here.settimeout(DEADLINE_S)
-                yield there, here
-
-
-def exchange(there: socket.socket, here: socket.socket, size: int = 1 << 20) -> None:
-    """Bytes both ways, whole."""
-    sent = os.urandom(size)
-    for source, sink in ((there, here), (here, there)):
-        source.setblocking(False)
-        came, at = bytearray(), 0
-        end = time.monotonic() + DEADLINE_S
-        while len(came) < size:
-            assert time.monotonic() < end
-            with contextlib.suppress(BlockingIOError):
-                at += source.send(sent[at : at + 65536]) if at < size else 0
-            sink.settimeout(0.01)
-            with contextlib.suppress(TimeoutError):
-                came += sink.recv(1 << 18)
-        assert bytes(came) == sent
-        source.settimeout(DEADLINE_S)
-
-
 def test_devices_reach_servers_and_each_other(place: Place) -> None:
     """Echo and TCP, both families inside, one device outside by IPv6; and what one may do another mustn't."""
     mine, yours = place.addresses_of(place.one), place.addresses_of(place.two)
@@ -185,12 +126,12 @@ def test_devices_reach_servers_and_each_other(place: Place) -> None:
     for device in (place.one, place.two):
         for address in (SERVER4, SERVER6):
             assert device.ping(address, seconds=5)
-            with stream(place, device.namespace, place.server, address) as ends:
+            with stream(device.namespace, place.server, address) as ends:
                 exchange(*ends)
     for from_, address in ((place.one, yours[0]), (place.two, mine[1])):
         assert from_.ping(address, seconds=5)
         to = place.two if from_ is place.one else place.one
-        with stream(place, from_.namespace, to.namespace, address) as ends:
+        with stream(from_.namespace, to.namespace, address) as ends:
             exchange(*ends)
             assert ends[1].getpeername()[0] in (*mine, *yours)
     with pytest.raises(ConnectionRefusedError):
@@ -210,8 +151,8 @@ def test_the_key_says_whose_packets_they_are(place: Place) -> None:
     assert place.one.ping(SERVER4, seconds=5)
     assert place.twin.ping(SERVER4, seconds=5)
     with (
-        stream(place, place.one.namespace, place.server, SERVER4) as one,
-        stream(place, place.twin.namespace, place.server, SERVER4) as twin,
+        stream(place.one.namespace, place.server, SERVER4) as one,
+        stream(place.twin.namespace, place.server, SERVER4) as twin,
     ):
         exchange(*one)
         exchange(*twin)
@@ -238,7 +179,7 @@ def test_a_stranger_has_no_answer(place: Place) -> None:
 
 
 def test_a_device_that_roams_keeps_its_connections(place: Place) -> None:
-    with stream(place, place.one.namespace, place.server, SERVER4) as ends:
+    with stream(place.one.namespace, place.server, SERVER4) as ends:
         exchange(*ends, size=65536)
         run = place.one.namespace.run
         run("ip", "route", "replace", "198.18.102.1/32", "dev", _outer(place.one), "src", "198.18.102.3")
@@ -257,8 +198,8 @@ def _outer(device: StockDevice) -> str:
 def test_a_killed_worker_costs_no_connection(place: Place) -> None:
     """The tunnels stay, and a stock client that goes on sending is asked for a new session."""
     with (
-        stream(place, place.two.namespace, place.server, SERVER4) as ends,
-        stream(place, place.one.namespace, place.two.namespace, place.addresses_of(place.two)[0]) as across,
+        stream(place.two.namespace, place.server, SERVER4) as ends,
+        stream(place.one.namespace, place.two.namespace, place.addresses_of(place.two)[0]) as across,
     ):
         exchange(*ends)
         exchange(*across)
@@ -277,7 +218,7 @@ def test_a_flood_of_strangers_costs_no_session(place: Place) -> None:
     attacker = place.lab.namespace("attacker")
     place.lab.cable(place.node, attacker, ["198.18.111.1/24"], ["198.18.111.2/24"])
     assert place.one.ping(SERVER4, seconds=5)
-    with stream(place, place.one.namespace, place.server, SERVER4) as ends:
+    with stream(place.one.namespace, place.server, SERVER4) as ends:
         exchange(*ends, size=4096)
         before, tunnels = place.dropped(), {name: tunnel.id for name, tunnel in place.tunnels().items()}
         options = (place.key, "198.18.111.1", str(PORT), "--seconds", "60")
@@ -300,7 +241,7 @@ def test_sessions_are_renewed_under_a_connection(place: Place) -> None:
     """Two more handshakes of a stock client that has forgotten its session each time, bytes on their way."""
     device = place.one
     assert device.ping(SERVER4, seconds=5)
-    with stream(place, device.namespace, place.server, SERVER4) as ends:
+    with stream(device.namespace, place.server, SERVER4) as ends:
         tunnel = place.tunnels()["one"].id
         for _ in range(2):
             exchange(*ends)
@@ -351,7 +292,7 @@ def test_a_change_takes_effect_at_once(place: Place) -> None:
     """Disabled, its live connection ends and nothing passes; enabled it comes back; with another key the old one is nobody's."""
     device = place.two
     assert device.ping(SERVER4, seconds=5)
-    with stream(place, device.namespace, place.server, SERVER4) as (there, here):
+    with stream(device.namespace, place.server, SERVER4) as (there, here):
         exchange(there, here, size=4096)
         place.mesh.ask("device", "update", "--tenant", "acme", "two", "--disabled")
         with pytest.raises(ConnectionResetError):

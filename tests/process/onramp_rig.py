@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import falkirk
 from falkirk.linux import seqpacket
-from falkirk.onramp import control
+from falkirk.onramp import board, control
 from falkirk.onramp.control import Ended, Opened, Setup, State, Update
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Row, TenantRow, UserRow
 from falkirk.runtime.counters import Counters
@@ -72,8 +72,9 @@ def eventually(condition: Callable[[], bool]) -> None:
 class FlowFake:
     """A flow worker: listens, says Hello, and takes or refuses tunnels as the test says."""
 
-    def __init__(self, path: Path, worker: int = 0) -> None:
-        self.listener = seqpacket.listen(path)
+    def __init__(self, path: Path, worker: int = 0, listener: socket.socket | None = None) -> None:
+        """`listener`: of another that takes another on-ramp worker's connection to the same flow worker."""
+        self.listener = listener or seqpacket.listen(path)
         self.worker = worker
         self.link: socket.socket | None = None
         self.inbox: list[handover.Message] = []
@@ -140,6 +141,7 @@ class Rig:
         self.directory = directory
         self.tunnel_path = directory / "tunnel.sock"
         self.counters = Counters.create(control.COUNTERS)
+        self.board = board.create(1)
         self.listener = seqpacket.listen(self.tunnel_path, 0o666)
         self.reports: list[control.Message] = []
         self.kept: list[socket.socket] = []
@@ -147,6 +149,8 @@ class Rig:
         mine = os.getuid()
         self.setup = Setup(
             **{
+                "worker": 0,
+                "workers": 1,
                 "mesh_dir": str(directory),
                 "flow_workers": flow_workers,
                 "peer_uids": (mine,),
@@ -177,7 +181,7 @@ class Rig:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": str(Path(falkirk.__file__).parents[1])},
             )
-        self.tell(self.setup, (self.counters.fd, self.listener.fileno()))
+        self.tell(self.setup, (self.counters.fd, self.board.fd, self.listener.fileno()))
 
     def kill(self) -> None:
         """kill -9, and forget its reports."""
@@ -268,6 +272,7 @@ class Rig:
             self.listener.close()
             self.tunnel_path.unlink()
             self.counters.close()
+            self.board.close()
 
 
 @contextlib.contextmanager

@@ -71,11 +71,10 @@ def drip(running: RunningMesh, cli: Cli) -> Iterator[dict[str, Any]]:
 def test_doctor_lists_every_process(running: RunningMesh, cli: Cli) -> None:
     report = json.loads(cli.run("doctor", "--json").stdout)
     told = {process["name"]: process["pid"] for process in report["mesh"]["processes"]}
-    workers = {f"{service}.worker.{number}" for service in ("flow", "upgrader") for number in range(3)}
+    workers = {f"{service}.worker.{number}" for service in ("onramp", "flow", "upgrader") for number in range(3)}
     assert set(told) == {
         *SERVICES,
         *workers,
-        "onramp.worker.0",
         "router.worker.0",
         "upgrader.helper",
         "upgrader.lower_helper",

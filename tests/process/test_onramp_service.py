@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import grpc
 import pytest
@@ -269,6 +270,49 @@ def test_a_restart_without_a_registry_admits_from_disk(tmp_path: Path) -> None:
             assert second.stats().replicas[0].source == "disk"
             assert not second.stats().replicas[0].live
         registry.start()
+
+
+def test_of_two_workers_each_has_its_own_tunnels(tmp_path: Path) -> None:
+    """The gate is the first one's. The other one's death is nothing to its tunnels; ready are both or none."""
+    config = tmp_path / "settings.yaml"
+    config.write_text("apiVersion: falkirk.dev/v1alpha1\nkind: Settings\nworkers: 2\n")
+    with contextlib.ExitStack() as stack:
+        registry, first = stack.enter_context(neighbours(tmp_path))
+        second = FlowFake(tmp_path / "mesh" / "flow.worker.1.sock", 1)
+        stack.callback(second.close)
+        path = tmp_path / "nowhere"
+        links = [FlowFake(path, flow.worker, flow.listener) for flow in (first, second) for _ in range(2)]
+        for link in links:
+            stack.callback(link.die)
+        stack.enter_context(service_process.running("onramp", tmp_path, tmp_path / "data", config))
+        by = {(link.accept().worker, link.worker): link for link in links}
+        assert set(by) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+        service_process.until_serving("onramp", tmp_path)
+        channel = stack.enter_context(service_process.channel("onramp", tmp_path))
+        onramp = Onramp(tmp_path, registry, by[0, crc32(b"d") % 2], channel)
+        tunnels = [onramp.opened()[1].tunnel for _ in range(2)]
+        assert [tunnel % 2 for tunnel in tunnels] == [0, 0]
+        processes = {process.name: process.pid for process in onramp.stats().processes}
+        assert set(processes) == {"onramp", "onramp.worker.0", "onramp.worker.1"}
+        os.kill(processes["onramp.worker.1"], signal.SIGKILL)
+        eventually(lambda: not service_process.serving("onramp", tmp_path))
+        for flow in range(2):
+            by[1, flow].die()
+            assert by[1, flow].accept().worker == 1
+        service_process.until_serving("onramp", tmp_path)
+        assert onramp.open() == tunnels
+        onramp.stub.Close(pb.CloseRequest(id=tunnels[0], reason="maintenance"), timeout=5)
+        assert onramp.flow.expect(TunnelClosed) == TunnelClosed(tunnels[0], "maintenance")
+        # Counts of both, those of a worker that was replaced included.
+        os.kill(processes["onramp.worker.0"], signal.SIGKILL)
+        for flow in range(2):
+            by[0, flow].die()
+            assert by[0, flow].accept().worker == 0
+        service_process.until_serving("onramp", tmp_path)
+        assert onramp.opened()[1].tunnel > tunnels[1]
+        assert onramp.stats().admitted == 3
+        for sock in onramp.kept:
+            sock.close()
 
 
 def test_health_follows_the_flow_workers(onramp: Onramp) -> None:

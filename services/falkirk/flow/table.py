@@ -327,6 +327,7 @@ class Tunnel:
         "link",
         "memo",
         "mtu",
+        "onramp",
         "passages",
         "queue",
         "queued",
@@ -356,6 +357,8 @@ class Tunnel:
         """A packet into these buffers, from wherever packets come; its size. Raises BlockingIOError where there is none."""
         self.write: Callable[[Buffer], int] = unattached
         """The other way. Raises BlockingIOError where there is no room."""
+        self.onramp = 0
+        """The on-ramp worker whose it is: what concerns it is told to that one."""
         self.row = row
         """The tenant's row in the shared counts."""
         self.flows: dict[bytes, Flow] = {}

@@ -134,6 +134,7 @@ class Tunnels(dict[int, Tunnel]):
         device.tunnels += 1
         os.set_blocking(fd, False)
         tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
+        tunnel.onramp = link.onramp
         self[message.tunnel] = tunnel
         worker.forward.tunnel_opened(tunnel)
         worker.orphans.remember(message.tunnel, context)
@@ -232,19 +233,23 @@ class Tunnels(dict[int, Tunnel]):
         tunnel.device.tunnels -= 1
         if not tunnel.device.tunnels:
             self.devices.pop(tunnel.context.device_id, None)
-        for link in worker.onramps:
+        for link in self._onramps(tunnel):
             link.send([TunnelClosed(number, reason)])
         worker.tell(control.TunnelEnded(number))
         worker.log.info("tunnel_closed", tunnel=number, reason=reason)
 
     def onramp_arrived(self, link: peers.OnrampLink) -> None:
-        """A (new) on-ramp said hello: give it copies of what is read here."""
+        """A (new) on-ramp worker said hello: give it copies of what is its own and read here."""
         link.send([self._worker.hello()])
-        for tunnel in self.values():
+        for tunnel in [tunnel for tunnel in self.values() if tunnel.onramp == link.onramp]:
             link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.transport), tunnel.link)
 
     def trace(self, flow: Flow, flow_id: bytes, wall: int) -> None:
         """A sampled flow began, at `wall` nanoseconds: let the on-ramp add its span."""
-        for link in self._worker.onramps:
+        for link in self._onramps(flow.tunnel):
             if link.backlog < MAX_TRACED:
                 link.send([Traced(flow.tunnel.id, flow_id, flow.span_id, wall)])
+
+    def _onramps(self, tunnel: Tunnel) -> list[peers.OnrampLink]:
+        """The connections of a tunnel's on-ramp worker: one, none while that is away, for a moment two where it was replaced."""
+        return [link for link in self._worker.onramps if link.onramp == tunnel.onramp]

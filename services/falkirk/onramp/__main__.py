@@ -46,7 +46,7 @@ async def serve(shell: Shell, settings: Settings) -> None:
     )
 
     def refusals() -> list[tuple[dict[str, str], int]]:
-        counts = parent.counters.values()
+        counts = parent.counts()
         names = [code.value for code in Code] + [name for name in counts if name.startswith(WIREGUARD)]
         return [({"service": "onramp", "reason": name.lower()}, counts[name]) for name in names]
 
@@ -55,7 +55,7 @@ async def serve(shell: Shell, settings: Settings) -> None:
             "falkirk_onramp_admissions",
             "Answers to producers (admitted, or the code of the refusal), and closed tunnels.",
             ("result",),
-            lambda: [({"result": name}, count) for name, count in parent.counters.values().items()],
+            lambda: [({"result": name}, count) for name, count in parent.counts().items()],
         )
     )
     server.metrics.register(

@@ -1,9 +1,10 @@
-"""What the on-ramp's parent and its worker say to each other over their pair. PURE.
+"""What the on-ramp's parent and its workers say to each other over their pairs, and workers to each other. PURE.
 
 One datagram is one MessagePack message; descriptors ride beside it. The parent speaks first:
 
-    parent -> worker   Setup (counters, listener, UDP socket) Update (rows) Restored (near end) Close
+    parent -> worker   Setup (counters and more) Neighbour (its inbox) Update (rows) Restored (near end) Close
     worker -> parent   State Opened Kept (near end) Changed Heard Ended Traced
+    worker -> worker   Passed Asked        in the inbox of the one that they are for
 
 An `Update` is one transaction; its rows are in a memfd, so a transaction of any size is one message and is applied whole.
 The file holds chunks, each a 4-byte length (big endian) and a MessagePack `Chunk`.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from typing import Final
+from zlib import crc32
 
 import msgspec
 
@@ -21,19 +23,30 @@ from falkirk.onramp.context import Code
 from falkirk.onramp.tables import Row, chunks
 from falkirk.wire.context import Framing, Transport, TunnelContext
 from falkirk.wireguard.counters import REASONS
+from falkirk.wireguard.handshake import Claim
 
 WIREGUARD: Final = "wireguard_"
 """What the names of WireGuard's counters begin with."""
-DROPS: Final = ("not_ready", "not_admitted", "tunnel_full", "no_tunnel", "bad_packet_of_ours", "socket_full")
+DROPS: Final = (
+    "not_ready",
+    "not_admitted",
+    "tunnel_full",
+    "no_tunnel",
+    "bad_packet_of_ours",
+    "socket_full",
+    "worker_full",
+)
 """WireGuard's drops that aren't the protocol's: the tables are empty still; the device isn't let in; its flow worker doesn't keep up, or has no tunnel for it; what
-the flow worker sent is no packet; the socket doesn't keep up."""
+the flow worker sent is no packet; the socket doesn't keep up; another worker, whose datagram it is, doesn't."""
+PASSED: Final = "passed_on"
 COUNTERS: Final = (
     "admitted",
     "closed",
+    PASSED,
     *(code.value for code in Code),
     *(WIREGUARD + reason for reason in (*REASONS, *DROPS)),
 )
-"""Names of the shared counters: tunnels admitted and closed, refusals by code, what WireGuard drops by reason."""
+"""Names of the shared counters: tunnels admitted and closed, datagrams that were given to another worker, refusals by code, what WireGuard drops by reason."""
 
 _LENGTH: Final = struct.Struct(">I")
 
@@ -43,8 +56,13 @@ class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Setup(Message, frozen=True, tag=True):
-    """All that the worker must know. Descriptors: the counters' memory, the listening tunnel socket, and WireGuard's UDP socket where there is one."""
+    """All that the worker must know. Descriptors: the counters' memory and the board's, the listening tunnel socket for worker 0, and where WireGuard is on its
+    UDP socket and its inbox."""
 
+    worker: int
+    """Which one it is, from 0."""
+    workers: int
+    """How many there are."""
     mesh_dir: str
     """Where the flow workers' sockets are."""
     flow_workers: int
@@ -67,6 +85,12 @@ class Setup(Message, frozen=True, tag=True):
     wireguard_key: str = ""
     """The file of the node's private key; empty where WireGuard isn't on."""
     wireguard_mtu: int = 1420
+
+
+class Neighbour(Message, frozen=True, tag=True):
+    """Another worker. One descriptor: where to write what is for it."""
+
+    worker: int
 
 
 class Update(Message, frozen=True, tag=True):
@@ -115,6 +139,8 @@ class Opened(Message, frozen=True, tag=True, gc=False):
     """Wall-clock nanoseconds."""
     resumed: bool = False
     transport: Transport = Transport.SOCKET
+    worker: int = 0
+    """Of the on-ramp."""
 
 
 class Kept(Message, frozen=True, tag=True):
@@ -167,8 +193,25 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     removed: tuple[str, ...] = ()
 
 
-TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Update | Restored | Close)
+class Passed(Message, frozen=True, tag=True):
+    """A datagram that came to another worker; from the owner's socket goes what comes of it."""
+
+    endpoint: tuple[str | int, ...]
+    """Whom it came from, as the socket says it."""
+    datagram: bytes
+    claim: Claim | None = None
+    """Of an initiation, of which this is known already."""
+
+
+class Asked(Message, frozen=True, tag=True):
+    """A device of this worker's sent data of a session that no worker has, and should be asked for a handshake."""
+
+    endpoint: tuple[str | int, ...]
+
+
+TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Neighbour | Update | Restored | Close)
 TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Kept | Changed | Heard | Ended | Traced)
+BETWEEN: Final = msgspec.msgpack.Decoder(Passed | Asked)
 _CHUNK: Final = msgspec.msgpack.Decoder(Chunk)
 _encoder: Final = msgspec.msgpack.Encoder()
 
@@ -176,6 +219,11 @@ _encoder: Final = msgspec.msgpack.Encoder()
 def encode(message: Message) -> bytes:
     """One datagram."""
     return _encoder.encode(message)
+
+
+def owner(public_key: bytes, workers: int) -> int:
+    """Which worker has the WireGuard device with this key: its sessions, its tunnel, its last timestamp."""
+    return crc32(public_key) % workers
 
 
 def pack(changed: Iterable[Row], removed: Iterable[str]) -> Iterator[bytes]:

@@ -47,13 +47,14 @@ class _PeerFault(Exception):
 
 
 class FlowLink:
-    """The connection to one flow worker."""
+    """The connection to one flow worker, of the on-ramp worker with the number `onramp`."""
 
     def __init__(
         self,
         reactor: Reactor,
         path: str,
         worker: int,
+        onramp: int,
         generation: int,
         peer_uids: Collection[int],
         log: Log,
@@ -61,7 +62,8 @@ class FlowLink:
         on_message: OnMessage,
         on_down: OnDown,
     ) -> None:
-        self._reactor, self._path, self._worker, self._generation = reactor, path, worker, generation
+        self._reactor, self._path, self._worker = reactor, path, worker
+        self._onramp, self._generation = onramp, generation
         self._peer_uids, self._log = peer_uids, log
         self._on_up, self._on_message, self._on_down = on_up, on_message, on_down
         self._state = _State.DOWN
@@ -92,7 +94,7 @@ class FlowLink:
             return
         self._sock, self._state = sock, _State.GREETING
         self._reactor.add(sock.fileno(), select.EPOLLIN, self._on_event)
-        self._queue(Hello(role="onramp", worker=0, generation=self._generation), None)
+        self._queue(Hello(role="onramp", worker=self._onramp, generation=self._generation), None)
         self.flush()
 
     def send(self, message: Message, descriptor: socket.socket | None = None) -> None:

@@ -1,7 +1,9 @@
-"""The parent's side of the worker: keeps it running, tells it what the registry says, and knows its tunnels.
+"""The parent's side of the workers: keeps them running, tells them what the registry says, and knows their tunnels.
 
-The listening socket and the counters are the parent's, so producers who connect while a worker is restarted wait in the backlog, and counts
-go on. A restarted worker is told everything, and hears of its old tunnels from the flow workers; those that aren't heard of again
+The sockets, inboxes and counters are the parent's: producers who connect while worker 0 is restarted wait in the backlog, WireGuard's datagrams and those of other workers
+wait in their sockets, and counts go on. What one worker leaves behind is its own: the others' tunnels are none of its business.
+
+Worker 0 alone has the gate: admission is rare, and one gate holds its bounds (of pending connections, of a uid's share, of a device's tunnels) exactly. A restarted worker is told everything, and hears of its old tunnels from the flow workers; those that aren't heard of again
 within `LOST_AFTER_S` are taken for closed.
 
 Limit: packing the whole state for a worker that (re)starts takes the loop about 1 µs a row.
@@ -24,9 +26,22 @@ import structlog
 
 from falkirk.api.net.v1 import net_pb2
 from falkirk.api.registry.v1 import registry_service_pb2
-from falkirk.linux import seqpacket, trains
-from falkirk.onramp import control, keys
-from falkirk.onramp.control import Changed, Close, Ended, Heard, Kept, Opened, Restored, Setup, State, Traced, Update
+from falkirk.linux import seqpacket, steering
+from falkirk.onramp import board, control, keys, neighbours
+from falkirk.onramp.control import (
+    Changed,
+    Close,
+    Ended,
+    Heard,
+    Kept,
+    Neighbour,
+    Opened,
+    Restored,
+    Setup,
+    State,
+    Traced,
+    Update,
+)
 from falkirk.onramp.expiry import Expiry
 from falkirk.onramp.rows import expired, rows
 from falkirk.onramp.settings import Settings
@@ -50,23 +65,25 @@ class WorkerAway(Exception):
 
 
 class Parent:
-    """Worker, tables and open tunnels. `on_ready` hears whether producers can be admitted."""
+    """Workers, tables and open tunnels. `on_ready` hears whether producers and devices can be admitted."""
 
     def __init__(self, shell: Shell, settings: Settings, on_ready: Callable[[bool], None]) -> None:
         """Raises OSError where the data directory can't be read."""
         self._shell, self._settings, self._on_ready = shell, settings, on_ready
-        self.counters = Counters.create(control.COUNTERS)
+        self._counters = [Counters.create(control.COUNTERS) for _ in range(shell.workers)]
+        self._board = board.create(shell.workers)
         self.tables = Tables()
         self.loaded = False
         """True once the tables hold anything from the registry, be it from disk."""
         self.tunnels: dict[int, Opened] = {}
-        self.applied: net_pb2.Revision | None = None
-        """What the worker admits by; a moment behind the tables here."""
+        self._states: list[State | None] = [None] * shell.workers
         self._expiry = Expiry()
-        self._ids = TunnelIds(shell.data("onramp") / "tunnel-ids")
+        self._ids = TunnelIds(shell.data("onramp") / "tunnel-ids", shell.workers)
         self._revision = net_pb2.Revision()
         self._listener: socket.socket | None = None
-        self._outside: socket.socket | None = None
+        self._outside: list[socket.socket] = []
+        """WireGuard's sockets, by worker; none where it isn't on."""
+        self._inboxes = [neighbours.inbox() for _ in range(shell.workers)] if settings.wireguard.port else []
         self.wireguard = settings.wireguard
         self.wireguard_key = b""
         """The node's public key; empty where WireGuard isn't on."""
@@ -80,7 +97,9 @@ class Parent:
         self._key_file = Path(key_file) if key_file else shell.data("onramp") / "wireguard.key"
         self._lost: dict[int, Opened] = {}
         self._closing: dict[int, asyncio.Future[bool]] = {}
-        self._pool = WorkerPool("onramp.worker", 1, _command, self._on_message, self._on_start, self._on_exit)
+        self._pool = WorkerPool(
+            "onramp.worker", shell.workers, _command, self._on_message, self._on_start, self._on_exit
+        )
         self.processes = self._pool.processes
 
     @property
@@ -88,8 +107,21 @@ class Parent:
         """The node's public key as `wg` writes it; empty where WireGuard isn't on."""
         return base64.b64encode(self.wireguard_key).decode()
 
+    @property
+    def applied(self) -> net_pb2.Revision | None:
+        """What all workers admit by; a moment behind the tables here. None where one of them has nothing."""
+        states = [state for state in self._states if state is not None and state.epoch == self._revision.epoch]
+        if len(states) < len(self._states):
+            return None
+        return net_pb2.Revision(epoch=self._revision.epoch, number=min(state.number for state in states))
+
+    def counts(self) -> dict[str, int]:
+        """By the names of `control.COUNTERS`, of all workers together, since the service started."""
+        counts = [counters.view for counters in self._counters]
+        return dict(zip(control.COUNTERS, map(sum, zip(*counts, strict=True)), strict=True))
+
     async def run(self) -> None:
-        """Listens on tunnel.sock and keeps the worker running, until cancelled. Raises OSError where it can't listen."""
+        """Listens on tunnel.sock and keeps the workers running, until cancelled. Raises OSError where it can't listen."""
         path = self._shell.run_dir / "tunnel.sock"
         # The lock on our name is held: whoever still listens there is the worker of a killed parent, on its way out.
         path.unlink(missing_ok=True)
@@ -99,19 +131,19 @@ class Parent:
             await self._pool.run()
         finally:
             self._listener.close()
-            if self._outside is not None:
-                self._outside.close()
+            for sock in (*self._outside, *(end for ends in self._inboxes for end in ends)):
+                sock.close()
             path.unlink(missing_ok=True)
 
     def _open_outside(self) -> None:
-        """WireGuard's socket is the parent's: while a worker is restarted datagrams wait in it. Raises OSError, keys.UnusableKey."""
+        """Raises OSError, keys.UnusableKey."""
         wireguard = self._settings.wireguard
         if not wireguard.port:
             return
         keys.make(self._key_file)
         self.wireguard_key = keys.public(self._key_file)
         try:
-            self._outside = trains.open_socket(wireguard.address, wireguard.port)
+            self._outside = steering.open_group(wireguard.address, wireguard.port, self._shell.workers)
         except OSError as error:
             where = f"{wireguard.address or '*'}:{wireguard.port}"
             raise OSError(error.errno, f"onramp.wireguard: can't listen at UDP {where}: {error.strerror}") from error
@@ -154,28 +186,32 @@ class Parent:
         """Closes a tunnel and waits until it is; False where it isn't open. Raises WorkerAway where that can't be known."""
         if tunnel not in self.tunnels:
             return False
-        if not self._pool.send(0, control.encode(Close(tunnel, reason))):
+        if not self._pool.send(self.tunnels[tunnel].worker, control.encode(Close(tunnel, reason))):
             raise WorkerAway
         done = self._closing.setdefault(tunnel, asyncio.get_running_loop().create_future())
         if not await asyncio.shield(done):
             raise WorkerAway
         return True
 
-    def _push_all(self) -> None:
-        self._push(list(self.tables.rows.values()), [], full=True)
+    def _push_all(self, *workers: int) -> None:
+        self._push(list(self.tables.rows.values()), [], *workers, full=True)
 
-    def _push(self, changed: Sequence[Row], removed: Sequence[str], *, full: bool) -> None:
+    def _push(self, changed: Sequence[Row], removed: Sequence[str], *workers: int, full: bool) -> None:
+        """To some workers, or to all. They read the same memory."""
         update = Update(full, self._revision.epoch, self._revision.number)
         memory = os.memfd_create("falkirk-rows", os.MFD_CLOEXEC)
         with open(memory, "wb") as file:
             file.writelines(control.pack(changed, removed))
             file.flush()
-            self._pool.send(0, control.encode(update), (memory,))
+            for worker in workers or range(self._shell.workers):
+                self._pool.send(worker, control.encode(update), (memory,))
 
     def _on_start(self, worker: int, generation: int) -> None:
         settings, shell = self._settings, self._shell
         assert self._listener is not None
         setup = Setup(
+            worker=worker,
+            workers=shell.workers,
             mesh_dir=str(shell.run_dir / "mesh"),
             flow_workers=shell.workers,
             peer_uids=tuple(sorted({0, os.getuid(), *shell.mesh_uids})),
@@ -192,33 +228,42 @@ class Parent:
             max_tunnels_per_device=settings.max_tunnels_per_device,
             log_level=shell.log.level,
             log_format=shell.log.format,
-            wireguard_key=str(self._key_file) if self._outside is not None else "",
+            wireguard_key=str(self._key_file) if self._outside else "",
             wireguard_mtu=settings.wireguard.mtu,
         )
-        descriptors = [self.counters.fd, self._listener.fileno()]
-        if self._outside is not None:
-            descriptors.append(self._outside.fileno())
+        descriptors = [self._counters[worker].fd, self._board.fd]
+        if worker == 0:
+            descriptors.append(self._listener.fileno())
+        if self._outside:
+            descriptors += (self._outside[worker].fileno(), self._inboxes[worker][0].fileno())
         self._pool.send(worker, control.encode(setup), descriptors)
+        for other, (_, writing) in enumerate(self._inboxes):
+            if other != worker:
+                self._pool.send(worker, control.encode(Neighbour(other)), (writing.fileno(),))
         self._save_ids()
         if self.loaded:
-            self._push_all()
+            self._push_all(worker)
         for tunnel, (device_id, near) in self._near.items():
+            if self.tunnels[tunnel].worker != worker:
+                continue
             endpoint = self.heard[tunnel].endpoint if tunnel in self.heard else ""
             self._pool.send(worker, control.encode(Restored(tunnel, device_id, endpoint)), (near,))
 
     def _on_exit(self, worker: int, status: int) -> None:
-        log.warning("worker_ended", worker=worker, status=status, tunnels=len(self.tunnels))
+        lost = {number: opened for number, opened in self.tunnels.items() if opened.worker == worker}
+        log.warning("worker_ended", worker=worker, status=status, tunnels=len(lost))
+        self._states[worker] = None
         self._on_ready(False)
-        self.applied = None
-        for number in list(self._closing):
+        for number in self._closing.keys() & lost:
             self._closing.pop(number).set_result(False)
-        self._lost |= self.tunnels
-        asyncio.get_running_loop().call_later(LOST_AFTER_S, self._forget_lost)
+        self._lost |= lost
+        asyncio.get_running_loop().call_later(LOST_AFTER_S, self._forget_lost, worker)
 
-    def _forget_lost(self) -> None:
-        for number in [number for number, opened in self._lost.items() if self.tunnels.get(number) is opened]:
-            self._on_ended(Ended(number, "lost"))
-        self._lost.clear()
+    def _forget_lost(self, worker: int) -> None:
+        for number, opened in [item for item in self._lost.items() if item[1].worker == worker]:
+            del self._lost[number]
+            if self.tunnels.get(number) is opened:
+                self._on_ended(Ended(number, "lost"))
 
     def _on_message(self, worker: int, data: bytes, descriptors: list[int]) -> None:
         message = control.TO_PARENT.decode(data)
@@ -227,9 +272,9 @@ class Parent:
         for descriptor in descriptors:
             os.close(descriptor)
         match message:
-            case State(epoch, number, links):
-                self.applied = net_pb2.Revision(epoch=epoch, number=number) if epoch else None
-                self._on_ready(bool(epoch) and all(links))
+            case State() as state:
+                self._states[worker] = state
+                self._on_ready(all(one is not None and one.epoch and all(one.links) for one in self._states))
             case Opened() as opened:
                 self._on_opened(opened)
             case Changed(tunnel, context):

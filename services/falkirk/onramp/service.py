@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import grpc
@@ -12,7 +12,7 @@ from falkirk.api.onramp.v1 import onramp_service_pb2 as pb
 from falkirk.api.onramp.v1 import onramp_service_pb2_grpc
 from falkirk.onramp.admission import Grants, admit
 from falkirk.onramp.context import Code, ContextRequest, Refusal
-from falkirk.onramp.control import WIREGUARD, Opened
+from falkirk.onramp.control import PASSED, WIREGUARD, Opened
 from falkirk.onramp.parent import Parent, WorkerAway
 from falkirk.runtime.contexts import context_proto
 from falkirk.runtime.errors import FalkirkError
@@ -96,14 +96,14 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
 
     async def Stats(self, request: pb.StatsRequest, context: Any) -> pb.StatsResponse:
         """Counts since the service started."""
-        counts = self._parent.counters.values()
+        counts = self._parent.counts()
         return pb.StatsResponse(
             open=len(self._parent.tunnels),
             admitted=counts["admitted"],
             refused=[net_pb2.Counter(name=code, value=counts[code]) for code in Code],
             replicas=[self._replica.status(), self._admission()],
             processes=self._processes(),
-            wireguard=self._wireguard(),
+            wireguard=self._wireguard(counts),
         )
 
     def _tunnel(self, number: int) -> pb.Tunnel:
@@ -114,15 +114,15 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
             tunnel.wireguard.last_handshake.FromNanoseconds(heard.handshake)
         return tunnel
 
-    def _wireguard(self) -> pb.WireGuardStatus | None:
+    def _wireguard(self, counts: Mapping[str, int]) -> pb.WireGuardStatus | None:
         if not self._parent.wireguard_key:
             return None
-        counts = self._parent.counters.values()
         return pb.WireGuardStatus(
             public_key=self._parent.wireguard_key_text,
             port=self._parent.wireguard.port,
             endpoints=self._parent.wireguard.endpoints,
             devices=len(self._parent.heard),
+            passed_on=counts[PASSED],
             dropped=[
                 net_pb2.Counter(name=name.removeprefix(WIREGUARD), value=count)
                 for name, count in counts.items()
@@ -131,7 +131,7 @@ class OnrampService(onramp_service_pb2_grpc.OnrampServiceServicer):
         )
 
     def _admission(self) -> net_pb2.ReplicaStatus:
-        """The worker's tables, whose revision may be a moment behind the replica's."""
+        """The workers' tables, whose revision may be a moment behind the replica's."""
         resources = self._replica.status()
         return net_pb2.ReplicaStatus(
             name="admission",

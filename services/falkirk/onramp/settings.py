@@ -70,9 +70,9 @@ class Settings(Section, frozen=True, kw_only=True):
     max_pending_per_uid: int = 128
     """Connections of one uid that haven't sent their context; uids without a grant count as one."""
     max_tunnels: int = 10_000
-    """Tunnels of this node. Each takes a descriptor here and one in its flow worker."""
+    """Tunnels of this node, all workers together. Each takes a descriptor here and one in its flow worker."""
     max_tunnels_per_device: int = 64
-    """Tunnels that a device may have at once."""
+    """Tunnels that a device may have at once; with several workers the one by WireGuard may come on top."""
 
     def __post_init__(self) -> None:
         if not 1280 <= self.mtu <= 65535:

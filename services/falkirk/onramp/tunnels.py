@@ -8,7 +8,8 @@ WAITING tunnel was written can't be known then, so it may be written twice, but 
 
 Closing tells the flow worker first, then shuts the connection for every copy of the descriptor.
 
-Limit: about 1.5 kB a tunnel beside its context. Ids count up and aren't reused; after 2^32 - 1 they start over at 1.
+Limits: about 1.5 kB a tunnel beside its context. A device's tunnels are counted where they are: its producers' at worker 0, and at the device's own worker the one by WireGuard, which
+thus comes on top where those are two.
 """
 
 from __future__ import annotations
@@ -17,20 +18,18 @@ import select
 import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Final
 from zlib import crc32
 
 from falkirk.linux.seqpacket import Peer
 from falkirk.onramp import admission, gate
 from falkirk.onramp.admission import Admission
+from falkirk.onramp.board import Board
 from falkirk.onramp.context import Code, ContextRequest, Refusal
 from falkirk.onramp.links import FlowLink
 from falkirk.onramp.reactor import Reactor, Timer
 from falkirk.onramp.tables import Tables, Touched
 from falkirk.wire.context import Framing, Transport, TunnelContext
 from falkirk.wire.handover import Adopt, Held, Recontext, TunnelClosed
-
-_LAST_ID: Final = (1 << 32) - 1
 
 
 class Tunnel:
@@ -82,20 +81,20 @@ class TunnelTable:
         self,
         reactor: Reactor,
         links: list[FlowLink],
+        board: Board,
         opened: Callable[[Tunnel, bool], None],
         changed: Callable[[Tunnel], None],
         ended: Callable[[Tunnel, str], None],
         refused: Callable[[Code], None],
         *,
-        first_id: int,
         mtu: int,
         adopt_timeout_s: float,
         max_tunnels: int,
         max_per_device: int,
     ) -> None:
-        self._reactor, self._links = reactor, links
+        self._reactor, self._links, self._board = reactor, links, board
         self._opened, self._changed, self._ended, self._refused = opened, changed, ended, refused
-        self._next_id, self._mtu, self._adopt_timeout_s = first_id, mtu, adopt_timeout_s
+        self._mtu, self._adopt_timeout_s = mtu, adopt_timeout_s
         self._max_tunnels, self._max_per_device = max_tunnels, max_per_device
         self._tunnels: dict[int, Tunnel] = {}
         self._by_device: defaultdict[str, set[int]] = defaultdict(set)
@@ -109,13 +108,14 @@ class TunnelTable:
     ) -> int:
         """A new tunnel, and its number; `now` is wall-clock nanoseconds, `mtu` 0 the on-ramp's own. Raises Refusal, and the socket stays the caller's."""
         device_id = admitted.context.device_id
-        if len(self._tunnels) >= self._max_tunnels:
+        if self._board.tunnels() >= self._max_tunnels:
             raise Refusal(Code.LIMIT, f"this node has {self._max_tunnels} tunnels")
         if len(self._by_device.get(device_id, ())) >= self._max_per_device:
             raise Refusal(Code.LIMIT, f"device {admitted.context.device} has {self._max_per_device} tunnels")
         worker = crc32(device_id.encode()) % len(self._links)
         mtu = mtu or self._mtu
-        tunnel = Tunnel(self._new_id(), sock, peer, admitted.context, request.framing, request.transport, mtu, worker)
+        number = self._board.take(self._tunnels)
+        tunnel = Tunnel(number, sock, peer, admitted.context, request.framing, request.transport, mtu, worker)
         tunnel.admission, tunnel.admitted_at = admitted, now
         tunnel.greeting = admission.greeting(tunnel.id, tunnel.context, mtu, request.framing, request.transport)
         tunnel.timer = self._reactor.later(self._adopt_timeout_s, lambda: self._on_adopt_timeout(tunnel))
@@ -136,7 +136,7 @@ class TunnelTable:
             return
         tunnel = Tunnel(number, sock, peer, what.context, what.framing, what.transport, what.mtu, worker)
         tunnel.generation, tunnel.admitted_at = generation, now
-        self._next_id = max(self._next_id, number + 1)
+        self._board.seen(number)
         self._insert(tunnel)
         self._opened(tunnel, True)
 
@@ -220,6 +220,7 @@ class TunnelTable:
 
     def _insert(self, tunnel: Tunnel) -> None:
         self._tunnels[tunnel.id] = tunnel
+        self._board.count(len(self._tunnels))
         self._by_device[tunnel.context.device_id].add(tunnel.id)
         self._by_tenant[tunnel.context.tenant_id].add(tunnel.id)
         # Hang-ups are always told; reading is the flow worker's.
@@ -228,6 +229,7 @@ class TunnelTable:
     def _remove(self, tunnel: Tunnel) -> None:
         self._reactor.remove(tunnel.sock.fileno())
         del self._tunnels[tunnel.id]
+        self._board.count(len(self._tunnels))
         for index, key in ((self._by_device, tunnel.context.device_id), (self._by_tenant, tunnel.context.tenant_id)):
             index[key].discard(tunnel.id)
             if not index[key]:
@@ -249,10 +251,3 @@ class TunnelTable:
         self._links[tunnel.worker].flush()
         self._refused(code)
         gate.refuse(tunnel.sock, Refusal(code, message).answer())
-
-    def _new_id(self) -> int:
-        while self._next_id in self._tunnels or not 1 <= self._next_id <= _LAST_ID:
-            self._next_id = self._next_id + 1 if self._next_id < _LAST_ID else 1
-        number = self._next_id
-        self._next_id += 1
-        return number

@@ -10,7 +10,13 @@ other end stays here. So whatever closes a tunnel (a device that is disabled, re
 
 Of a device that may still come, but not as it was (another address or network), a handshake is asked at once, and the tunnel is made anew.
 
-Limits: one worker; a device's tunnel takes four descriptors for as long as it answers, two here, one of the parent's and one in its flow worker; 64 KiB a datagram of packets.
+With several workers a device is one worker's, by its key (`control.owner`), from whatever address it comes: so its sessions, its tunnel and the timestamp that makes a replay
+known are in one place. What came to another one is passed on (`neighbours`), and answered from its own worker's socket.
+
+Data of a session that isn't here any more come to the worker that its index names. Where a device was last heard from is known to that one as long as there are as many workers as
+before; else all of them know it from the start, and the one asks the device's.
+
+Limits: a device's tunnel takes four descriptors for as long as it answers, two here, one of the parent's and one in its flow worker; 64 KiB a datagram of packets.
 Sessions end with the process, tunnels don't: the parent keeps their near ends, and the next process asks each device that still sends for a handshake.
 """
 
@@ -28,7 +34,8 @@ from falkirk.linux.seqpacket import Peer as Producer
 from falkirk.onramp import admission
 from falkirk.onramp.admission import Admission
 from falkirk.onramp.context import Refusal
-from falkirk.onramp.control import WIREGUARD
+from falkirk.onramp.control import WIREGUARD, Asked, Passed, owner
+from falkirk.onramp.neighbours import Neighbours
 from falkirk.onramp.reactor import Reactor, Timer
 from falkirk.onramp.tables import DeviceRow, Tables, Touched
 from falkirk.wire.endpoint import host_and_port
@@ -68,7 +75,7 @@ class Link:
 
 
 class WireGuard:
-    """Everything of one UDP socket. `tables` gives what is known at present, None while that is nothing."""
+    """Everything of one UDP socket, that of worker number `worker` of `workers`. `tables` gives what is known at present, None while that is nothing."""
 
     def __init__(
         self,
@@ -76,15 +83,19 @@ class WireGuard:
         sock: socket.socket,
         private_key: bytes,
         mtu: int,
+        worker: int,
+        workers: int,
         tables: Callable[[], Tables | None],
         admit: Admit,
         close: Close,
         heard: Heard,
+        neighbours: Neighbours,
         count: Callable[[str, int], None],
     ) -> None:
         self._reactor, self._sock, self._tables = reactor, sock, tables
         self._admit, self._close, self._heard, self._count = admit, close, heard, count
-        self._node = Node(private_key, rng=os.urandom, mtu=mtu, find=self._find)
+        self._worker, self._workers, self._neighbours = worker, workers, neighbours
+        self._node = Node(private_key, rng=os.urandom, mtu=mtu, worker=worker, workers=workers, find=self._find)
         self._arrivals = Arrivals()
         self._train = memoryview(bytearray(trains.MAX_RECEIVE))
         self._buffer = memoryview(bytearray(DATAGRAM))
@@ -101,12 +112,13 @@ class WireGuard:
     def start(self) -> None:
         """Join the loop."""
         self._reactor.add(self._sock.fileno(), select.EPOLLIN, self._from_socket)
+        self._neighbours.start(self._from_neighbours)
         self._reactor.after.append(self._after)
         self._reactor.later(REPORT_S, self._report)
 
     # who may come
 
-    def _find(self, public_key: bytes) -> Peer | None:
+    def _find(self, public_key: bytes) -> Peer | int | None:
         """The engine asks for a key that it doesn't know."""
         tables = self._tables()
         if tables is None:
@@ -118,7 +130,8 @@ class WireGuard:
         if _unwelcome(tables, row, public_key):
             self._drop("not_admitted")
             return None
-        return self._add(row, None)
+        whose = owner(public_key, self._workers)
+        return self._add(row, None) if whose == self._worker else whose
 
     def _add(self, row: DeviceRow, endpoint: Endpoint | None) -> Peer:
         allowed = [(address, 8 * len(address)) for address in row.addresses]
@@ -174,11 +187,24 @@ class WireGuard:
             receive(self._train[:length], address, now, wall, arrivals, segment)
         self._deliver(now, wall)
 
+    def _from_neighbours(self, messages: list[Passed | Asked]) -> None:
+        now, wall, arrivals = time.monotonic(), time.time_ns(), self._arrivals
+        for message in messages:
+            if isinstance(message, Asked):
+                self._recover(message.endpoint, asked=True)
+            elif message.claim is not None:
+                self._node.receive_claimed(message.datagram, message.claim, message.endpoint, now, arrivals)
+            else:
+                self._node.receive(message.datagram, message.endpoint, now, wall, arrivals)
+        self._deliver(now, wall)
+
     def _deliver(self, now: float, wall: int) -> None:
         arrivals = self._arrivals
         for event in arrivals.events:
-            if event.kind == "unknown_index":
+            if event.kind == "unknown_index" and event.endpoint is not None:
                 self._recover(event.endpoint)
+            elif event.kind == "other_worker" and event.endpoint is not None:
+                self._neighbours.give(event.worker, Passed(event.endpoint, event.datagram, event.claim))
             elif event.peer is not None:
                 self._news.add(event.peer)
                 if event.kind == "handshake":
@@ -263,12 +289,17 @@ class WireGuard:
                 self._drop("no_tunnel", stop - at)
             at = stop
 
-    def _recover(self, endpoint: Endpoint | None) -> None:
+    def _recover(self, endpoint: Endpoint, *, asked: bool = False) -> None:
         """Data of a session that isn't here: of the process before this one, or of before a device was let in again. Whoever was heard from there is asked for a
-        handshake; nobody else is, as the datagram proves nothing."""
-        tables, device = self._tables(), self._places.get(endpoint or ())
+        handshake; nobody else is, as the datagram proves nothing. `asked`: by another worker, to whom it isn't handed back."""
+        tables, device = self._tables(), self._places.get(endpoint)
         row = tables.device_by_id(device) if tables is not None and device is not None else None
         if tables is None or row is None or not row.public_key or _unwelcome(tables, row, row.public_key):
+            return
+        whose = owner(row.public_key, self._workers)
+        if whose != self._worker:
+            if not asked:
+                self._neighbours.give(whose, Asked(endpoint))
             return
         peer = self._peers.get(row.id) or self._add(row, endpoint)
         if not peer.usable(time.monotonic()):

@@ -1,4 +1,4 @@
-"""The on-ramp's worker process: gate, WireGuard, admission tables, tunnels and links in one loop.
+"""An on-ramp's worker process: WireGuard, admission tables, tunnels and links in one loop, and in worker 0 the gate.
 
     python -m falkirk.onramp.worker --control-fd N
 
@@ -31,10 +31,12 @@ from falkirk.linux import seqpacket
 from falkirk.linux.seqpacket import Peer
 from falkirk.onramp import admission, control, gate, keys, parsers
 from falkirk.onramp.admission import Admission, Grants
+from falkirk.onramp.board import Board
 from falkirk.onramp.context import Code, ContextRequest, Refusal
-from falkirk.onramp.control import Changed, Close, Ended, Opened, Restored, Setup, State, Update
+from falkirk.onramp.control import Changed, Close, Ended, Neighbour, Opened, Restored, Setup, State, Update
 from falkirk.onramp.gate import Gate
 from falkirk.onramp.links import FlowLink
+from falkirk.onramp.neighbours import Neighbours
 from falkirk.onramp.reactor import Reactor
 from falkirk.onramp.tables import Row, Tables
 from falkirk.onramp.tunnels import Tunnel, TunnelTable
@@ -62,11 +64,14 @@ class Worker:
         parent: socket.socket,
         setup: Setup,
         counters: Counters,
-        listener: socket.socket,
+        board: Board,
+        listener: socket.socket | None,
         outside: socket.socket | None = None,
+        neighbours: Neighbours | None = None,
     ) -> None:
-        """`outside` is WireGuard's UDP socket, where there is one."""
+        """`listener` is the gate's, in worker 0; `outside` and `neighbours` are there where WireGuard is on: its UDP socket, and the other workers."""
         self._reactor, self._parent, self._counters = reactor, parent, counters
+        self._number = setup.worker
         self._log = Log("onramp", setup.log_level, setup.log_format)
         self._tables = Tables()
         self._revision = ("", 0)
@@ -84,6 +89,7 @@ class Worker:
                 reactor,
                 f"{setup.mesh_dir}/flow.worker.{number}.sock",
                 number,
+                setup.worker,
                 generation,
                 setup.peer_uids,
                 self._log,
@@ -96,39 +102,47 @@ class Worker:
         self._tunnels = TunnelTable(
             reactor,
             self._links,
+            board,
             self._on_opened,
             self._on_changed,
             self._on_ended,
             self._on_refused,
-            first_id=setup.first_tunnel,
             mtu=setup.mtu,
             adopt_timeout_s=setup.adopt_timeout_ms / 1000,
             max_tunnels=setup.max_tunnels,
             max_per_device=setup.max_tunnels_per_device,
         )
-        self._gate = Gate(
-            reactor,
-            listener,
-            parsers.load(setup.parser),
-            Grants(setup.grants, setup.device_uids),
-            self._admit,
-            self._on_refused,
-            timeout_s=setup.context_timeout_ms / 1000,
-            max_pending=setup.max_pending,
-            max_pending_per_uid=setup.max_pending_per_uid,
+        self._gate = (
+            None
+            if listener is None
+            else Gate(
+                reactor,
+                listener,
+                parsers.load(setup.parser),
+                Grants(setup.grants, setup.device_uids),
+                self._admit,
+                self._on_refused,
+                timeout_s=setup.context_timeout_ms / 1000,
+                max_pending=setup.max_pending,
+                max_pending_per_uid=setup.max_pending_per_uid,
+            )
         )
         self._wireguard: WireGuard | None = None
         self._wireguard_mtu = setup.wireguard_mtu
-        if outside is not None:
+        self._neighbours = neighbours
+        if outside is not None and neighbours is not None:
             self._wireguard = WireGuard(
                 reactor,
                 outside,
                 keys.read(Path(setup.wireguard_key)),
                 setup.wireguard_mtu,
+                setup.worker,
+                setup.workers,
                 lambda: self._tables if self._loaded else None,
                 self._admit_device,
                 self._tunnels.close,
                 self._on_heard,
+                neighbours,
                 self._counters.add,
             )
 
@@ -137,12 +151,16 @@ class Worker:
         self._reactor.add(self._parent.fileno(), select.EPOLLIN, self._on_parent)
         self._reactor.after += [self._update, self._review, *(link.flush for link in self._links), self._flush_reports]
         # Who has waited while a worker was replaced needn't be sent away.
-        self._reactor.later(PATIENCE_S, self._gate.open)
+        self._reactor.later(PATIENCE_S, self._open)
         for link in self._links:
             link.connect()
         if self._wireguard is not None:
             self._wireguard.start()
         self._report_state()
+
+    def _open(self) -> None:
+        if self._gate is not None:
+            self._gate.open()
 
     # From the parent.
 
@@ -160,6 +178,8 @@ class Worker:
         match control.TO_WORKER.decode(data):
             case Update() as update:
                 self._updates.append(self._load(update, descriptors[0]))
+            case Neighbour(worker) if self._neighbours is not None:
+                self._neighbours.know(worker, socket.socket(fileno=descriptors[0]))
             case Restored() as restored:
                 self._restored.append((restored, socket.socket(fileno=descriptors[0])))
                 self._restore()
@@ -199,7 +219,7 @@ class Worker:
         self._revision = (update.epoch, update.number)
         if not self._loaded:
             self._loaded = True
-            self._gate.open()
+            self._open()
         self._restore()
         if self._wireguard is not None:
             self._wireguard.review(tables, None if update.full else touched)
@@ -292,6 +312,7 @@ class Worker:
                 pid=tunnel.peer.pid,
                 admitted_at=tunnel.admitted_at,
                 resumed=resumed,
+                worker=self._number,
             )
         )
         if self._wireguard is not None and not resumed:
@@ -362,17 +383,22 @@ def main(argv: list[str] | None = None) -> None:
     first = _receive_setup(parent)
     if first is None:
         return
-    setup, (counters_fd, listener_fd, *others) = first
+    setup, (counters_fd, board_fd, *others) = first
     reactor = Reactor()
     signal.signal(signal.SIGTERM, lambda *_: reactor.stop())
     # A terminal's ^C goes to the whole group; the parent decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=listener_fd)
-    listener.setblocking(False)
-    outside = socket.socket(fileno=others[0]) if others else None
-    if outside is not None:
-        outside.setblocking(False)
-    Worker(reactor, parent, setup, Counters.attach(counters_fd, control.COUNTERS), listener, outside).start()
+    sockets = [socket.socket(fileno=descriptor) for descriptor in others]
+    for sock in sockets:
+        sock.setblocking(False)
+    listener = sockets.pop(0) if setup.worker == 0 else None
+    counters = Counters.attach(counters_fd, control.COUNTERS)
+    board = Board(board_fd, setup.worker, setup.workers, setup.first_tunnel)
+    outside, neighbours = None, None
+    if sockets:
+        outside, inbox = sockets
+        neighbours = Neighbours(reactor, inbox, counters.add)
+    Worker(reactor, parent, setup, counters, board, listener, outside, neighbours).start()
     reactor.run()
 
 

@@ -122,7 +122,7 @@ class Shell(Section, frozen=True, kw_only=True):
     node: str = "local"
     """This node's name in audit records."""
     workers: int = 1
-    """Packet workers of flow and upgrader each, 1 to 64; the on-ramp spreads tunnels over them."""
+    """Packet workers of onramp, flow and upgrader each, 1 to 64. A WireGuard device is one on-ramp worker's, by its key; a tunnel one flow worker's, by its device."""
     log: LogSettings = LogSettings()
     """What is written on stderr."""
     telemetry: TelemetrySettings = TelemetrySettings()
