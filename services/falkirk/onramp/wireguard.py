@@ -151,7 +151,7 @@ class WireGuard:
             reason = _unwelcome(tables, row, peer.public_key)
             if reason:
                 self._forget(peer, reason)
-            elif row is not None and peer.allowed.addresses != frozenset(row.addresses):
+            elif row is not None and set(peer.allowed.addresses) != set(row.addresses):
                 self._again(peer, "context_changed")
 
     def _forget(self, peer: Peer, reason: str) -> None:

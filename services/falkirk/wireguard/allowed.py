@@ -1,16 +1,18 @@
 """Which inner source addresses a peer may use (cryptokey routing, section 2 of the paper). Nothing is allowed that isn't named.
 
-Single addresses are found in a set by their bytes, as the packet has them; prefixes are looked at only where that fails.
+Single addresses are found by their bytes, as the packet has them; prefixes are looked at only where that fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final
 
 Prefix = tuple[bytes, int]
 """An address of 4 or 16 bytes, and how many of its bits count."""
 
+_FEW: Final = 4
+"""Addresses that are looked through; more are a set, which is larger than the peer itself."""
 _BITS: Final = {4: 32, 16: 128}
 
 
@@ -34,7 +36,7 @@ class Allowed:
             else:
                 shift = bits - length
                 wide.append((len(address), shift, int.from_bytes(address, "big") >> shift))
-        self.addresses: Final = frozenset(addresses)
+        self.addresses: Final[Collection[bytes]] = tuple(addresses) if len(addresses) <= _FEW else frozenset(addresses)
         self._prefixes: Final = tuple(wide)
 
     def holds(self, address: bytes) -> bool:

@@ -1,7 +1,8 @@
 """A pair of keys that a handshake came to, its counters and its window (5.4.5, 5.4.6).
 
 A session may send for `REJECT_AFTER_SECONDS` and `REJECT_AFTER_MESSAGES`, whichever is first, and its initiator makes a new one
-before that. Its ciphers are made when they are needed and dropped when it rests: they are 4.5 kB, the session itself is 0.6.
+before that. Its ciphers are made when they are needed, kept once it carries packets, and dropped when it rests: they are 4.5 kB, the session itself is 0.4. So
+sessions that carry nothing but keepalives never have any, and ten thousand devices that come back at once don't have them all.
 """
 
 from __future__ import annotations
@@ -63,15 +64,13 @@ class Session:
         self.last_minute = False
         """A new handshake was asked for because this session ends soon while it only receives."""
 
-    def wake_seal(self) -> Cipher:
-        """The sending cipher."""
-        self.seal = ChaCha20Poly1305(self.send_key).encrypt
-        return self.seal
+    def sealer(self) -> Cipher:
+        """A sending cipher."""
+        return ChaCha20Poly1305(self.send_key).encrypt
 
-    def wake_open(self) -> Cipher:
-        """The receiving cipher."""
-        self.open = ChaCha20Poly1305(self.receive_key).decrypt
-        return self.open
+    def opener(self) -> Cipher:
+        """A receiving cipher."""
+        return ChaCha20Poly1305(self.receive_key).decrypt
 
     def rest(self) -> None:
         """Drop the ciphers until they are needed again."""

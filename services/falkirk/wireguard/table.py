@@ -154,3 +154,6 @@ class Table:
         peer = session.peer
         self.drop_session(peer.previous)
         peer.previous, peer.current, peer.next = peer.current, session, None
+        if peer.pending is None:
+            # Our last handshake message has arrived: no cookie can come for it.
+            peer.last_mac1 = b""

@@ -18,7 +18,7 @@ from falkirk.wireguard.messages import DATA, DATA_HEADER, DATA_HEADER_SIZE, DATA
 from falkirk.wireguard.outcome import Arrivals, Event
 from falkirk.wireguard.peer import INF, KEEPALIVE_TIMEOUT, REKEY_TIMEOUT, STRAGGLER_SECONDS, Endpoint, Peer
 from falkirk.wireguard.primitives import Buffer
-from falkirk.wireguard.session import REJECT_AFTER_MESSAGES, Cipher, Session
+from falkirk.wireguard.session import REJECT_AFTER_MESSAGES, Session
 from falkirk.wireguard.table import Table
 
 MAX_QUEUED: Final = 128
@@ -56,7 +56,7 @@ class Transport:
         peer = session.peer
         window = session.window
         highest = window.highest
-        decrypt = session.open or self._wake_open(session)
+        decrypt = session.open or session.opener()
         addresses = peer.allowed.addresses
         packets: list[bytes] = []
         authentic = size = 0
@@ -107,6 +107,9 @@ class Transport:
         if not authentic:
             return at, None
         if packets:
+            if session.open is None:
+                session.open = decrypt
+                self._table.awake.add(session)
             peer.rx_packets += len(packets)
             peer.rx_bytes += size
             into = arrivals.packets.get(peer)
@@ -143,10 +146,6 @@ class Transport:
         else:
             self._count("replayed")
         return False
-
-    def _wake_open(self, session: Session) -> Cipher:
-        self._table.awake.add(session)
-        return session.wake_open()
 
     def _heard(
         self, session: Session, carried: bool, endpoint: Endpoint, now: float, wall_ns: int, arrivals: Arrivals
@@ -197,10 +196,7 @@ class Transport:
 
     def send(self, peer: Peer, session: Session, packets: Iterable[bytes], now: float) -> list[bytes]:
         """Data messages of packets, in their order, by a session that hasn't expired."""
-        seal = session.seal
-        if seal is None:
-            self._table.awake.add(session)
-            seal = session.wake_seal()
+        seal = session.seal or session.sealer()
         counter = session.counter
         remote = session.remote
         mtu = self.mtu
@@ -229,6 +225,9 @@ class Transport:
             session.used = peer.passed_at = now
             peer.keepalive = INF
             if count:
+                if session.seal is None:
+                    session.seal = seal
+                    self._table.awake.add(session)
                 peer.tx_packets += count
                 peer.tx_bytes += size
                 if peer.retry == INF:

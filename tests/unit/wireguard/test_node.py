@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from falkirk.wireguard.messages import DATA_HEADER
 from falkirk.wireguard.node import Node
 from falkirk.wireguard.outcome import Arrivals
 from falkirk.wireguard.peer import INF
@@ -302,6 +303,26 @@ def test_nothing_is_sent_to_who_was_never_heard() -> None:
     assert world.lost() == []
     assert world.server.counted() == {"no_endpoint": 2}
     assert world.to_client.queue is None
+
+
+def test_ciphers_of_keepalives_and_of_forgeries_are_not_kept() -> None:
+    world = World()
+    world.client.send(world.to_server, b"")
+    world.run()
+    world.answer(b"")
+    world.run()
+    table = world.server.node._table
+    (session,) = table.sessions.values()
+    assert session is world.to_client.current
+    world.server.receive(DATA_HEADER.pack(4, session.local, 9) + bytes(64), ("192.0.2.66", 1))
+    assert world.server.counted() == {"bad_packet": 1}
+    assert (session.open, session.seal, table.awake) == (None, None, set())
+    world.client.send(world.to_server, packet())
+    world.answer(BACK)
+    world.run()
+    assert session.open is not None
+    assert session.seal is not None
+    assert table.awake == {session}
 
 
 def test_idle_sessions_drop_their_ciphers_and_take_them_up_again() -> None:

@@ -20,8 +20,8 @@ def session(*, initiator: bool) -> Session:
 def test_what_one_side_seals_the_other_opens() -> None:
     one, other = session(initiator=True), session(initiator=False)
     for sender, receiver in ((one, other), (other, one)):
-        sealed = sender.wake_seal()(NONCE.pack(7), b"hello", None)
-        assert receiver.wake_open()(NONCE.pack(7), sealed, None) == b"hello"
+        sealed = sender.sealer()(NONCE.pack(7), b"hello", None)
+        assert receiver.opener()(NONCE.pack(7), sealed, None) == b"hello"
 
 
 def test_the_limits_of_the_paper() -> None:
@@ -37,8 +37,7 @@ def test_it_ends_after_180_seconds(now: float, expired: bool) -> None:
 
 def test_at_rest_it_has_keys_and_no_ciphers() -> None:
     one = session(initiator=True)
-    one.wake_open()
-    one.wake_seal()
+    one.open, one.seal = one.opener(), one.sealer()
     one.rest()
-    assert (one.open, one.seal) == (None, None)
+    assert [getattr(one, name) for name in ("open", "seal")] == [None, None]
     assert (one.send_key, one.receive_key) == KEYS

@@ -144,7 +144,7 @@ def test_dropped_keys_leave_nothing() -> None:
     table.confirm(sessions[0])
     table.begin(sessions[1])
     table.awake.update(sessions)
-    sessions[0].wake_seal()
+    sessions[0].seal = sessions[0].sealer()
     table.drop_keys(one)
     assert table.sessions == {}
     assert table.awake == set()

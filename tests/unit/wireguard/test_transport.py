@@ -25,7 +25,7 @@ def sealed(world: World, plain: bytes, counter: int | None = None) -> bytes:
     if counter is None:
         counter = session.counter
         session.counter += 1
-    return DATA_HEADER.pack(4, session.remote, counter) + session.wake_seal()(NONCE.pack(counter), plain, None)
+    return DATA_HEADER.pack(4, session.remote, counter) + session.sealer()(NONCE.pack(counter), plain, None)
 
 
 @pytest.mark.parametrize("size", [20, 21, 31, 32, 33, 1400, 1419, 1420, 9000, MAX_PACKET])
