@@ -205,12 +205,11 @@ class Fleet:
 
     async def snapshot(self, name: str, path: Path, revision: net_pb2.Revision) -> None:
         """A new snapshot lies at `path`: load it here, and have every worker load it."""
-        data = (await asyncio.to_thread(blob.load, path)).data
         try:
             if name == "routes":
-                self.routes = await asyncio.to_thread(_load_routes, data)
+                self.routes = await asyncio.to_thread(_load_routes, path)
             else:
-                self.rules = await asyncio.to_thread(_load_rules, data)
+                self.rules = await asyncio.to_thread(_load_rules, path)
         except ValueError as error:
             raise SnapshotRefused(str(error)) from error
         rules = sum(map(self.rules.count, self.rules.tenants()))
@@ -244,12 +243,12 @@ class Fleet:
                     task.cancel()
 
 
-def _load_routes(data: bytes) -> RouteTable:
-    return RouteTable.loaded(data)
+def _load_routes(path: Path) -> RouteTable:
+    return RouteTable.loaded(blob.mapped(path))
 
 
-def _load_rules(data: bytes) -> RuleTable:
-    loading = RuleTable.load(data)
+def _load_rules(path: Path) -> RuleTable:
+    loading = RuleTable.load(blob.load(path).data)
     for _ in loading:
         pass
     assert loading.table is not None

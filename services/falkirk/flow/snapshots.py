@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from falkirk.decide.routes import RouteTable
 from falkirk.decide.rules import RuleTable
 from falkirk.flow import control
-from falkirk.runtime.blob import HEADER_BYTES
+from falkirk.runtime import blob
 
 if TYPE_CHECKING:
     from falkirk.flow.worker import Worker
@@ -41,14 +42,13 @@ class Snapshots:
     def begin(self, message: control.Load) -> None:
         """Start with a new snapshot."""
         try:
-            with open(message.path, "rb") as file:
-                file.seek(HEADER_BYTES)
-                data = file.read()
-        except OSError as error:
+            # The parent has checked it, which takes too long here.
+            data = blob.mapped(Path(message.path), checked=False)
+        except (OSError, blob.BlobError) as error:
             self._say(message, str(error))
             return
         self.loading = [entry for entry in self.loading if entry[0].name != message.name]
-        steps = self._routes(data) if message.name == "routes" else self._rules(data)
+        steps = self._routes(data) if message.name == "routes" else self._rules(bytes(data))
         self.loading.append((message, steps))
 
     def step(self) -> None:
@@ -68,7 +68,7 @@ class Snapshots:
             self._worker.review.everything()
         self._say(message, error)
 
-    def _routes(self, data: bytes) -> Iterator[None]:
+    def _routes(self, data: memoryview) -> Iterator[None]:
         table = RouteTable()
         yield from table.load(data)
         self._worker.routes = table

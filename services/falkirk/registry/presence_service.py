@@ -2,6 +2,8 @@
 
 Names of devices and tenants are the registry's own; they are filled in as a report comes and kept right by every commit that the feed tells of, so
 a removed device is gone at once and a renamed one shows its new name.
+
+They are kept encoded: a message of a report holds on to the whole of it.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ class PresenceService:
 
     def __init__(self, desk: Desk, now: Callable[[], float] = time.monotonic) -> None:
         self._desk, self._now = desk, now
-        self.table: Presences[pb.Presence] = Presences()
-        """Who is where."""
+        self.table: Presences[bytes] = Presences()
+        """Who is where, as encoded `Presence`s."""
         self._changed = asyncio.Event()
 
     async def run(self) -> None:
@@ -111,7 +113,7 @@ class PresenceService:
         found = sorted(
             (
                 item
-                for _, item in self.table.all()
+                for item in (pb.Presence.FromString(held) for _, held in self.table.all())
                 if tenant_id in ("", item.tenant_id) and request.device in ("", item.device, item.device_id)
             ),
             key=_place,
@@ -133,7 +135,8 @@ class PresenceService:
                 response = pb.PresenceServiceWatchResponse(synced=not synced)
                 places, watcher.changed = watcher.changed, {}
                 for place in places:
-                    item = self.table.get(place)
+                    held = self.table.get(place)
+                    item = pb.Presence.FromString(held) if held is not None else None
                     if item is None:
                         # Of another tenant's devices nothing shows, not even that they went.
                         if place in told:
@@ -150,12 +153,10 @@ class PresenceService:
         finally:
             self.table.unwatch(watcher)
 
-    def _renamed(self, node: str, device: Device) -> pb.Presence:
-        item = pb.Presence()
+    def _renamed(self, node: str, device: Device) -> bytes:
         held = self.table.get((node, device.metadata.id))
         assert held is not None
-        item.CopyFrom(held)
-        return _named(item, device, node)
+        return _named(pb.Presence.FromString(held), device, node)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -167,10 +168,10 @@ def _devices(connection: sqlite3.Connection, present: Any) -> dict[str, Device]:
     return {key: device for key, device in found if isinstance(device, Device)}
 
 
-def _named(item: pb.Presence, device: Device, node: str) -> pb.Presence:
+def _named(item: pb.Presence, device: Device, node: str) -> bytes:
     item.device, item.node = device.metadata.name, node
     item.tenant, item.tenant_id = device.metadata.tenant, device.metadata.tenant_id
-    return item
+    return item.SerializeToString(deterministic=True)
 
 
 def _place(item: pb.Presence) -> tuple[str, str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import mmap
 import os
 from pathlib import Path
 from typing import Final
@@ -48,7 +49,8 @@ _decoder: Final = msgspec.msgpack.Decoder(_Header)
 
 def save(path: Path, blob: Blob) -> None:
     """Replaces the file, durably. Raises OSError."""
-    header = msgspec.msgpack.encode(_Header(MAGIC, LAYOUT, blob.epoch, blob.number, _digest(blob), len(blob.data)))
+    digest = _digest(blob.epoch, blob.number, blob.data)
+    header = msgspec.msgpack.encode(_Header(MAGIC, LAYOUT, blob.epoch, blob.number, digest, len(blob.data)))
     if len(header) + 2 > HEADER_BYTES:
         raise ValueError("the epoch is too long")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -69,6 +71,25 @@ def save(path: Path, blob: Blob) -> None:
 def load(path: Path) -> Blob:
     """Reads a snapshot. Raises FileNotFoundError, BlobError."""
     content = path.read_bytes()
+    header = _check(path, memoryview(content))
+    return Blob(header.epoch, header.number, content[HEADER_BYTES:])
+
+
+def mapped(path: Path, *, checked: bool = True) -> memoryview:
+    """A snapshot's bytes as they lie in the file, which is replaced by others but never changed: all processes that map it share the kernel's copy.
+
+    Unless `checked` only its length is. Raises OSError, BlobError.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < HEADER_BYTES:
+            raise BlobError(f"{path}: cut short")
+        content = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+    if checked:
+        _check(path, content)
+    return content[HEADER_BYTES:]
+
+
+def _check(path: Path, content: memoryview) -> _Header:
     if len(content) < HEADER_BYTES:
         raise BlobError(f"{path}: cut short")
     try:
@@ -77,10 +98,10 @@ def load(path: Path) -> Blob:
         raise BlobError(f"{path}: {error}") from error
     if header.magic != MAGIC or header.layout != LAYOUT:
         raise BlobError(f"{path}: {header.magic} layout {header.layout}, this process reads layout {LAYOUT}")
-    found = Blob(header.epoch, header.number, content[HEADER_BYTES:])
-    if len(found.data) != header.length or _digest(found) != header.sha256:
+    data = content[HEADER_BYTES:]
+    if len(data) != header.length or _digest(header.epoch, header.number, data) != header.sha256:
         raise BlobError(f"{path}: damaged")
-    return found
+    return header
 
 
 def remove(path: Path) -> None:
@@ -89,7 +110,7 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def _digest(blob: Blob) -> bytes:
-    digest = hashlib.sha256(f"{blob.epoch} {blob.number} ".encode())
-    digest.update(blob.data)
+def _digest(epoch: str, number: int, data: bytes | memoryview) -> bytes:
+    digest = hashlib.sha256(f"{epoch} {number} ".encode())
+    digest.update(data)
     return digest.digest()
