@@ -237,7 +237,7 @@ def test_segments(length: int, six: bool, size: int, flags: str) -> None:
     )
     upper = 40 if six else 20
     header = validate(Header(1, 4 if six else 1, 0, size, upper, 16), parse(data, 0, len(data)), 1500)
-    made = segments(header, data, 0, len(data))
+    made = list(map(bytes, segments(header, data, 0, len(data))))
     assert all(part == remade(part) for part in made)
     read = [(IPv6(part) if six else IP(part))[TCP] for part in made]
     assert b"".join(bytes(part.payload) for part in read) == payload

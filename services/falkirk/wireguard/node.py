@@ -168,7 +168,7 @@ class Node:
         packets, peer.queue = peer.queue or [], None
         self._to(peer, self.send(peer, packets, now, wall_ns), arrivals)
 
-    def send(self, peer: Peer, packets: Iterable[bytes], now: float, wall_ns: int) -> list[bytes]:
+    def send(self, peer: Peer, packets: Iterable[bytes | memoryview], now: float, wall_ns: int) -> list[bytes]:
         """Datagrams for `peer.endpoint`: the packets', or an initiation where there is no session, the packets being kept for it.
 
         Packets are whole IP packets of at most `messages.MAX_PACKET` bytes, an empty one is a keepalive. Datagrams of packets of one size

@@ -177,12 +177,12 @@ class Transport:
         if arm:
             self._table.arm(peer)
 
-    def keep(self, peer: Peer, packets: Iterable[bytes]) -> None:
+    def keep(self, peer: Peer, packets: Iterable[bytes | memoryview]) -> None:
         """Queue packets until there is a session."""
         queue = peer.queue
         if queue is None:
             queue = peer.queue = []
-        queue += packets
+        queue += map(bytes, packets)
         excess = len(queue) - MAX_QUEUED
         if excess > 0:
             del queue[:excess]
@@ -194,7 +194,7 @@ class Transport:
             self._table.counters["queue_given_up"] += sum(1 for packet in peer.queue if packet)
         peer.queue = None
 
-    def send(self, peer: Peer, session: Session, packets: Iterable[bytes], now: float) -> list[bytes]:
+    def send(self, peer: Peer, session: Session, packets: Iterable[bytes | memoryview], now: float) -> list[bytes]:
         """Data messages of packets, in their order, by a session that hasn't expired."""
         seal = session.seal or session.sealer()
         counter = session.counter
@@ -217,7 +217,7 @@ class Transport:
                 if padding:
                     if length + padding > mtu:
                         padding = mtu - length if length < mtu else 0
-                    packet += _PADDING[padding]
+                    packet = b"".join((packet, _PADDING[padding]))
             made.append(_MAKE_HEADER(DATA, remote, counter) + seal(_NONCE(counter), packet, None))
             counter += 1
         session.counter = counter

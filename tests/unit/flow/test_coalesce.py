@@ -102,7 +102,7 @@ class Seen:
         assert vnet.validate(head, parse(body, 0, len(body)), MAX_PACKET)._replace(hdr_len=head.hdr_len) == head
         assert head.hdr_len == run.header
         assert len(body) == run.length <= MAX_PACKET
-        self.got.append(("joined", segments(head, body, 0, len(body))))
+        self.got.append(("joined", [bytes(one) for one in segments(head, body, 0, len(body))]))
 
     def datagrams(self, at: int, end: int) -> tuple[int, int]:
         taken: list[bytes] = []

@@ -34,7 +34,7 @@ def burst(count: int, family: int, size: int = 1400) -> list[bytes]:
 def joined(client: Client, sent: list[bytes]) -> list[bytes]:
     """The one write that reached the device, taken apart; each segment is what was sent, but for its signature."""
     (data,) = read(client.tun)
-    packets = segments(vnet.unpack(data, 0, len(data)), data, vnet.SIZE, len(data) - vnet.SIZE)
+    packets = [bytes(one) for one in segments(vnet.unpack(data, 0, len(data)), data, vnet.SIZE, len(data) - vnet.SIZE)]
     for one, original in zip(packets, sent, strict=True):
         packet, before = parse(one, 0, len(one)), parse(original, 0, len(original))
         verify(one, packet)

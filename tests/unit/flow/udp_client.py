@@ -102,7 +102,7 @@ class Client:
                 header = vnet.unpack(data, 0, len(data))
                 packet = parse(data, 10, len(data) - 10, fragments=True)
                 assert vnet.validate(header, packet, 1500) == header
-                plain = segments(header, data, 10, len(data) - 10)
+                plain = [bytes(one) for one in segments(header, data, 10, len(data) - 10)]
             else:
                 plain = [data[at : at + size] for at, size in split(data, len(data))]
             for one in plain:

@@ -97,3 +97,28 @@ def test_the_kernels_hdr_len_is_only_a_hint(hint: int) -> None:
     data = tcp4(payload=bytes(1000), partial=True, options=OPTIONS)
     made = segments(Header(1, 1, hint, 600, 20, 16), data, 0, len(data))
     assert [parse(part, 0, len(part)).payload_length for part in made] == [600, 400]
+
+
+@given(
+    st.binary(min_size=1, max_size=64), st.integers(1, 20000), st.sampled_from([536, 537, 1391, 1448]), st.booleans()
+)
+def test_datagrams_equal_what_a_sender_would_send(seed: bytes, more: int, size: int, six: bool) -> None:
+    length = size + more
+    payload = (seed * (length // len(seed) + 1))[:length]
+    source, destination = (C6, S6) if six else (C4, S4)
+    whole = udp(source, destination, payload)
+    data = ip6(17, whole) if six else ip4(17, whole, identification=0xFFFD)
+    made = segments(Header(1, 5, 0, size, 40 if six else 20, 6), data, 0, len(data))
+    wanted = []
+    for index, at in enumerate(range(0, length, size)):
+        part = udp(source, destination, payload[at : at + size])
+        wanted.append(ip6(17, part) if six else ip4(17, part, identification=(0xFFFD + index) & 0xFFFF))
+    assert made == wanted
+
+
+def test_segments_share_no_memory_with_what_they_were_cut_from() -> None:
+    data = bytearray(tcp4(payload=bytes(20000), partial=True))
+    made = segments(Header(1, 1, 40, 1000, 20, 16), data, 0, len(data))
+    before = [bytes(part) for part in made]
+    data[:] = b"\xff" * len(data)
+    assert made == before
