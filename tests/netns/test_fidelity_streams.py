@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import random
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -84,6 +85,55 @@ def test_the_client_ends_first_and_still_receives(way: Way) -> None:
         sender.join()
         server.close()
         assert client.recv(1) == b""
+
+
+SENDER = """
+import socket, sys
+with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=20) as sock:
+    sock.sendall(bytes(int(sys.argv[3])))
+print("sent", flush=True)
+"""
+
+
+@pytest.mark.parametrize("framing", ["device", "vnet"])
+def test_a_command_ends_when_a_slow_server_has_all_of_it(world: World, framing: str) -> None:
+    """Its data are acknowledged long before, by Falkirk; the tunnel mustn't go away while they are on their way."""
+    size = 64 * 1024
+    with world.server.listener(socket.AF_INET, 0, 1) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.settimeout(DEADLINE_S)
+        command = [sys.executable, "-c", SENDER, world.server.host4(1), str(listener.getsockname()[1]), str(size)]
+        lower = subprocess.Popen(
+            world.mesh.lower(world.a_device, command, framing=framing, options=["--linger", "60"]),
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert lower.stdout is not None
+            with listener.accept()[0] as server:
+                assert lower.stdout.readline() == b"sent\n"
+                # It would have ended by now, did it wait for nothing but acknowledgements.
+                with pytest.raises(subprocess.TimeoutExpired):
+                    lower.wait(1)
+                assert len(receive(server)) == size
+            assert lower.wait(DEADLINE_S) == 0
+        finally:
+            lower.kill()
+            lower.communicate()
+
+
+def test_a_connection_that_nobody_ends_is_given_up(world: World) -> None:
+    with world.server.listener(socket.AF_INET, 0, 1) as listener:
+        listener.settimeout(DEADLINE_S)
+        command = [sys.executable, "-c", SENDER, world.server.host4(1), str(listener.getsockname()[1]), "1"]
+        lower = subprocess.Popen(
+            world.mesh.lower(world.a_device, command, options=["--linger", "0.2"]), stderr=subprocess.PIPE, text=True
+        )
+        with listener.accept()[0] as server:
+            assert receive(server, 1) == b"\0"
+            _, said = lower.communicate(timeout=DEADLINE_S)
+    assert (lower.returncode, "1 connection of the command hadn't ended after 0.2 s (--linger)" in said) == (0, True), (
+        said
+    )
 
 
 def test_the_server_ends_first_and_still_receives(way: Way) -> None:

@@ -46,7 +46,7 @@ def lower(
     congestion: Annotated[str, typer.Option(help="TCP congestion control of the command's connections.")] = "cubic",
     sysctl: Annotated[list[str] | None, typer.Option(help="name=value in the command's namespace; repeatable.")] = None,
     linger: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait at the end for data that is still under way.")
+        float, typer.Option(min=0, help="Seconds to wait at the end for connections to be closed by both sides.")
     ] = 5.0,
     stats: Annotated[bool, typer.Option(help="Print packet counters on standard error at the end.")] = False,
 ) -> None:

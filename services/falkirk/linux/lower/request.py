@@ -58,7 +58,7 @@ class LowerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: dict[str, str] = {}
     """Further sysctls of the namespace, by name ("net.ipv4.ip_local_port_range")."""
     linger_s: float = 5.0
-    """Seconds to go on for connections that the command closed with data still under way."""
+    """Seconds to go on for connections that the command closed and the other side has not."""
     stats: bool = False
     """Print the pump's counters as one JSON line on standard error at the end."""
 

@@ -4,8 +4,8 @@ SIGTERM and SIGHUP go on to the command; an interrupt from the terminal reaches 
 the command gets SIGHUP, as from a lost terminal line, then SIGTERM and SIGKILL. When the tool is killed, so that
 nothing would move the command's packets any more, the kernel sends the command SIGHUP.
 
-When the command has ended, connections that it closed may still have data to send: the pump goes on until the last of
-them has been acknowledged, or the linger time is over.
+When the command has ended, connections that it closed may still have data under way: what this end of the tunnel has acknowledged a slow
+server may not have taken yet. So the pump goes on until each is closed by both sides, or the linger time is over, which is said.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ _HANG_UP_STEPS: Final = ((signal.SIGHUP, 2.0), (signal.SIGTERM, 3.0), (signal.SI
 """Signals to a command whose tunnel is gone, each with the seconds that it is given."""
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP)
 _ORPHANS_TURN_S: Final = 0.01
-_CLOSING_STATES: Final = frozenset({"04", "09", "0B"})
-"""FIN-WAIT-1, LAST-ACK and CLOSING: RFC 9293 3.3.2, our FIN (and what precedes it) isn't acknowledged."""
+_CLOSING_STATES: Final = frozenset({"04", "05", "09", "0B"})
+"""FIN-WAIT-1, LAST-ACK and CLOSING: RFC 9293 3.3.2, our FIN (and what precedes it) isn't acknowledged. FIN-WAIT-2: the other side hasn't ended, so nobody knows
+whether it has read all; Falkirk passes its FIN on behind the last byte, and aborts a stream whose tunnel goes first."""
 
 
 def run(request: LowerRequest) -> int:
@@ -119,16 +120,21 @@ def _hang_up(command: subprocess.Popen[bytes]) -> None:
 
 
 def _linger(pump: Pump | Carried, seconds: float) -> None:
-    """Go on while closed connections have something unacknowledged, and until the device has nothing to read."""
+    """Go on while connections that nobody owns any more are closing, and until the device has nothing to read."""
     end = time.monotonic() + seconds
-    while not pump.closed and time.monotonic() < end:
-        busy = pump.turn(_ORPHANS_TURN_S if unacknowledged() else 0)
-        if not busy and not unacknowledged():
+    while not pump.closed:
+        left = closing()
+        if time.monotonic() >= end:
+            if left:
+                what = f"{left} connection{'s' if left > 1 else ''} of the command hadn't ended after {seconds:g} s (--linger)"
+                print(f"{PROGRAM}: warning: {what}: the other side may miss data", file=sys.stderr)
+            return
+        if not pump.turn(_ORPHANS_TURN_S if left else 0) and not left:
             return
 
 
-def unacknowledged() -> int:
-    """TCP connections of this namespace that nobody owns any more and whose end hasn't been acknowledged."""
+def closing() -> int:
+    """TCP connections of this namespace that nobody owns any more and that aren't closed by both sides."""
     count = 0
     for name in ("tcp", "tcp6"):
         try:
