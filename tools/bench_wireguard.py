@@ -4,6 +4,8 @@ The client is Debian's wireguard-go in a namespace of its own, one for each serv
 server; behind wireguard-go the node's kernel forwards it there. Gbit/s of payload up, down and both ways at once, and the same for a second of the server's
 processor time: all processes of the mesh, or wireguard-go's.
 
+What a transfer keeps under floods is `tools/bench_flood.py`'s part, with the same client.
+
 Handshakes are of the engine alone (initiations of 500 keys answered in this process); small packets are 64-byte UDP from a client of our own, a second of
 the on-ramp worker's processor time; idle devices are real ones, each with a session of its own, in all processes of the mesh.
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 import base64
 import os
 import statistics
+import subprocess
 import sys
 import time
 from typing import Any
@@ -23,15 +26,16 @@ from falkirk.wireguard import primitives
 from falkirk.wireguard.guard import Guard
 from falkirk.wireguard.node import Node
 from falkirk.wireguard.outcome import Arrivals
-from tools import go_peers
+from tools import bench_flood, go_peers
 from tools.bench_cpu import Meter, memory, used_us
-from tools.bench_stage import IPERF_PORT, LOAD, Stage, attempt, measure, medians, ratio, say, shape, stage
+from tools.bench_stage import IPERF_PORT, LOAD, Samples, Stage, attempt, measure, medians, ratio, say, shape, stage
 from tools.mesh import Mesh, resource
 from tools.netlab import LabError, Namespace, wait_for
 from tools.wg_device import StockDevice, key_pair, secret_file, start
 
 RULES, ROUTES = 1000, 10_000
 PORT = 51820
+SINK_PORT = 51830
 IDLE = 2000
 HANDSHAKES = 500
 DIRECTIONS: dict[str, list[str]] = {"up": [], "down": ["-R"], "both": ["--bidir"]}
@@ -81,10 +85,11 @@ def bench(rounds: int, seconds: float) -> dict[str, Any]:
                 for server in servers:
                     attempt(samples, server.name, lambda: _throughput(place, server, direction, seconds))  # noqa: B023 - called at once
         found = medians(samples)
+        floods = _floods(place, mesh, servers[0], rounds, seconds)
         small = _small_packets(place, mesh, seconds)
         idle = _idle(place, mesh)
         return report(
-            found, _handshakes(), small, idle, place.baseline(), shape(RULES, ROUTES, rounds, seconds, started)
+            found, floods, _handshakes(), small, idle, place.baseline(), shape(RULES, ROUTES, rounds, seconds, started)
         )
 
 
@@ -94,15 +99,20 @@ def _cabled(place: Stage, number: int, name: str) -> StockDevice:
     return device
 
 
-def key_of(mesh: Mesh) -> str:
-    """The node's public key."""
+def _status(mesh: Mesh) -> Any:
+    """What the on-ramp says of its WireGuard side."""
     import grpc
 
     from falkirk.api.onramp.v1 import onramp_service_pb2, onramp_service_pb2_grpc
 
     with grpc.insecure_channel(f"unix:{mesh.run_dir / 'read' / 'onramp.sock'}") as channel:
         stats = onramp_service_pb2_grpc.OnrampServiceStub(channel).Stats(onramp_service_pb2.StatsRequest(), timeout=5)
-    return str(stats.wireguard.public_key)
+    return stats.wireguard
+
+
+def key_of(mesh: Mesh) -> str:
+    """The node's public key."""
+    return str(_status(mesh).public_key)
 
 
 def _falkirk(place: Stage, mesh: Mesh) -> Server:
@@ -178,6 +188,39 @@ def _throughput(place: Stage, server: Server, direction: str, seconds: float) ->
     gigabits = sum(part["bytes"] for part in parts) * 8 / 1e9
     rate = sum(part["bits_per_second"] for part in parts) / 1e9
     return {direction: rate, f"{direction}_cpu": gigabits / max(spent(), 1e-3)}
+
+
+def _floods(place: Stage, mesh: Mesh, server: Server, rounds: int, seconds: float) -> Samples:
+    """A transfer of the stock client with and without floods, interleaved."""
+    namespace = place.lab.namespace("flood")
+    near, far = "198.19.5.1", [f"198.19.5.{host}" for host in range(2, 2 + bench_flood.SOURCES)]
+    place.lab.cable(place.node, namespace, [f"{near}/24"], [f"{one}/24" for one in far])
+    bench_flood.sink(place.node, near, SINK_PORT, place.directory / "sink.log")
+    private, public = key_pair()
+    mesh.apply([resource("Device", "flooding", "acme", user="alice", publicKey=public)], "flooding")
+    device, log = secret_file(place.directory / "flooding.key", private), place.directory / "flood.log"
+    flooder = bench_flood.Flooder(namespace, far, near, key_of(mesh), PORT)
+
+    def transfer(direction: str) -> dict[str, float]:
+        meter = Meter(mesh.pid)
+        found = _throughput(place, server, direction, seconds)
+        worker = meter.used_us().get("onramp.worker", (0, 0))[0] / 1e6
+        return {"gbit_s": found[direction], "per_cpu_second": found[f"{direction}_cpu"], "worker_cpu_s": worker}
+
+    def dropped() -> dict[str, int]:
+        return {one.name: one.value for one in _status(mesh).dropped}
+
+    samples: Samples = {}
+    for number in range(rounds):
+        say(f"floods, round {number + 1} of {rounds}")
+        for kind in bench_flood.KINDS:
+
+            def flood(kind: str = kind) -> subprocess.Popen[bytes]:
+                return flooder.start(kind, SINK_PORT, device, log)
+
+            one = None if kind == "quiet" else flood
+            attempt(samples, kind, lambda: bench_flood.sample(transfer, one, dropped, log))  # noqa: B023 - called at once
+    return samples
 
 
 def _handshakes() -> dict[str, float]:
@@ -260,6 +303,7 @@ REST_S = 8.0
 
 def report(
     found: dict[str, dict[str, float]],
+    floods: Samples,
     handshakes: dict[str, float],
     small: dict[str, float],
     idle: dict[str, float],
@@ -291,6 +335,7 @@ def report(
         "bytes_per_idle_device": round(sum(value for kind, value in idle.items() if kind != "cpu_s")),
         "bytes_by_process": by_process,
         "idle_cpu": round(idle["cpu_s"], 4),
+        "flood": bench_flood.report(floods),
         "pps": {key: round(value, 1) for key, value in small.items()},
         "gbit_s": {name: {key: round(value, 3) for key, value in of.items()} for name, of in found.items()},
         "baseline": baseline,
@@ -312,5 +357,6 @@ def show(result: dict[str, Any]) -> str:
         f"handshakes a CPU second: {result['handshakes_per_core']:,}; first ones of a key {result['first_handshakes_per_core']:,}"
     )
     lines.append(f"small packets, thousands a CPU second of the on-ramp worker: {result['pps']['kpps_per_cpu_second']}")
+    lines += ["", *bench_flood.show(result["flood"]), ""]
     lines.append(f"an idle device: {result['bytes_per_idle_device']:,} bytes ({result['bytes_by_process']})")
     return "\n".join(lines)

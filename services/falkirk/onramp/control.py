@@ -35,9 +35,11 @@ DROPS: Final = (
     "bad_packet_of_ours",
     "socket_full",
     "worker_full",
+    "unread",
 )
 """WireGuard's drops that aren't the protocol's: the tables are empty still; the device isn't let in; its flow worker doesn't keep up, or has no tunnel for it; what
-the flow worker sent is no packet; the socket doesn't keep up; another worker, whose datagram it is, doesn't."""
+the flow worker sent is no packet; the socket doesn't keep up; another worker, whose datagram it is, doesn't; the kernel
+dropped it before it was read, because the socket was full or, under load, by the sieve."""
 PASSED: Final = "passed_on"
 COUNTERS: Final = (
     "admitted",

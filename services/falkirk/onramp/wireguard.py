@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from falkirk.linux import sockets, trains
+from falkirk.linux import sieve, sockets, trains
 from falkirk.linux.seqpacket import Peer as Producer
 from falkirk.onramp import admission
 from falkirk.onramp.admission import Admission
@@ -42,6 +42,7 @@ from falkirk.wire.endpoint import host_and_port
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import split
 from falkirk.wireguard.counters import REASONS
+from falkirk.wireguard.guard import let_in
 from falkirk.wireguard.node import Node
 from falkirk.wireguard.outcome import Arrivals
 from falkirk.wireguard.peer import Endpoint, Peer
@@ -55,6 +56,10 @@ PLACES: Final = 100_000
 """Endpoints that are remembered; beyond, the oldest are forgotten, and their devices come back by their own timers."""
 REPORT_S: Final = 1.0
 """How often the parent hears of what has changed about devices."""
+SIFT_S: Final = 0.1
+"""How often it is looked how much of a flood is to be read, while there is one."""
+_ASKED: Final = ("no_cookie", "handshake_rate")
+"""Why initiations without a cookie come to nothing under load."""
 Admit = Callable[[socket.socket, Producer, Admission], int]
 """Hands the far end of a tunnel to its flow worker; the tunnel's number. Raises Refusal, and the socket stays the caller's."""
 Close = Callable[[int, str], None]
@@ -107,6 +112,11 @@ class WireGuard:
         self._timer: Timer | None = None
         self._due = float("inf")
         self._counted: dict[str, int] = dict.fromkeys(REASONS, 0)
+        self._unread = sieve.unread(sock)
+        self._asked = 0
+        self._looked = time.monotonic()
+        self._let_in = 1.0
+        """The share of initiations without a cookie that the kernel lets in."""
         self._producer = Producer(os.getpid(), os.getuid(), os.getgid())
 
     def start(self) -> None:
@@ -185,6 +195,8 @@ class WireGuard:
                 break
             length, segment, address = got
             receive(self._train[:length], address, now, wall, arrivals, segment)
+        if now >= self._looked + SIFT_S and self._node.guard.under_load(now):
+            self._sift(now)
         self._deliver(now, wall)
 
     def _from_neighbours(self, messages: list[Passed | Asked]) -> None:
@@ -378,11 +390,26 @@ class WireGuard:
                 self._places[peer.endpoint] = peer.owner.device_id
         while len(self._places) > PLACES:
             del self._places[next(iter(self._places))]
+        self._sift(time.monotonic())
         for reason, count in self._node.counters.items():
             more = count - self._counted[reason]
             if more:
                 self._counted[reason] = count
                 self._count(WIREGUARD + reason, more)
+
+    def _sift(self, now: float) -> None:
+        """Under a flood, have the kernel keep out what nothing would come of."""
+        seconds, self._looked = max(now - self._looked, SIFT_S), now
+        before, self._unread = self._unread, sieve.unread(self._sock)
+        unread = self._unread - before & 0xFFFFFFFF
+        if unread:
+            self._drop("unread", unread)
+        counters = self._node.counters
+        before, self._asked = self._asked, sum(counters[reason] for reason in _ASKED)
+        share = let_in(self._asked - before, unread, seconds)
+        if share != self._let_in:
+            self._let_in = share
+            sieve.let_in(self._sock, share)
 
     def _drop(self, reason: str, packets: int = 1) -> None:
         self._count(WIREGUARD + reason, packets)

@@ -198,8 +198,13 @@ class Dialogue:
         if peer is None or peer.pending is None:
             self._count("unknown_handshake")
             return None
-        # Only who has seen our initiation comes so far; even so it may cost nothing under load without a cookie.
-        if self._guard.under_load(now) and not self._may_cost(message, endpoint, now, arrivals):
+        # Only who has seen our initiation comes so far. Under load it may cost nothing without a cookie, unless it comes from where we sent that: a device
+        # that is here, whose own initiations don't get through a flood, isn't made to wait for one of ours again.
+        if (
+            endpoint != peer.endpoint
+            and self._guard.under_load(now)
+            and not self._may_cost(message, endpoint, now, arrivals)
+        ):
             return None
         try:
             _, keys, _ = handshake.finish(self._identity, peer.pending.state, peer.preshared, message[_RESPONSE_BODY])

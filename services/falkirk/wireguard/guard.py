@@ -4,6 +4,9 @@ Handshakes up to `rate` a second are answered as they come. Beyond that the node
 too many: only messages with a valid cookie go on, and of those an address (IPv6: its /64) may send 20 a second, five at once.
 Cookie replies have a rate of their own, so that a flood doesn't make a node answer forever.
 
+A flood beyond what is replied to needn't be read at all: `let_in` says what share of it is worth reading, for whoever can have the kernel drop
+the rest.
+
 Limit: 4,096 addresses are remembered; those beyond share one allowance until the second is over.
 """
 
@@ -13,8 +16,8 @@ from typing import Any, Final
 
 HANDSHAKES_PER_SECOND: Final = 1000.0
 """How many are answered without asking for cookies: a quarter of what a core can answer."""
-COOKIES_PER_SECOND: Final = 5_000.0
-"""How many cookie replies are sent: 5 % of a core."""
+COOKIES_PER_SECOND: Final = 4_000.0
+"""How many cookie replies are sent, which with receiving what they answer take 7 % of a core."""
 LOAD_SECONDS: Final = 1.0
 """How long a node stays under load after the last handshake too many."""
 ADDRESS_RATE: Final = 20.0
@@ -51,6 +54,13 @@ class Bucket:
     def full(self, now: float) -> bool:
         """Whether it has been left alone for so long that it is as good as new."""
         return self.left(now) >= self._burst
+
+
+def let_in(asked: int, unread: int, seconds: float) -> float:
+    """The share of initiations without a cookie that are worth reading from now on, where within `seconds` so many were read and were answered by a cookie
+    reply or nothing, and so many weren't read: 1 for all, unless they are twice as many as there are cookie replies."""
+    offered = (asked + unread) / seconds
+    return COOKIES_PER_SECOND / offered if offered > 2 * COOKIES_PER_SECOND else 1.0
 
 
 class Guard:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from falkirk.decide import rules as rule_table
-from tools import bench_flows, bench_pps, bench_raw, bench_udp
+from tools import bench_flood, bench_flows, bench_pps, bench_raw, bench_udp
 from tools.bench_stage import Samples, attempt, medians, processor, python, ratio, resources, unrelated
 from tools.netlab import LabError
 
@@ -118,3 +118,20 @@ def test_a_failure_is_tried_once_more_and_a_second_one_ends_all_but_peers() -> N
 def test_the_machine_is_told() -> None:
     assert processor()
     assert set(python()) == {"version", "implementation", "optimised", "prefix"}
+
+
+def test_floods() -> None:
+    transfer = {f"{one}:{key}": 1.0 for one in bench_flood.DIRECTIONS for key in ("gbit_s", "per_cpu_second")}
+    flooded = {"per_s": 20_000.0, "cookie_replies": 5000.0, "cpu": 0.2, "lost": 0.0, "no_cookie": 6000.0}
+    samples = {kind: {key: [value] for key, value in transfer.items()} for kind in bench_flood.KINDS}
+    for kind in ("control", "strangers", "device"):
+        samples[kind] |= {key: [value] for key, value in flooded.items()}
+    samples["control"]["up:gbit_s"] = [0.8]
+    samples["strangers"]["up:gbit_s"] = [0.72, 0.1, 0.9]
+    result = bench_flood.report(samples)
+    assert result["kept_of_control"] == {"strangers": {"up": 0.9, "down": 1.0}, "device": {"up": 1.25, "down": 1.0}}
+    assert result["kept_of_quiet"]["strangers"] == {"up": 0.72, "down": 1.0}
+    assert result["control_of_quiet"] == {"up": 0.8, "down": 1.0}
+    json.dumps(result)
+    shown = "\n".join(bench_flood.show(result))
+    assert all(word in shown for word in ("0.9 / 1.0", "0.72 / 1.0", "6,000", "20%", *bench_flood.KINDS))

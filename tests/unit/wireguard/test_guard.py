@@ -7,7 +7,16 @@ import ipaddress
 from hypothesis import given
 from hypothesis import strategies as st
 
-from falkirk.wireguard.guard import ADDRESS_BURST, ADDRESSES, LOAD_SECONDS, Bucket, Guard, network
+from falkirk.wireguard.guard import (
+    ADDRESS_BURST,
+    ADDRESSES,
+    COOKIES_PER_SECOND,
+    LOAD_SECONDS,
+    Bucket,
+    Guard,
+    let_in,
+    network,
+)
 
 
 def test_a_bucket_gives_its_burst_then_its_rate() -> None:
@@ -75,3 +84,13 @@ def test_a_network_is_the_first_64_bits(address: ipaddress.IPv6Address) -> None:
 
 def test_ipv4_addresses_of_a_socket_of_both_families_are_told_apart() -> None:
     assert network("::ffff:192.0.2.1") == network("192.0.2.1") != network("::ffff:192.0.2.2")
+
+
+def test_of_a_flood_as_much_is_let_in_as_is_replied_to() -> None:
+    most = int(COOKIES_PER_SECOND)
+    # Nothing is kept out before it is twice as much.
+    assert let_in(2 * most, 0, 1.0) == let_in(0, 0, 1.0) == 1
+    assert let_in(3 * most, 0, 1.0) == let_in(most, 2 * most, 1.0) == 1 / 3
+    # However often it is looked; and a flood that ends takes the sieve away.
+    assert let_in(most // 10, 9 * most // 10, 0.1) == 0.1
+    assert let_in(most // 10, most // 20, 0.1) == 1
