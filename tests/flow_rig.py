@@ -24,7 +24,7 @@ from falkirk.runtime import blob
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.spool import AuditRecord, segments
 from falkirk.wire import handover
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.context import Framing, Transport, TunnelContext
 from falkirk.wire.slots import SlotPlan
 
 TENANT = "00000000-0000-4000-8000-00000000000a"
@@ -125,9 +125,15 @@ class FlowRig:
         self.worker = Worker(inherited, start, self.counters, os.dup(self._tenants))
         self.upgrader: socket.socket | None = None
         self._inbox: list[handover.Message] = []
-        self.onramp = seqpacket.connect(path)
+        self.onramp = self.another_onramp()
+
+    def another_onramp(self, worker: int = 0) -> socket.socket:
+        """A connection as an on-ramp's worker makes it."""
+        link = seqpacket.connect(self.run_dir / "mesh" / f"flow.worker.{self.number}.sock")
         self._generation += 1
-        self.say_onramp(handover.Hello("onramp", 0, self._generation))
+        seqpacket.send(link, handover.encode([handover.Hello("onramp", worker, self._generation)]))
+        self.step()
+        return link
 
     def pair(self) -> None:
         """Be the upgrader: accept, say hello, hand devices over."""
@@ -234,6 +240,20 @@ class FlowRig:
         theirs.close()
         return ours
 
+    def trunk(self) -> socket.socket:
+        """A new trunk of the on-ramp's; returns its end."""
+        ours, theirs = seqpacket.pair()
+        self.say_onramp(handover.Trunk(), [theirs.fileno()])
+        theirs.close()
+        return ours
+
+    def by_trunk(self, who: TunnelContext | None = None) -> int:
+        """A new tunnel that comes by the trunk: its number."""
+        number, self.next_tunnel = self.next_tunnel, self.next_tunnel + 1
+        adopt = handover.Adopt(number, who or context(), Framing.RAW, 1500, transport=Transport.TRUNK, descriptors=0)
+        self.say_onramp(adopt)
+        return number
+
     def step(self, turns: int = 3) -> None:
         """Let the worker do what is ready."""
         for _ in range(turns):
@@ -256,11 +276,12 @@ class FlowRig:
             said.extend(handover.FLOW_TO_UPGRADER.decode(received[0]))
         return [message for message in said if not isinstance(message, handover.Hello | handover.AbortAll)]
 
-    def told(self) -> list[handover.Message]:
-        """What the worker said to its on-ramp since the last call."""
+    def told(self, onramp: socket.socket | None = None) -> list[handover.Message]:
+        """What the worker said to its on-ramp (or another one) since the last call."""
         self.step()
         said: list[handover.Message] = []
-        while (received := seqpacket.receive(self.onramp, handover.MAX_DATAGRAM)) is not None and received[0]:
+        link = onramp or self.onramp
+        while (received := seqpacket.receive(link, handover.MAX_DATAGRAM)) is not None and received[0]:
             for fd in received[1]:
                 os.close(fd)
             said.extend(handover.FLOW_TO_ONRAMP.decode(received[0]))

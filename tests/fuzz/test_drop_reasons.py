@@ -21,6 +21,7 @@ from falkirk.linux import seqpacket
 from falkirk.wire import vnet
 from falkirk.wire.context import Framing
 from falkirk.wire.handover import Connected, OpenSocket, Prepare, SocketFailed
+from falkirk.wire.trunk import NUMBER
 from tests import forward_rig, lower_rig
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, FlowRig, context
 from tests.unit.wire import samples
@@ -142,6 +143,31 @@ def _tunnel_full(rig: FlowRig) -> object:
     sock = rig.tunnel()
     while not rig.drops():
         sock.send(tcp4() * 30)
+        rig.step()
+    return sock
+
+
+def _by_trunk(*datagrams: bytes) -> Callable[[FlowRig], object]:
+    def run(rig: FlowRig) -> object:
+        trunk = rig.trunk()
+        rig.by_trunk()
+        for datagram in datagrams:
+            trunk.send(datagram)
+        return trunk
+
+    return run
+
+
+def _onramp_away(rig: FlowRig) -> object:
+    rig.policies, rig.routes = forward_rig.POLICIES, forward_rig.ROUTES
+    rig.load()
+    rig.until(lambda: rig.worker.routes.routes > 3)
+    trunk = rig.trunk()
+    rig.by_trunk(forward_rig.who("nas", list(forward_rig.NAS.values())))
+    trunk.close()
+    sock = rig.tunnel()
+    for _ in range(2):
+        sock.send(forward_rig.datagram(DEVICE4, forward_rig.NAS[4], 40000, 53, bytes(900)))
         rig.step()
     return sock
 
@@ -311,6 +337,9 @@ DIRECTED: dict[str, Callable[[FlowRig], object]] = {
     "sibling_full": _sibling_full,
     "tunnel_full": _tunnel_full,
     "tunnel_closed": _tunnel_closed,
+    "unknown_tunnel": _by_trunk(NUMBER.pack(2) + tcp4() + tcp6()),
+    "short_datagram": _by_trunk(NUMBER.pack(1)[:3]),
+    "onramp_away": _onramp_away,
     "tun_write_error": _tun_write_error,
 }
 

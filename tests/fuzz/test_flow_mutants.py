@@ -38,7 +38,9 @@ BY_LIMITS = {
     "icmp_rate_limit",
     "lower_slots_exhausted",
     "not_ready",
+    "onramp_away",
     "ports_in_use",
+    "short_datagram",
     "sibling_full",
     "slots_exhausted",
     "socket_full",
@@ -47,6 +49,7 @@ BY_LIMITS = {
     "tun_write_error",
     "tunnel_closed",
     "tunnel_full",
+    "unknown_tunnel",
 }
 """Reasons that aren't about a packet; `test_drop_reasons` reaches them one by one."""
 RESOLVERS = {"dns_malformed"}

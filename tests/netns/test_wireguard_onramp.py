@@ -5,6 +5,7 @@ Limit: needs root, wireguard-go and wg.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -107,6 +108,10 @@ class Place:
             stub = presence_service_pb2_grpc.PresenceServiceStub(channel)
             found = stub.List(presence_service_pb2.PresenceServiceListRequest(tenant="acme"))
         return {presence.device: presence.endpoint for presence in found.presences}
+
+    def parent(self) -> int:
+        """The process id of the on-ramp itself."""
+        return next(process.pid for process in self.stats().processes if process.name == "onramp")
 
     def worker(self) -> int:
         """The process id of the on-ramp's worker."""
@@ -213,6 +218,36 @@ def test_a_killed_worker_costs_no_connection(place: Place) -> None:
         assert {name: tunnel.id for name, tunnel in place.tunnels().items()} == known
 
 
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restarted_onramp_costs_no_connection(place: Place, how: signal.Signals) -> None:
+    """The whole service, parent and worker: the tunnels stay with the flow tracker, and where devices are is on disk."""
+    with (
+        stream(place.two.namespace, place.server, SERVER4) as ends,
+        stream(place.one.namespace, place.two.namespace, place.addresses_of(place.two)[0]) as across,
+    ):
+        exchange(*ends)
+        exchange(*across)
+        known = {name: tunnel.id for name, tunnel in place.tunnels().items()}
+        endpoints = place.mesh.data_dir / "onramp" / "endpoints"
+        wait_for(
+            "endpoints on disk",
+            lambda: all(t.wireguard.endpoint in endpoints.read_text() for t in place.tunnels().values()),
+            DEADLINE_S,
+        )
+        parent = place.parent()
+        os.kill(parent, how)
+        wait_for("another on-ramp", lambda: _running(place, parent), DEADLINE_S)
+        exchange(*ends)
+        exchange(*across)
+        assert {name: tunnel.id for name, tunnel in place.tunnels().items()} == known
+
+
+def _running(place: Place, before: int) -> bool:
+    with contextlib.suppress(grpc.RpcError):
+        return place.parent() != before and len(place.tunnels()) > 0
+    return False
+
+
 def test_a_flood_of_strangers_costs_no_session(place: Place) -> None:
     """Initiations of keys that are nobody's, far more than are answered: a live connection goes on, whole, and whoever is here stays here."""
     attacker = place.lab.namespace("attacker")
@@ -256,10 +291,9 @@ def test_sessions_are_renewed_under_a_connection(place: Place) -> None:
 
 
 def test_a_tunnel_that_no_flow_worker_takes_leaves_nothing(place: Place) -> None:
-    """The device is refused, again and again, while nobody reads; then it is back, and no descriptor of the parent's is left over."""
+    """The device is refused, again and again, while nobody reads; then it is back, and no descriptor is left over."""
     assert place.one.ping(SERVER4, seconds=5)
-    onramp = next(process.pid for process in place.stats().processes if process.name == "onramp")
-    before = _descriptors(onramp)
+    before = {pid: _descriptors(pid) for pid in (place.parent(), place.worker())}
     refused = _refused(place)
     flow = _flow_worker(place)
     os.kill(flow, signal.SIGSTOP)
@@ -271,7 +305,11 @@ def test_a_tunnel_that_no_flow_worker_takes_leaves_nothing(place: Place) -> None
         os.kill(flow, signal.SIGCONT)
     wait_for("it is back", lambda: place.one.ping(SERVER4, seconds=1), DEADLINE_S)
     wait_for("its tunnel", lambda: "one" in place.tunnels(), DEADLINE_S)
-    wait_for("the descriptors of before", lambda: _descriptors(onramp) <= before, DEADLINE_S)
+    wait_for(
+        "the descriptors of before",
+        lambda: all(_descriptors(pid) <= count for pid, count in before.items()),
+        DEADLINE_S,
+    )
 
 
 def _descriptors(pid: int) -> int:

@@ -290,8 +290,6 @@ def test_another_number_of_workers_takes_everybody_up(place: Place) -> None:
     place.mesh.stop()
     place.start(2)
     assert set(place.workers()) == {"onramp.worker.0", "onramp.worker.1"}
-    for device in place.stock:
-        again(place, device)
     with to_server(place, place.stock) as ends:
         for pair in ends:
             exchange(*pair, size=65536)

@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 
 import falkirk
 from falkirk.linux import seqpacket
-from falkirk.onramp import board, control
+from falkirk.onramp import board, control, neighbours
 from falkirk.onramp.control import Ended, Opened, Setup, State, Update
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Row, TenantRow, UserRow
 from falkirk.runtime.counters import Counters
 from falkirk.wire import handover
-from falkirk.wire.handover import Adopt, Adopted, Hello
+from falkirk.wire.handover import Adopt, Adopted, Hello, Trunk
 
 DEADLINE_S = 30.0
 M = TypeVar("M", bound=handover.Message)
@@ -104,6 +104,13 @@ class FlowFake:
         assert isinstance(message, kind), message
         return message
 
+    def trunk(self) -> socket.socket:
+        """The next trunk, taken: this worker's end."""
+        self.expect(Trunk)
+        trunk = socket.socket(fileno=self.descriptors.pop(0))
+        trunk.setblocking(False)
+        return trunk
+
     def adopt(self, *, take: bool = True) -> tuple[Adopt, socket.socket]:
         """The next Adopt and its tunnel; taken, so the greeting is written."""
         message = self.expect(Adopt)
@@ -137,11 +144,15 @@ class FlowFake:
 class Rig:
     """The worker process and its parent's end."""
 
-    def __init__(self, directory: Path, flow_workers: int = 1, **settings: Any) -> None:
-        self.directory = directory
+    def __init__(
+        self, directory: Path, flow_workers: int = 1, *, outside: socket.socket | None = None, **settings: Any
+    ) -> None:
+        """`outside`: WireGuard's socket."""
+        self.directory, self.outside = directory, outside
         self.tunnel_path = directory / "tunnel.sock"
         self.counters = Counters.create(control.COUNTERS)
-        self.board = board.create(1)
+        self.board = board.create(settings.get("workers", 1))
+        self.inbox = neighbours.inbox()
         self.listener = seqpacket.listen(self.tunnel_path, 0o666)
         self.reports: list[control.Message] = []
         self.kept: list[socket.socket] = []
@@ -181,7 +192,8 @@ class Rig:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": str(Path(falkirk.__file__).parents[1])},
             )
-        self.tell(self.setup, (self.counters.fd, self.board.fd, self.listener.fileno()))
+        outside = [self.outside.fileno(), self.inbox[0].fileno()] if self.outside is not None else []
+        self.tell(self.setup, (self.counters.fd, self.board.fd, self.listener.fileno(), *outside))
 
     def kill(self) -> None:
         """kill -9, and forget its reports."""
@@ -267,7 +279,7 @@ class Rig:
         finally:
             self.process.kill()
             self.process.wait()
-            for sock in self.kept:
+            for sock in (*self.kept, *self.inbox):
                 sock.close()
             self.listener.close()
             self.tunnel_path.unlink()
@@ -276,10 +288,12 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(directory: Path, flow_workers: int = 1, **settings: Any) -> Iterator[tuple[Rig, list[FlowFake]]]:
+def rig(
+    directory: Path, flow_workers: int = 1, *, outside: socket.socket | None = None, **settings: Any
+) -> Iterator[tuple[Rig, list[FlowFake]]]:
     """A ready worker and its flow workers."""
     flows = [FlowFake(directory / f"flow.worker.{number}.sock", number) for number in range(flow_workers)]
-    made = Rig(directory, flow_workers, **settings)
+    made = Rig(directory, flow_workers, outside=outside, **settings)
     try:
         for flow in flows:
             flow.accept()

@@ -162,7 +162,8 @@ def test_silent_producer_is_refused_in_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", ["max_pending", "max_pending_per_uid"])
 def test_pending_connections_are_bounded(tmp_path: Path, limit: str) -> None:
-    with rig(tmp_path, **{limit: 5}) as (onramp, (flow,)):
+    settings: dict[str, Any] = {limit: 5}
+    with rig(tmp_path, **settings) as (onramp, (flow,)):
         silent = [onramp.connect() for _ in range(5)]
         assert onramp.refusal(onramp.connect()) == "LIMIT"
         silent.pop().close()

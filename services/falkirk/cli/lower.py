@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import typer
@@ -35,7 +35,7 @@ def lower(
     virtual_network: Annotated[str, typer.Option(help="Virtual network; the device's own if not given.")] = "",
     framing: Annotated[Framing, typer.Option(help="How packets are framed on the tunnel.")] = Framing.VNET,
     transport: Annotated[
-        Transport | None,
+        Literal["socket", "device"] | None,
         typer.Option(
             help="What carries packets; a device that is handed over where that is permitted, else the socket."
         ),
@@ -62,7 +62,7 @@ def lower(
         command=tuple(command),
         virtual_network=virtual_network,
         framing=framing,
-        transport=transport,
+        transport=Transport(transport) if transport else None,
         packed=packed,
         attributes=_pairs(attribute, "--attribute"),
         mtu=mtu,

@@ -371,3 +371,12 @@ def claimed(data: bytearray, at: int, left: int) -> int:
     elif version == 6 and left >= 40:
         size, least = 40 + (data[at + 4] << 8 | data[at + 5]), 40
     return size if 0 < least <= size <= left else left
+
+
+def count(data: bytearray, at: int, end: int) -> int:
+    """How many packets there are at [at, end), as `Coalescer.walk` counts them."""
+    packets = 0
+    while at < end:
+        at += claimed(data, at, end - at)
+        packets += 1
+    return packets

@@ -13,7 +13,6 @@ A lifted packet ends here as an IP packet, so its TTL is checked, not decremente
 from __future__ import annotations
 
 import os
-import select
 from typing import TYPE_CHECKING, Final
 
 from falkirk.flow.counters import FORWARDED, RECEIVED
@@ -58,7 +57,7 @@ class Lane:
     def from_tunnel(self, tunnel: Tunnel, hung_up: bool) -> bool:
         """Read a tunnel until it is empty or the budget is spent. False where it is over."""
         buffers = self._whole
-        read = tunnel.read
+        read = tunnel.bearer.read
         received = 0
         alive = True
         for _ in range(BUDGET):
@@ -70,7 +69,7 @@ class Lane:
                 alive = False
                 break
             if not size:
-                if hung_up or ended(tunnel.fd):
+                if hung_up or tunnel.bearer.ended():
                     alive = False
                     break
                 received += 1
@@ -232,10 +231,3 @@ class Lane:
             words[at] = (words[at] - flow.delta_addresses) % 0xFFFF
         else:
             words[at] = (words[at] + flow.delta_all) % 0xFFFF
-
-
-def ended(fd: int) -> bool:
-    """Whether reading nothing meant the end: a SEQPACKET peer may also send a datagram of no bytes."""
-    poll = select.poll()
-    poll.register(fd, select.POLLRDHUP)
-    return bool(poll.poll(0))

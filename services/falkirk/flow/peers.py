@@ -30,16 +30,16 @@ from falkirk.wire.handover import (
     Connected,
     Devices,
     DialFailed,
-    Held,
     Hello,
     LowerWanted,
     Message,
     Recontext,
     SocketFailed,
     SocketOpened,
+    Trunk,
+    Trunked,
     TunnelClosed,
     batches,
-    encode,
 )
 from falkirk.wire.slots import LOWERED
 
@@ -177,6 +177,8 @@ class OnrampLink(Link):
                 case Hello() if greeted:
                     self.onramp = message.worker
                     self._worker.tunnels.onramp_arrived(self)
+                case Trunk():
+                    self._trunk(fds)
                 case Adopt():
                     self._adopt(message, fds)
                 case Recontext():
@@ -184,29 +186,44 @@ class OnrampLink(Link):
                 case TunnelClosed():
                     self._worker.tunnels.close(message.tunnel, message.reason)
 
+    def _trunk(self, fds: list[int]) -> None:
+        try:
+            if not fds:
+                raise ValueError("the trunk's descriptor got lost: too many are open")
+            self._worker.trunks.arrived(self.onramp, fds[0])
+        except ValueError:
+            # It comes again, with another one.
+            self.greeted = False
+            raise
+        del fds[0]
+        self.send([Trunked()])
+
     def _adopt(self, message: Adopt, fds: list[int]) -> None:
-        refusal: tuple[str, str] | None = ("NO_DESCRIPTOR", "the tunnel's descriptor got lost: too many are open")
-        if fds and message.tunnel in self._worker.tunnels:
-            # Said again by an on-ramp that didn't hear our answer.
-            os.close(fds.pop(0))
-            self._worker.tunnels.recontext(message.tunnel, message.context)
-            refusal = None
-        elif fds:
-            refusal = self._worker.tunnels.adopt(self, message, fds[0])
+        tunnels = self._worker.tunnels
+        trunk = self._worker.trunks.get(self.onramp)
+        carried = fds.pop(0) if message.descriptors and fds else -1
+        known = tunnels.get(message.tunnel)
+        refusal: tuple[str, str] | None
+        if message.descriptors and carried < 0:
+            refusal = "NO_DESCRIPTOR", "the tunnel's descriptor got lost: too many are open"
+        elif known is None:
+            refusal = tunnels.adopt(self, message, carried)
             if refusal is None:
-                del fds[0]
-            else:
-                os.close(fds.pop(0))
+                carried = -1
+        elif known.bearer.transport is not message.transport or (not message.descriptors and known.bearer is not trunk):
+            refusal = "INVALID", "the number is another tunnel's"
+        else:
+            # Said again by an on-ramp that didn't hear our answer.
+            tunnels.recontext(message.tunnel, message.context)
+            refusal = None
+        if carried >= 0:
+            os.close(carried)
         self.send([Adopted(message.tunnel) if refusal is None else AdoptRefused(message.tunnel, *refusal)])
 
     def over(self, why: str) -> None:
         """The peer is gone, or refused."""
         super().over(why)
         self._worker.onramps.discard(self)
-
-    def hold(self, message: Held, fd: int) -> None:
-        """Give a new on-ramp a copy of a tunnel that is read already."""
-        self.send_data(encode([message]), [fd])
 
 
 class UpgraderLink(Link):

@@ -20,23 +20,25 @@ from os import writev
 from struct import Struct
 from typing import TYPE_CHECKING, Final
 
-from falkirk.flow.coalesce import Coalescer, Run
+from falkirk.flow.coalesce import Coalescer, Run, count
 from falkirk.flow.counters import FORWARDED, RECEIVED
-from falkirk.flow.lane import HEADER, ZERO_HEADER, Lane, ended
+from falkirk.flow.lane import HEADER, ZERO_HEADER, Lane
 from falkirk.flow.table import IPV6, State, TcpLift, Tunnel
+from falkirk.wire.trunk import DATAGRAM
 
 if TYPE_CHECKING:
     from falkirk.flow.slots import SlotPool
+    from falkirk.flow.trunks import Trunk
     from falkirk.flow.worker import Worker
     from falkirk.wire.context import Framing
 
-DATAGRAM: Final = 65536
-"""Bytes of a datagram, from a tunnel or to one; a longer one is cut, as everywhere."""
 ARENA: Final = 4 * DATAGRAM
 ROOM: Final = ARENA - DATAGRAM
 """Where the last datagram may begin."""
 PACKETS: Final = 512
 """Packets of one tunnel a turn, so that no tunnel starves another; the datagram that reaches it is finished."""
+TRUNK_PACKETS: Final = 4 * PACKETS
+"""Of a trunk, which has many tunnels."""
 SLOW: Final = 8
 """For how many of those one stands that takes the slow path."""
 READS: Final = 128
@@ -74,7 +76,7 @@ class RawLane(Lane):
     def from_tunnel(self, tunnel: Tunnel, hung_up: bool) -> bool:
         """Read a tunnel until it is empty or the budget is spent. False where it is over."""
         view = self._arena_view
-        read = tunnel.read
+        read = tunnel.bearer.read
         walk = self._walk
         self._tunnel = tunnel
         self._slow = at = received = 0
@@ -93,7 +95,7 @@ class RawLane(Lane):
                 if at > ROOM:
                     self._flush()
                     at = 0
-            elif hung_up or ended(tunnel.fd):
+            elif hung_up or tunnel.bearer.ended():
                 alive = False
                 break
             else:
@@ -110,6 +112,48 @@ class RawLane(Lane):
         self._coalescer.flush()
         if self.worker.udp.runs:
             self.worker.udp.flush()
+
+    def from_trunk(self, trunk: Trunk) -> bool:
+        """The same for a trunk, and every tunnel of which there is a datagram."""
+        view = self._arena_view
+        tunnel: Tunnel | None = None
+        self._slow = at = received = 0
+        alive = True
+        while received + self._slow < TRUNK_PACKETS:
+            try:
+                size = trunk.receive(view[at : at + DATAGRAM])
+            except BlockingIOError:
+                break
+            except OSError:
+                alive = False
+                break
+            if size <= 0:
+                if size < 0 and trunk.ended():
+                    alive = False
+                    break
+                received += 1
+                self.worker.drop("short_datagram" if size < 0 else "empty_datagram")
+                continue
+            whose = trunk.tunnel()
+            if whose is None:
+                packets = count(self._arena, at, at + size)
+                received += packets
+                self.worker.drop("unknown_tunnel", packets)
+                continue
+            if whose is not tunnel:
+                # Two tunnels may have flows with the same key.
+                self._coalescer.flush()
+                self._tunnel = tunnel = whose
+            received += self._walk(whose, at, at + size)
+            at += size
+            if at > ROOM:
+                self._flush()
+                at = 0
+        self._flush()
+        self.settle()
+        self.worker.counts[RECEIVED] += received - self.waiting
+        self.waiting = 0
+        return alive
 
     def settle(self) -> None:
         """Count what has been written to the device."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 
@@ -291,9 +291,43 @@ class DeviceCounts:
         self.tunnels = 0
 
 
-def unattached(_: object) -> int:
-    """What a tunnel without a descriptor reads and writes with."""
-    raise OSError(errno.ENOTCONN, "nothing carries this tunnel's packets yet")
+class Bearer:
+    """What carries a tunnel's packets. This one carries nothing: a tunnel has it once it is closed."""
+
+    __slots__ = ()
+    open = False
+    """Whether packets can be written, now or later."""
+    transport = Transport.SOCKET
+    full = "tunnel_full"
+    """Why what there is no room for is dropped."""
+    descriptor = -1
+    """What the on-ramp has a copy of: the tunnel lives as long as it. Negative where it has none."""
+
+    def read(self, buffers: Sequence[Buffer]) -> int:
+        """A packet, or several, into these buffers; the size. Raises BlockingIOError where there is none."""
+        raise OSError(errno.ENOTCONN, "nothing carries this tunnel's packets")
+
+    def write(self, tunnel: Tunnel, data: Buffer) -> int:
+        """The other way. Raises BlockingIOError where there is no room, other OSError where there is nobody."""
+        raise OSError(errno.ENOTCONN, "nothing carries this tunnel's packets")
+
+    def ended(self) -> bool:
+        """Whether reading nothing meant the end."""
+        return True
+
+    def room(self, size: int) -> bool:
+        """Whether so many bytes more may wait."""
+        return True
+
+    def keep(self, tunnel: Tunnel, data: bytes) -> None:
+        """What couldn't be written waits in the tunnel's queue, and is written as soon as it can be."""
+        tunnel.wait(data)
+
+    def close(self, tunnel: Tunnel) -> None:
+        """The tunnel is over."""
+
+
+NOBODY: Final = Bearer()
 
 
 class _Nothing(dict[Any, Any]):
@@ -314,9 +348,9 @@ class Tunnel:
 
     __slots__ = (
         "_audit",
+        "bearer",
         "context",
         "device",
-        "fd",
         "flows",
         "framing",
         "icmp_left",
@@ -324,24 +358,28 @@ class Tunnel:
         "id",
         "identification",
         "lifts",
-        "link",
         "memo",
         "mtu",
         "onramp",
         "passages",
         "queue",
         "queued",
-        "read",
         "records_left",
         "records_tick",
         "refused",
         "row",
         "unrecorded",
-        "write",
     )
 
     def __init__(
-        self, number: int, context: TunnelContext, framing: Framing, mtu: int, fd: int, row: int, device: DeviceCounts
+        self,
+        number: int,
+        context: TunnelContext,
+        framing: Framing,
+        mtu: int,
+        bearer: Bearer,
+        row: int,
+        device: DeviceCounts,
     ) -> None:
         self.id = number
         self.device = device
@@ -349,14 +387,7 @@ class Tunnel:
         self._audit = ""
         self.framing = framing
         self.mtu = mtu
-        self.fd = fd
-        """Where packets are read and written; negative where there is nothing (any more)."""
-        self.link = fd
-        """The SEQPACKET connection: the tunnel lives as long as it. The same as `fd` unless a device carries the packets."""
-        self.read: Callable[[Sequence[Buffer]], int] = unattached
-        """A packet into these buffers, from wherever packets come; its size. Raises BlockingIOError where there is none."""
-        self.write: Callable[[Buffer], int] = unattached
-        """The other way. Raises BlockingIOError where there is no room."""
+        self.bearer = bearer
         self.onramp = 0
         """The on-ramp worker whose it is: what concerns it is told to that one."""
         self.row = row
@@ -371,7 +402,9 @@ class Tunnel:
         self.memo: dict[tuple[bytes, int, int], Decision] = NOTHING
         """Decisions on new flows by (destination, port, protocol)."""
         self.queue = _NO_QUEUE
+        """Datagrams that wait, oldest first."""
         self.queued = 0
+        """Their bytes."""
         self.refused: dict[tuple[bytes, int, str], list[int]] = NOTHING
         """Refusals of the last seconds by (destination, port, reason): [second of the record, repeats since]."""
         self.records_tick = 0
@@ -420,10 +453,22 @@ class Tunnel:
             self.passages = {}
         self.passages[key] = passage
 
-    @property
-    def transport(self) -> Transport:
-        """What carries its packets."""
-        return Transport.SOCKET if self.fd == self.link else Transport.DEVICE
+    def serve(self) -> bool:
+        """Write the first datagram that waits; False where no more do. Raises BlockingIOError where there is no room."""
+        queue = self.queue
+        try:
+            if queue:
+                self.bearer.write(self, queue[0])
+                self.queued -= len(queue.popleft())
+        except BlockingIOError:
+            raise
+        except OSError:
+            # Nobody is there, as whoever reads will find.
+            queue.clear()
+        if queue:
+            return True
+        self.queue, self.queued = _NO_QUEUE, 0
+        return False
 
 
 class Distant(Tunnel):
@@ -433,7 +478,7 @@ class Distant(Tunnel):
     __slots__ = ("sibling",)
 
     def __init__(self, number: int, context: TunnelContext, mtu: int, sibling: Any) -> None:
-        super().__init__(number, context, Framing.VNET, mtu, -1, 0, DeviceCounts())
+        super().__init__(number, context, Framing.VNET, mtu, NOBODY, 0, DeviceCounts())
         self.sibling = sibling
 
 

@@ -11,18 +11,18 @@ import os
 import re
 import select
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from falkirk.flow import control, peers
+from falkirk.flow.bearers import DeviceBearer, SocketBearer
 from falkirk.flow.lane import ZERO_HEADER
 from falkirk.flow.siblings import PACKET
-from falkirk.flow.table import DeviceCounts, Distant, Flow, Tunnel
+from falkirk.flow.table import NOBODY, Bearer, DeviceCounts, Distant, Flow, Tunnel
 from falkirk.linux import seqpacket, tun
 from falkirk.wire.context import Framing, Transport, TunnelContext, shared
-from falkirk.wire.handover import Adopt, Held, Traced, TunnelClosed
+from falkirk.wire.handover import Adopt, Held, Message, Traced, TunnelClosed, encode
 
 if TYPE_CHECKING:
     from falkirk.flow.worker import Worker
@@ -73,7 +73,8 @@ class Tunnels(dict[int, Tunnel]):
         `counted` where it stands for packets that were received: one that nobody sent us isn't a drop.
         """
         worker = self._worker
-        if tunnel.fd < 0:
+        bearer = tunnel.bearer
+        if not bearer.open:
             if isinstance(tunnel, Distant):
                 # What nobody sent us doesn't wait, as it mustn't be counted where it is dropped.
                 return (counted or not tunnel.sibling.backlog) and tunnel.sibling.packet(
@@ -84,7 +85,7 @@ class Tunnels(dict[int, Tunnel]):
             return False
         if not tunnel.queue:
             try:
-                tunnel.write(data)
+                bearer.write(tunnel, data)
             except BlockingIOError:
                 pass
             except OSError:
@@ -93,30 +94,15 @@ class Tunnels(dict[int, Tunnel]):
                 return False
             else:
                 return True
-        if tunnel.queued + len(data) > worker.settings.tunnel_queue_bytes:
+        if tunnel.queued + len(data) > worker.settings.tunnel_queue_bytes or not bearer.room(len(data)):
             if counted:
-                worker.drop("tunnel_full", packets)
+                worker.drop(bearer.full, packets)
             return False
-        if not tunnel.queue:
-            worker.rewatch(tunnel.fd, peers.READ | select.EPOLLOUT)
-        tunnel.wait(bytes(data))
+        bearer.keep(tunnel, bytes(data))
         return True
 
-    def _drain(self, tunnel: Tunnel) -> None:
-        while tunnel.queue:
-            try:
-                tunnel.write(tunnel.queue[0])
-            except BlockingIOError:
-                return
-            except OSError:
-                tunnel.queue.clear()
-                break
-            tunnel.queued -= len(tunnel.queue.popleft())
-        tunnel.queued = 0
-        self._worker.rewatch(tunnel.fd, peers.READ)
-
     def adopt(self, link: peers.OnrampLink, message: Adopt, fd: int) -> tuple[str, str] | None:
-        """Read a tunnel from now on; or why not (code, message)."""
+        """Read a tunnel from now on; or why not (code, message). `fd` is negative where it comes by the link's trunk."""
         worker = self._worker
         context = shared(message.context)
         if not (
@@ -125,37 +111,46 @@ class Tunnels(dict[int, Tunnel]):
             and TENANT_ID.fullmatch(context.tenant_id)
         ):
             return "INVALID", "the tunnel's number, its MTU or its tenant's id can't be one"
-        if not peers.grow(fd):
+        trunk = worker.trunks.get(link.onramp) if message.transport is Transport.TRUNK else None
+        if message.transport is Transport.TRUNK:
+            if trunk is None:
+                return "NO_TRUNK", "the on-ramp worker has no trunk"
+            if message.framing is not Framing.RAW:
+                return "INVALID", "a trunk carries plain packets"
+        elif not peers.grow(fd):
             return "INVALID", "the descriptor isn't a SEQPACKET socket"
         row = worker.tenants.row(bytes.fromhex(context.tenant_id.replace("-", "")))
         if row is None:
             return "LIMIT", "this node carries as many tenants as it can"
         device = self.devices.setdefault(context.device_id, DeviceCounts())
         device.tunnels += 1
-        os.set_blocking(fd, False)
-        tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, fd, row, device)
+        bearer: Bearer
+        if trunk is not None:
+            bearer = trunk
+        else:
+            os.set_blocking(fd, False)
+            bearer = DeviceBearer(worker, fd) if message.transport is Transport.DEVICE else SocketBearer(worker, fd)
+        tunnel = Tunnel(message.tunnel, context, message.framing, message.mtu, bearer, row, device)
         tunnel.onramp = link.onramp
         self[message.tunnel] = tunnel
         worker.forward.tunnel_opened(tunnel)
         worker.orphans.remember(message.tunnel, context)
-        if message.transport is Transport.DEVICE:
-            tunnel.fd = -1
-            worker.watch(fd, peers.READ, lambda mask: self._attach(tunnel))
+        if isinstance(bearer, DeviceBearer):
+            worker.watch(fd, peers.READ, lambda mask: self._attach(tunnel, bearer))
             tell(fd, message.greeting or WANTED)
-        else:
-            tunnel.read, tunnel.write = partial(os.readv, fd), partial(os.write, fd)
-            worker.watch(fd, peers.READ, self._readable(tunnel))
+        elif isinstance(bearer, SocketBearer):
+            worker.watch(fd, peers.READ, self._readable(tunnel, bearer))
             if message.greeting:
                 self.deliver(tunnel, message.greeting, counted=False)
         worker.tell(control.TunnelOpened(message.tunnel, context, message.framing, message.mtu))
         return None
 
-    def _readable(self, tunnel: Tunnel) -> Callable[[int], None]:
+    def _readable(self, tunnel: Tunnel, bearer: SocketBearer) -> Callable[[int], None]:
         lane = self._worker.lane(tunnel.framing)
 
         def ready(mask: int) -> None:
             if mask & select.EPOLLOUT:
-                self._drain(tunnel)
+                bearer.serve(tunnel)
             if mask & ~select.EPOLLOUT:
                 gone = mask & (select.EPOLLHUP | select.EPOLLRDHUP | select.EPOLLERR) != 0
                 if not lane.from_tunnel(tunnel, gone):
@@ -163,42 +158,36 @@ class Tunnels(dict[int, Tunnel]):
 
         return ready
 
-    def _attach(self, tunnel: Tunnel) -> None:
+    def _attach(self, tunnel: Tunnel, bearer: DeviceBearer) -> None:
         """The producer says something on the connection of a device tunnel: here is the device, or nothing any more."""
+        link = bearer.descriptor
         try:
-            received = seqpacket.receive(tunnel.link, MAX_WORD)
+            received = seqpacket.receive(link, MAX_WORD)
         except OSError:
             received = b"", []
         if received is None:
             return
         data, fds = received
-        fault = "the tunnel has its device already" if tunnel.fd >= 0 else ""
+        fault = "the tunnel has its device already" if bearer.open else ""
         fault = fault or ("" if len(fds) == 1 else f"expected one descriptor, got {len(fds)}")
         fault = fault or tun.fault(fds[0], vnet=tunnel.framing is Framing.VNET)
         if data and not fault:
-            self._carry(tunnel, fds[0])
+            bearer.attach(fds[0])
+            self._worker.watch(fds[0], select.EPOLLIN, self._readable(tunnel, bearer))
+            tell(link, ATTACHED)
             return
         for fd in fds:
             os.close(fd)
         if not data:
             self.close(tunnel.id, "closed by the producer")
             return
-        tell(tunnel.link, msgspec.json.encode({"error": {"code": "BAD_DEVICE", "message": fault}}))
+        tell(link, msgspec.json.encode({"error": {"code": "BAD_DEVICE", "message": fault}}))
         self.close(tunnel.id, f"no device: {fault}")
-
-    def _carry(self, tunnel: Tunnel, device: int) -> None:
-        """Packets go by this device from now on. Its file is shared with the producer, who can make it blocking or change
-        its framing at any time: so each call says itself that it doesn't wait, and each packet is checked as any other."""
-        tunnel.fd = device
-        tunnel.read = lambda buffers: os.preadv(device, buffers, -1, os.RWF_NOWAIT)
-        tunnel.write = lambda data: os.pwritev(device, (data,), -1, os.RWF_NOWAIT)
-        self._worker.watch(device, select.EPOLLIN, self._readable(tunnel))
-        tell(tunnel.link, ATTACHED)
 
     def carries(self, number: int) -> bool:
         """Whether a tunnel's packets can be written, here or by another worker: a device may still be awaited."""
         tunnel = self.reach(number)
-        return tunnel is not None and (tunnel.fd >= 0 or isinstance(tunnel, Distant))
+        return tunnel is not None and (tunnel.bearer.open or isinstance(tunnel, Distant))
 
     def recontext(self, number: int, context: TunnelContext) -> None:
         """A tunnel's device or user has changed: what is known of it holds for new flows, and live ones are reviewed."""
@@ -226,10 +215,8 @@ class Tunnels(dict[int, Tunnel]):
             flow.owner.cut(flow, "tunnel_closed")
         worker.forward.tunnel_closed(tunnel)
         worker.fragments.close(tunnel)
-        for fd in {tunnel.fd, tunnel.link} - {-1}:
-            worker.unwatch(fd)
-            os.close(fd)
-        tunnel.fd = tunnel.link = -1
+        tunnel.bearer.close(tunnel)
+        tunnel.bearer = NOBODY
         tunnel.device.tunnels -= 1
         if not tunnel.device.tunnels:
             self.devices.pop(tunnel.context.device_id, None)
@@ -239,10 +226,24 @@ class Tunnels(dict[int, Tunnel]):
         worker.log.info("tunnel_closed", tunnel=number, reason=reason)
 
     def onramp_arrived(self, link: peers.OnrampLink) -> None:
-        """A (new) on-ramp worker said hello: give it copies of what is its own and read here."""
+        """A (new) on-ramp worker said hello: tell it what is its own and read here, with copies of what has descriptors."""
         link.send([self._worker.hello()])
+        others: list[Message] = []
         for tunnel in [tunnel for tunnel in self.values() if tunnel.onramp == link.onramp]:
-            link.hold(Held(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.transport), tunnel.link)
+            bearer = tunnel.bearer
+            held = Held(
+                tunnel.id,
+                tunnel.context,
+                tunnel.framing,
+                tunnel.mtu,
+                bearer.transport,
+                descriptors=int(bearer.descriptor >= 0),
+            )
+            if held.descriptors:
+                link.send_data(encode([held]), [bearer.descriptor])
+            else:
+                others.append(held)
+        link.send(others)
 
     def trace(self, flow: Flow, flow_id: bytes, wall: int) -> None:
         """A sampled flow began, at `wall` nanoseconds: let the on-ramp add its span."""

@@ -56,6 +56,7 @@ from falkirk.flow.snapshots import Snapshots
 from falkirk.flow.table import Flow, TcpLift, Wheel
 from falkirk.flow.taps import Taps
 from falkirk.flow.tracker import Tracker
+from falkirk.flow.trunks import Trunks
 from falkirk.flow.tunnels import Tunnels
 from falkirk.flow.udp import UdpSessions
 from falkirk.linux import scheduling, seqpacket
@@ -96,6 +97,7 @@ class Worker:
         self.draining = False
         """New flows are refused: the worker is about to end (`drain`)."""
         self.drain = Drain(self)
+        self.trunks = Trunks(self)
         self.tunnels = Tunnels(self)
         self.deliver = self.tunnels.deliver
         self.pair = UpgraderPair(self)
@@ -255,12 +257,12 @@ class Worker:
             link.sock.close()
         for pair in self.forward.links.values():
             pair.sock.close()
-        for fd in (
-            *(fd for tunnel in self.tunnels.values() for fd in {tunnel.fd, tunnel.link}),
-            *(lane.tun for lane in self.all_lanes()),
-        ):
-            if fd >= 0:
-                os.close(fd)
+        for tunnel in self.tunnels.values():
+            tunnel.bearer.close(tunnel)
+        self.trunks.close()
+        for lane in self.all_lanes():
+            if lane.tun >= 0:
+                os.close(lane.tun)
         self._listener.close()
         self._parent.close()
         self.spool.close()
@@ -321,6 +323,7 @@ class Worker:
         self.lifecycle.checkpoint()
         self.orphans.each_second(self)
         self.fragments.each_second()
+        self.trunks.each_second()
         self.gauges()
         if self.spool.stuck:
             self.log.error("audit_unwritable", error=self.spool.error, remedy="make room in the data directory")

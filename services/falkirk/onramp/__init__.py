@@ -13,13 +13,15 @@ The worker keeps a copy of every tunnel's descriptor: it sees the producer leave
 when one dies, and can shut it at once (`shutdown` ends all copies, wherever they are). A new on-ramp worker gets its copies back
 from the flow workers (`Held`).
 
+Devices that come by WireGuard have no descriptor: their packets pass through their worker, and from there to flow workers by a trunk each.
+
 The parent (gRPC) mirrors tenants, users, devices and virtual networks from the registry, and pushes them to all
 workers as transactions; each reviews its tunnels that a transaction touches and tells flow workers of new contexts, or closes the tunnels of which there is none any more.
 
     admission, context, context_json, control, tables   pure: who may enter, and as whom
     worker, gate, links, tunnels, reactor               the packet-side processes: raw epoll, no gRPC
-    wireguard, neighbours, board                        devices that come by WireGuard, and what workers have for each other
-    service, parent, rows, tunnel_ids, __main__         the parent
+    wireguard, trunk, neighbours, board                 devices that come by WireGuard, and what workers have for each other
+    service, parent, rows, tunnel_ids, endpoints, …     the parent
 
 Limits: contexts of 16 KiB; 1024 connections that haven't been admitted yet, each for 5 s at most; one gate, since
 admission is rare. Every worker has all rows. A tunnel's addresses and its virtual network never change: what would change them closes the tunnel, and the

@@ -19,6 +19,8 @@ from falkirk.wire.context import Framing, Transport
 
 MAX_CONTEXT: Final = 16 * 1024
 VERSION: Final = 1
+PRODUCERS: Final = (Transport.SOCKET, Transport.DEVICE)
+"""Transports that a producer may ask for."""
 _SHOWN: Final = 80
 
 
@@ -96,7 +98,7 @@ def checked(request: ContextRequest) -> ContextRequest:
             raise Refusal(Code.INVALID_CONTEXT, f"{name} is missing")
     if not isinstance(request.framing, Framing):
         raise Refusal(Code.INVALID_CONTEXT, "framing must be raw or vnet")
-    if not isinstance(request.transport, Transport):
+    if request.transport not in PRODUCERS:
         raise Refusal(Code.INVALID_CONTEXT, "transport must be socket or device")
     if request.packed and (request.framing is not Framing.RAW or request.transport is not Transport.SOCKET):
         raise Refusal(Code.INVALID_CONTEXT, "packed is for raw framing over the socket")

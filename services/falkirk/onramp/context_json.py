@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from typing import Any, Final
 
-from falkirk.onramp.context import VERSION, Code, ContextRequest, Refusal, checked, shown
+from falkirk.onramp.context import PRODUCERS, VERSION, Code, ContextRequest, Refusal, checked, shown
 from falkirk.wire.context import Framing, Transport
 
 _STRINGS: Final = ("tenant", "device", "virtual_network", "framing", "transport")
@@ -41,7 +41,7 @@ def parse(data: bytes) -> ContextRequest:
     if framing not in list(Framing):
         raise Refusal(Code.INVALID_CONTEXT, f'framing must be "raw" or "vnet", not {shown(framing)}')
     transport = texts.pop("transport", Transport.SOCKET.value)
-    if transport not in list(Transport):
+    if transport not in PRODUCERS:
         raise Refusal(Code.INVALID_CONTEXT, f'transport must be "socket" or "device", not {shown(transport)}')
     return checked(
         ContextRequest(

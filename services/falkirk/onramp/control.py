@@ -2,8 +2,8 @@
 
 One datagram is one MessagePack message; descriptors ride beside it. The parent speaks first:
 
-    parent -> worker   Setup (counters and more) Neighbour (its inbox) Update (rows) Restored (near end) Close
-    worker -> parent   State Opened Kept (near end) Changed Heard Ended Traced
+    parent -> worker   Setup (counters and more) Neighbour (its inbox) Places Update (rows) Close
+    worker -> parent   State Opened Changed Heard Ended Traced
     worker -> worker   Passed Asked        in the inbox of the one that they are for
 
 An `Update` is one transaction; its rows are in a memfd, so a transaction of any size is one message and is applied whole.
@@ -103,13 +103,10 @@ class Update(Message, frozen=True, tag=True):
     number: int
 
 
-class Restored(Message, frozen=True, tag=True):
-    """A tunnel of a WireGuard device, from the worker before. One descriptor: its near end."""
+class Places(Message, frozen=True, tag=True):
+    """Where devices that come by WireGuard were last heard from: (id, endpoint). Before the first update."""
 
-    tunnel: int
-    device_id: str
-    endpoint: str
-    """Where the device was last heard from; empty where that isn't known."""
+    places: tuple[tuple[str, str], ...]
 
 
 class Close(Message, frozen=True, tag=True):
@@ -143,13 +140,6 @@ class Opened(Message, frozen=True, tag=True, gc=False):
     transport: Transport = Transport.SOCKET
     worker: int = 0
     """Of the on-ramp."""
-
-
-class Kept(Message, frozen=True, tag=True):
-    """The near end of a WireGuard device's tunnel, which is to outlive this worker. One descriptor."""
-
-    tunnel: int
-    device_id: str
 
 
 class Changed(Message, frozen=True, tag=True):
@@ -211,8 +201,8 @@ class Asked(Message, frozen=True, tag=True):
     endpoint: tuple[str | int, ...]
 
 
-TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Neighbour | Update | Restored | Close)
-TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Kept | Changed | Heard | Ended | Traced)
+TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Neighbour | Places | Update | Close)
+TO_PARENT: Final = msgspec.msgpack.Decoder(State | Opened | Changed | Heard | Ended | Traced)
 BETWEEN: Final = msgspec.msgpack.Decoder(Passed | Asked)
 _CHUNK: Final = msgspec.msgpack.Decoder(Chunk)
 _encoder: Final = msgspec.msgpack.Encoder()

@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -33,15 +34,15 @@ from falkirk.onramp.control import (
     Close,
     Ended,
     Heard,
-    Kept,
     Neighbour,
     Opened,
-    Restored,
+    Places,
     Setup,
     State,
     Traced,
     Update,
 )
+from falkirk.onramp.endpoints import SAVE_S, Endpoints
 from falkirk.onramp.expiry import Expiry
 from falkirk.onramp.rows import expired, rows
 from falkirk.onramp.settings import Settings
@@ -56,6 +57,8 @@ from falkirk.wire.context import TunnelContext, shared
 LOST_AFTER_S: Final = 5.0
 EXPIRY_S: Final = 0.25
 """How often devices are looked through for those that have ended; a look at the next one only."""
+PLACES: Final = 1000
+"""Endpoints that the worker is told at once."""
 
 log = structlog.get_logger()
 
@@ -91,8 +94,8 @@ class Parent:
         """The newest of each WireGuard device, by its tunnel."""
         self.news: set[str] = set()
         """Devices of which something has changed, for whoever tells the registry and empties it."""
-        self._near: dict[int, tuple[str, int]] = {}
-        """Device and near end of the tunnels of WireGuard devices, by tunnel: whatever happens to a worker, the tunnels stay open."""
+        self._endpoints = Endpoints(shell.data("onramp") / "endpoints")
+        self._saving: asyncio.TimerHandle | None = None
         key_file = settings.wireguard.private_key_file
         self._key_file = Path(key_file) if key_file else shell.data("onramp") / "wireguard.key"
         self._lost: dict[int, Opened] = {}
@@ -133,6 +136,7 @@ class Parent:
             self._listener.close()
             for sock in (*self._outside, *(end for ends in self._inboxes for end in ends)):
                 sock.close()
+            self._save_endpoints()
             path.unlink(missing_ok=True)
 
     def _open_outside(self) -> None:
@@ -160,6 +164,7 @@ class Parent:
         self.tables.apply(new, gone)
         for device_id in gone:
             self._expiry.set(device_id, 0)
+            self._endpoints.forget(device_id)
         for row in new:
             if isinstance(row, DeviceRow):
                 self._expiry.set(row.id, 0 if row.disabled else row.ends_ns)
@@ -241,13 +246,11 @@ class Parent:
             if other != worker:
                 self._pool.send(worker, control.encode(Neighbour(other)), (writing.fileno(),))
         self._save_ids()
+        places = iter(self._endpoints)
+        while self._outside and (some := tuple(islice(places, PLACES))):
+            self._pool.send(worker, control.encode(Places(some)))
         if self.loaded:
             self._push_all(worker)
-        for tunnel, (device_id, near) in self._near.items():
-            if self.tunnels[tunnel].worker != worker:
-                continue
-            endpoint = self.heard[tunnel].endpoint if tunnel in self.heard else ""
-            self._pool.send(worker, control.encode(Restored(tunnel, device_id, endpoint)), (near,))
 
     def _on_exit(self, worker: int, status: int) -> None:
         lost = {number: opened for number, opened in self.tunnels.items() if opened.worker == worker}
@@ -267,8 +270,6 @@ class Parent:
 
     def _on_message(self, worker: int, data: bytes, descriptors: list[int]) -> None:
         message = control.TO_PARENT.decode(data)
-        if isinstance(message, Kept) and descriptors:
-            self._near[message.tunnel] = message.device_id, descriptors.pop(0)
         for descriptor in descriptors:
             os.close(descriptor)
         match message:
@@ -280,9 +281,7 @@ class Parent:
             case Changed(tunnel, context):
                 self._on_changed(tunnel, context)
             case Heard() as heard:
-                if heard.tunnel in self.tunnels:
-                    self.heard[heard.tunnel] = heard
-                    self.news.add(self.tunnels[heard.tunnel].context.device_id)
+                self._on_heard(heard)
             case Ended() as ended:
                 self._on_ended(ended)
             case Traced() as traced:
@@ -312,6 +311,25 @@ class Parent:
         self.tunnels[opened.tunnel] = msgspec.structs.replace(opened, context=context)
         self.news.add(context.device_id)
 
+    def _on_heard(self, heard: Heard) -> None:
+        opened = self.tunnels.get(heard.tunnel)
+        if opened is None:
+            return
+        self.heard[heard.tunnel] = heard
+        self.news.add(opened.context.device_id)
+        self._endpoints.set(opened.context.device_id, heard.endpoint)
+        if self._endpoints.dirty and self._saving is None:
+            self._saving = asyncio.get_running_loop().call_later(SAVE_S, self._save_endpoints)
+
+    def _save_endpoints(self) -> None:
+        if self._saving is not None:
+            self._saving.cancel()
+            self._saving = None
+        try:
+            self._endpoints.save()
+        except OSError as error:  # they are known here; only a restart of ours would miss some
+            log.error("endpoints_not_written", why=str(error))
+
     def _save_ids(self) -> None:
         try:
             self._ids.save()
@@ -321,9 +339,6 @@ class Parent:
     def _on_ended(self, ended: Ended) -> None:
         opened = self.tunnels.pop(ended.tunnel, None)
         self.heard.pop(ended.tunnel, None)
-        kept = self._near.pop(ended.tunnel, None)
-        if kept is not None:
-            os.close(kept[1])
         if opened is not None:
             context = opened.context
             self.news.add(context.device_id)

@@ -26,6 +26,7 @@ _FRAMINGS: Final = {Framing.RAW: net_pb2.FRAMING_RAW, Framing.VNET: net_pb2.FRAM
 _TRANSPORTS: Final = {
     Transport.SOCKET: net_pb2.TRANSPORT_SOCKET,
     Transport.DEVICE: net_pb2.TRANSPORT_DEVICE,
+    Transport.TRUNK: net_pb2.TRANSPORT_TRUNK,
 }
 
 

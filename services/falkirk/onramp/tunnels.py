@@ -1,4 +1,4 @@
-"""Admitted tunnels, and copies of their descriptors.
+"""Admitted tunnels, and copies of their descriptors. Those of WireGuard devices have none: they come by a trunk.
 
     WAITING   admitted; its flow worker isn't connected, or hasn't answered. Ends by `Adopted`, or is refused after the timeout
     HELD      the flow worker reads it
@@ -47,13 +47,14 @@ class Tunnel:
         "sock",
         "timer",
         "transport",
+        "waiting",
         "worker",
     )
 
     def __init__(
         self,
         number: int,
-        sock: socket.socket,
+        sock: socket.socket | None,
         peer: Peer,
         context: TunnelContext,
         framing: Framing,
@@ -66,15 +67,18 @@ class Tunnel:
         self.admission: Admission | None = None
         """None where it was admitted by an earlier on-ramp and hasn't been reviewed."""
         self.admitted_at = 0
+        self.waiting = False
+        """True until a flow worker has taken it."""
         self.greeting = b""
-        """Not empty until the flow worker has taken the tunnel."""
+        """What the flow worker says to the producer then; empty where that has been said, or nobody listens."""
         self.generation = 0
         """Of the flow worker that reads it; 0 while none has said so."""
         self.timer: Timer | None = None
 
 
 class TunnelTable:
-    """All tunnels. `opened`, `changed` and `ended` tell the parent; `refused` counts."""
+    """All tunnels. `opened`, `changed` and `ended` tell the parent; `refused` counts. Of tunnels without a descriptor `taken` and `gone` tell whoever moves
+    their packets."""
 
     def __init__(
         self,
@@ -85,6 +89,8 @@ class TunnelTable:
         changed: Callable[[Tunnel], None],
         ended: Callable[[Tunnel, str], None],
         refused: Callable[[Code], None],
+        taken: Callable[[Tunnel], None],
+        gone: Callable[[Tunnel], None],
         *,
         mtu: int,
         adopt_timeout_s: float,
@@ -93,6 +99,7 @@ class TunnelTable:
     ) -> None:
         self._reactor, self._links, self._board = reactor, links, board
         self._opened, self._changed, self._ended, self._refused = opened, changed, ended, refused
+        self._taken, self._gone = taken, gone
         self._mtu, self._adopt_timeout_s = mtu, adopt_timeout_s
         self._max_tunnels, self._max_per_device = max_tunnels, max_per_device
         self._tunnels: dict[int, Tunnel] = {}
@@ -102,10 +109,20 @@ class TunnelTable:
     def __len__(self) -> int:
         return len(self._tunnels)
 
+    def __contains__(self, number: int) -> bool:
+        return number in self._tunnels
+
     def admit(
-        self, sock: socket.socket, peer: Peer, admitted: Admission, request: ContextRequest, now: int, mtu: int = 0
+        self,
+        sock: socket.socket | None,
+        peer: Peer,
+        admitted: Admission,
+        request: ContextRequest,
+        now: int,
+        mtu: int = 0,
     ) -> int:
-        """A new tunnel, and its number; `now` is wall-clock nanoseconds, `mtu` 0 the on-ramp's own. Raises Refusal, and the socket stays the caller's."""
+        """A new tunnel, and its number; `now` is wall-clock nanoseconds, `mtu` 0 the on-ramp's own. No socket where the request's transport is the
+        trunk. Raises Refusal, and the socket stays the caller's."""
         device_id = admitted.context.device_id
         if self._board.tunnels() >= self._max_tunnels:
             raise Refusal(Code.LIMIT, f"this node has {self._max_tunnels} tunnels")
@@ -115,29 +132,34 @@ class TunnelTable:
         mtu = mtu or self._mtu
         number = self._board.take(self._tunnels)
         tunnel = Tunnel(number, sock, peer, admitted.context, request.framing, request.transport, mtu, worker)
-        tunnel.admission, tunnel.admitted_at = admitted, now
-        tunnel.greeting = admission.greeting(tunnel.id, tunnel.context, mtu, request.framing, request.transport)
+        tunnel.admission, tunnel.admitted_at, tunnel.waiting = admitted, now, True
+        if sock is not None:
+            tunnel.greeting = admission.greeting(tunnel.id, tunnel.context, mtu, request.framing, request.transport)
         tunnel.timer = self._reactor.later(self._adopt_timeout_s, lambda: self._on_adopt_timeout(tunnel))
         self._insert(tunnel)
         self._adopt(tunnel)
         return tunnel.id
 
-    def hold(self, worker: int, generation: int, what: Held, sock: socket.socket, peer: Peer, now: int) -> None:
-        """A tunnel that a flow worker reads since before this on-ramp; nothing where it is known."""
+    def hold(
+        self, worker: int, generation: int, what: Held, sock: socket.socket | None, peer: Peer, now: int
+    ) -> Tunnel | None:
+        """A tunnel that a flow worker reads since before this on-ramp; None where it is known."""
         number = what.tunnel
         known = self._tunnels.get(number)
         if known is not None:
-            sock.close()
+            if sock is not None:
+                sock.close()
             if what.context != known.context:
                 # It changed while the link was down.
                 self._recontext(known)
             self.adopted(number, generation)
-            return
+            return None
         tunnel = Tunnel(number, sock, peer, what.context, what.framing, what.transport, what.mtu, worker)
         tunnel.generation, tunnel.admitted_at = generation, now
         self._board.seen(number)
         self._insert(tunnel)
         self._opened(tunnel, True)
+        return tunnel
 
     def link_up(self, worker: int, generation: int) -> None:
         """Hand over what this generation of the flow worker doesn't read yet."""
@@ -153,16 +175,18 @@ class TunnelTable:
         tunnel.generation = generation
         if tunnel.timer is not None:
             tunnel.timer.cancel()
-        if tunnel.greeting:
-            tunnel.greeting, tunnel.timer = b"", None
+        if tunnel.waiting:
+            tunnel.waiting, tunnel.greeting, tunnel.timer = False, b"", None
             self._opened(tunnel, False)
+        if tunnel.sock is None:
+            self._taken(tunnel)
 
     def adopt_refused(self, number: int, code: str, message: str) -> None:
         """A flow worker doesn't take the tunnel."""
         tunnel = self._tunnels.get(number)
         if tunnel is None:
             return
-        if tunnel.greeting:
+        if tunnel.waiting:
             self._fail(tunnel, Code.ADOPT_REFUSED, f"{code}: {message}")
         else:
             self.close(number, f"adopt_refused: {code}", tell_flow=False)
@@ -176,11 +200,14 @@ class TunnelTable:
         if tell_flow:
             self._links[tunnel.worker].send(TunnelClosed(number, reason))
             self._links[tunnel.worker].flush()
-        gate.discard(tunnel.sock)
-        if tunnel.greeting:
+        if tunnel.waiting:
             self._refused(Code.GONE)
         else:
             self._ended(tunnel, reason)
+        if tunnel.sock is not None:
+            gate.discard(tunnel.sock)
+        else:
+            self._gone(tunnel)
 
     def touched_by(self, touched: Touched) -> set[int]:
         """Tunnels that a change may concern."""
@@ -209,9 +236,9 @@ class TunnelTable:
             if found is not tunnel.admission:
                 tunnel.admission, tunnel.context = found, found.context
                 self._recontext(tunnel)
-                if not tunnel.greeting:
+                if not tunnel.waiting:
                     self._changed(tunnel)
-        elif tunnel.greeting:
+        elif tunnel.waiting:
             self._fail(tunnel, Code.NOT_READY, f"{found} while the tunnel was opened; try again")
         else:
             self.close(number, found)
@@ -224,11 +251,15 @@ class TunnelTable:
         self._board.count(len(self._tunnels))
         device = tunnel.context.device_id
         self._by_device[device] = (*self._by_device.get(device, ()), tunnel.id)
-        # Hang-ups are always told; reading is the flow worker's.
-        self._reactor.add(tunnel.sock.fileno(), select.EPOLLRDHUP, lambda _: self.close(tunnel.id, "producer_closed"))
+        if tunnel.sock is not None:
+            # Hang-ups are always told; reading is the flow worker's.
+            self._reactor.add(
+                tunnel.sock.fileno(), select.EPOLLRDHUP, lambda _: self.close(tunnel.id, "producer_closed")
+            )
 
     def _remove(self, tunnel: Tunnel) -> None:
-        self._reactor.remove(tunnel.sock.fileno())
+        if tunnel.sock is not None:
+            self._reactor.remove(tunnel.sock.fileno())
         del self._tunnels[tunnel.id]
         self._board.count(len(self._tunnels))
         device = tunnel.context.device_id
@@ -239,7 +270,15 @@ class TunnelTable:
             tunnel.timer.cancel()
 
     def _adopt(self, tunnel: Tunnel) -> None:
-        message = Adopt(tunnel.id, tunnel.context, tunnel.framing, tunnel.mtu, tunnel.greeting, tunnel.transport)
+        message = Adopt(
+            tunnel.id,
+            tunnel.context,
+            tunnel.framing,
+            tunnel.mtu,
+            tunnel.greeting,
+            tunnel.transport,
+            descriptors=int(tunnel.sock is not None),
+        )
         self._links[tunnel.worker].send(message, tunnel.sock)
 
     def _on_adopt_timeout(self, tunnel: Tunnel) -> None:
@@ -251,4 +290,7 @@ class TunnelTable:
         self._links[tunnel.worker].send(TunnelClosed(tunnel.id, code.lower()))
         self._links[tunnel.worker].flush()
         self._refused(code)
-        gate.refuse(tunnel.sock, Refusal(code, message).answer())
+        if tunnel.sock is not None:
+            gate.refuse(tunnel.sock, Refusal(code, message).answer())
+        else:
+            self._gone(tunnel)

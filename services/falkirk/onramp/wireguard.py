@@ -1,12 +1,12 @@
 """WireGuard clients: datagrams of a UDP socket in, a tunnel for each device that has a session out.
 
-    socket ──train──► Node.receive ──packets by peer──► one datagram of packets ──near end══far end──► flow worker
-           ◄─train─── Node.send ◄──packets of a datagram────────────────────────near end══far end◄────
+    socket ──train──► Node.receive ──packets by peer──► trunk, by the tunnel's number ──► flow worker
+           ◄─train─── Node.send ◄──packets of a tunnel── trunk ◄─────────────────────────
 
 The key is what tells whose packets they are: `Tables.device_by_key`, whatever address they come from. A key that is no device's, or that of a
 device or user which isn't let in, costs one Diffie-Hellman and has no answer. A device that has proved its key, by the first packet of a session, is
-admitted as a producer with a context would be, and from then on there is no difference: its tunnel is one end of a socket pair, of which the
-other end stays here. So whatever closes a tunnel (a device that is disabled, removed or moved; an operator) ends its sessions in the same turn.
+admitted as a producer with a context would be, and from then on there is no difference but one: its packets go by the trunk of its flow worker, beside
+those of others, and it has no descriptor. Whatever closes a tunnel (a device that is disabled, removed or moved; an operator) ends its sessions in the same turn.
 
 Of a device that may still come, but not as it was (another address or network), a handshake is asked at once, and the tunnel is made anew.
 
@@ -16,8 +16,9 @@ known are in one place. What came to another one is passed on (`neighbours`), an
 Data of a session that isn't here any more come to the worker that its index names. Where a device was last heard from is known to that one as long as there are as many workers as
 before; else all of them know it from the start, and the one asks the device's.
 
-Limits: a device's tunnel takes four descriptors for as long as it answers, two here, one of the parent's and one in its flow worker; 64 KiB a datagram of packets.
-Sessions end with the process, tunnels don't: the parent keeps their near ends, and the next process asks each device that still sends for a handshake.
+Sessions end with the process, tunnels don't: flow workers tell the next one of them, and it asks each device that still sends, or is sent to, for a handshake.
+
+Limits: 64 KiB a datagram of packets; `HELD` packets of a device wait until its flow worker reads its tunnel.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Final
 
-from falkirk.linux import sieve, sockets, trains
-from falkirk.linux.seqpacket import Peer as Producer
+from falkirk.linux import sieve, trains
 from falkirk.onramp import admission
 from falkirk.onramp.admission import Admission
 from falkirk.onramp.context import Refusal
@@ -38,9 +39,11 @@ from falkirk.onramp.control import WIREGUARD, Asked, Passed, owner
 from falkirk.onramp.neighbours import Neighbours
 from falkirk.onramp.reactor import Reactor, Timer
 from falkirk.onramp.tables import DeviceRow, Tables, Touched
+from falkirk.onramp.trunk import Trunk
 from falkirk.wire.endpoint import host_and_port
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import split
+from falkirk.wire.trunk import DATAGRAM
 from falkirk.wireguard.counters import REASONS
 from falkirk.wireguard.guard import let_in
 from falkirk.wireguard.node import Node
@@ -48,10 +51,8 @@ from falkirk.wireguard.outcome import Arrivals
 from falkirk.wireguard.peer import Endpoint, Peer
 
 BUDGET: Final = 64
-"""Trains of the socket, and datagrams of one tunnel, a turn."""
-DATAGRAM: Final = 65536
-"""Bytes of a datagram of packets."""
-BUFFER: Final = 4 * 1024 * 1024
+"""Trains of the socket, and datagrams of one trunk, a turn."""
+HELD: Final = 64
 PLACES: Final = 100_000
 """Endpoints that are remembered; beyond, the oldest are forgotten, and their devices come back by their own timers."""
 REPORT_S: Final = 1.0
@@ -60,23 +61,28 @@ SIFT_S: Final = 0.1
 """How often it is looked how much of a flood is to be read, while there is one."""
 _ASKED: Final = ("no_cookie", "handshake_rate")
 """Why initiations without a cookie come to nothing under load."""
-Admit = Callable[[socket.socket, Producer, Admission], int]
-"""Hands the far end of a tunnel to its flow worker; the tunnel's number. Raises Refusal, and the socket stays the caller's."""
+AWAITED_S: Final = 180.0
+"""How long a device whose tunnel is older than this process may take to agree on a session: no session of before carries longer."""
+Admit = Callable[[Admission], int]
+"""Asks the device's flow worker to read a tunnel; its number. Raises Refusal."""
 Close = Callable[[int, str], None]
 Heard = Callable[[int, Peer], None]
 """Something is new about the device of a tunnel: its endpoint, its last handshake, its bytes."""
 
 
 class Link:
-    """A device with a session: the near end of its tunnel."""
+    """A device that is known to the engine: its tunnel."""
 
-    __slots__ = ("device_id", "near", "tunnel")
+    __slots__ = ("device_id", "held", "trunk", "tunnel")
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
-        self.near: socket.socket | None = None
-        """Not there before its first packet, and after its tunnel is closed."""
         self.tunnel = 0
+        """0 where it has none: before its first packet, and after its tunnel is closed."""
+        self.trunk: Trunk | None = None
+        """Where its packets go; None before its flow worker reads the tunnel."""
+        self.held: list[bytes] | None = None
+        """Packets that wait for that."""
 
 
 class WireGuard:
@@ -104,10 +110,17 @@ class WireGuard:
         self._arrivals = Arrivals()
         self._train = memoryview(bytearray(trains.MAX_RECEIVE))
         self._buffer = memoryview(bytearray(DATAGRAM))
+        self._trunks: dict[int, Trunk] = {}
+        """By flow worker."""
         self._peers: dict[str, Peer] = {}
         """By device id."""
+        self._by_tunnel: dict[int, Peer] = {}
         self._places: dict[Endpoint, str] = {}
         """Where a device was heard from, authentically: its id, by endpoint."""
+        self._last: dict[str, Endpoint] = {}
+        """The other way round, of devices that haven't come since this process started."""
+        self._awaited: deque[tuple[float, int]] = deque()
+        """Until when the devices of which tunnels are awaited."""
         self._news: set[Peer] = set()
         self._timer: Timer | None = None
         self._due = float("inf")
@@ -117,7 +130,6 @@ class WireGuard:
         self._looked = time.monotonic()
         self._let_in = 1.0
         """The share of initiations without a cookie that the kernel lets in."""
-        self._producer = Producer(os.getpid(), os.getuid(), os.getgid())
 
     def start(self) -> None:
         """Join the loop."""
@@ -145,6 +157,7 @@ class WireGuard:
 
     def _add(self, row: DeviceRow, endpoint: Endpoint | None) -> Peer:
         allowed = [(address, 8 * len(address)) for address in row.addresses]
+        endpoint = self._last.pop(row.id, None) if endpoint is None else endpoint
         peer = self._node.add_peer(row.public_key, allowed=allowed, endpoint=endpoint)
         peer.owner = Link(row.id)
         self._peers[row.id] = peer
@@ -235,71 +248,30 @@ class WireGuard:
         link: Link = peer.owner
         tables = self._tables()
         row = tables.device_by_id(link.device_id) if tables is not None else None
-        if link.near is not None or tables is None or row is None:
+        if link.tunnel or tables is None or row is None:
             return
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         try:
-            sockets.raise_buffers(near, BUFFER)
-            link.tunnel = self._admit(far, self._producer, admission.admit_device(tables, row))
+            link.tunnel = self._admit(admission.admit_device(tables, row))
         except Refusal:
             self._drop("not_admitted")
-            near.close()
-            far.close()
-            return
-        self._attach(peer, near)
-
-    def near_end(self, tunnel: int, device_id: str) -> int | None:
-        """A copy, its caller's, of the near end of a device's tunnel; None where the tunnel isn't WireGuard's (any more)."""
-        peer = self._peers.get(device_id)
-        link: Link | None = peer.owner if peer is not None else None
-        return (
-            os.dup(link.near.fileno()) if link is not None and link.near is not None and link.tunnel == tunnel else None
-        )
-
-    def _attach(self, peer: Peer, near: socket.socket) -> None:
-        peer.owner.near = near
-        self._reactor.add(near.fileno(), select.EPOLLIN | select.EPOLLRDHUP, lambda _: self._from_flow(peer))
-
-    def restore(self, tunnel: int, device_id: str, endpoint: str, near: socket.socket) -> None:
-        """A device's tunnel from the process before; its session begins anew with the next packet either way."""
-        tables = self._tables()
-        row = tables.device_by_id(device_id) if tables is not None else None
-        if tables is None or row is None or device_id in self._peers or _unwelcome(tables, row, row.public_key):
-            # Its tunnel is closed by its own review.
-            near.close()
-            return
-        near.setblocking(False)
-        place = trains.destination(self._sock, *host_and_port(endpoint)) if endpoint else None
-        peer = self._add(row, place)
-        peer.owner.tunnel = tunnel
-        if place is not None:
-            self._places[place] = device_id
-        self._attach(peer, near)
+        else:
+            self._by_tunnel[link.tunnel] = peer
 
     def _up(self, peer: Peer, packets: list[bytes]) -> None:
-        """Packets to the flow worker, as many in a datagram as there is room for."""
+        """Packets to the flow worker."""
         link: Link = peer.owner
-        near = link.near
-        if near is None:
+        if not link.tunnel:
             self._open(peer)
-            near = link.near
-        if near is None:
+        if not link.tunnel:
             self._drop("no_tunnel", len(packets))
-            return
-        at = 0
-        while at < len(packets):
-            size = len(packets[at])
-            stop = at + 1
-            while stop < len(packets) and size + len(packets[stop]) <= DATAGRAM:
-                size += len(packets[stop])
-                stop += 1
-            try:
-                near.sendmsg(packets[at:stop])
-            except BlockingIOError:
-                self._drop("tunnel_full", stop - at)
-            except OSError:
-                self._drop("no_tunnel", stop - at)
-            at = stop
+        elif link.trunk is None:
+            held = link.held or []
+            link.held = (held + packets)[:HELD]
+            self._drop("tunnel_full", len(held) + len(packets) - len(link.held))
+        else:
+            full, lost = link.trunk.send(link.tunnel, packets)
+            self._drop("tunnel_full", full)
+            self._drop("no_tunnel", lost)
 
     def _recover(self, endpoint: Endpoint, *, asked: bool = False) -> None:
         """Data of a session that isn't here: of the process before this one, or of before a device was let in again. Whoever was heard from there is asked for a
@@ -319,48 +291,133 @@ class WireGuard:
 
     # to devices
 
-    def _from_flow(self, peer: Peer) -> None:
-        link: Link = peer.owner
-        near, buffer = link.near, self._buffer
-        packets: list[bytes] = []
-        closed = False
+    def _from_trunk(self, worker: int, trunk: Trunk) -> None:
+        buffer = self._buffer
+        packets: dict[Peer, list[bytes]] = {}
         for _ in range(BUDGET):
-            if near is None:
-                return
             try:
-                size = near.recv_into(buffer)
+                tunnel, size = trunk.receive(buffer)
             except BlockingIOError:
                 break
-            except OSError:
-                size = 0
-            if not size:
-                closed = True
+            except EOFError:
+                self.disconnect(worker)
                 break
-            if buffer[0] == 0x7B:
-                # The admission's answer, for producers who wait for it.
+            peer = self._by_tunnel.get(tunnel)
+            if peer is None:
+                # Closed a moment ago, of which the flow worker hasn't heard yet.
+                self._drop("no_tunnel")
                 continue
             try:
-                packets += [bytes(buffer[at : at + length]) for at, length in split(buffer, size)]
+                found = [bytes(buffer[at : at + length]) for at, length in split(buffer, size)]
             except MalformedPacket:
                 self._drop("bad_packet_of_ours")
-        if packets:
+                continue
+            packets[peer] = packets[peer] + found if peer in packets else found
+        now, wall = time.monotonic(), time.time_ns()
+        for peer, some in packets.items():
             self._news.add(peer)
-            self._send(peer, self._node.send(peer, packets, time.monotonic(), time.time_ns()))
-        if closed:
-            self._again(peer, "closed")
+            self._send(peer, self._node.send(peer, some, now, wall))
 
     def _send(self, peer: Peer, datagrams: list[bytes]) -> None:
         if datagrams and peer.endpoint is not None:
             self._lost(trains.send(self._sock, peer.endpoint, datagrams))
 
+    # its tunnels
+
+    def connect(self, worker: int) -> socket.socket:
+        """A new pair with a flow worker, in place of the one before: the end to be handed over, which stays this object's."""
+        self.disconnect(worker)
+        trunk = self._trunks[worker] = Trunk()
+        return trunk.far
+
+    def listen(self, worker: int) -> None:
+        """The flow worker has told of all tunnels that may have packets there: they can be read."""
+        trunk = self._trunks[worker]
+        trunk.handed_over()
+        self._reactor.add(trunk.fileno(), select.EPOLLIN, lambda _: self._from_trunk(worker, trunk))
+
+    def disconnect(self, worker: int) -> None:
+        """The flow worker is away; what comes for it is dropped until it is back and reads its tunnels again."""
+        trunk = self._trunks.get(worker)
+        if trunk is not None and trunk.fileno() >= 0:
+            self._reactor.remove(trunk.fileno())
+            trunk.close()
+
+    def taken(self, tunnel: int, worker: int) -> None:
+        """A flow worker reads a tunnel from now on."""
+        peer = self._by_tunnel.get(tunnel)
+        if peer is None:
+            return
+        link: Link = peer.owner
+        link.trunk = self._trunks[worker]
+        held, link.held = link.held, None
+        if held:
+            self._up(peer, held)
+
+    def closed(self, tunnel: int) -> None:
+        """A tunnel was closed by somebody else: so are its device's sessions."""
+        peer = self._by_tunnel.get(tunnel)
+        if peer is not None:
+            self._detach(peer)
+            self._again(peer, "closed")
+
     def _close_tunnel(self, peer: Peer, reason: str) -> None:
         """End its tunnel, where it has one: others are told that it isn't there, until it comes again."""
+        tunnel = self._detach(peer)
+        if tunnel:
+            self._close(tunnel, reason)
+
+    def _detach(self, peer: Peer) -> int:
         link: Link = peer.owner
-        near, link.near = link.near, None
-        if near is not None:
-            self._reactor.remove(near.fileno())
-            near.close()
-            self._close(link.tunnel, reason)
+        tunnel, link.tunnel = link.tunnel, 0
+        self._by_tunnel.pop(tunnel, None)
+        self._drop("no_tunnel", len(link.held or ()))
+        link.trunk = link.held = None
+        return tunnel
+
+    # what was there before this process
+
+    def remember(self, places: Iterable[tuple[str, str]]) -> None:
+        """Where devices were last heard from: id and endpoint."""
+        for device_id, endpoint in places:
+            try:
+                place = trains.destination(self._sock, *host_and_port(endpoint))
+            except ValueError:
+                # The socket has another family since.
+                continue
+            self._places[place], self._last[device_id] = device_id, place
+
+    def restore(self, tunnel: int, device_id: str, worker: int) -> str:
+        """Take up a device's tunnel that its flow worker reads already; its session begins anew with the next packet either way. Why it can't be taken up;
+        empty where it is."""
+        tables = self._tables()
+        row = tables.device_by_id(device_id) if tables is not None else None
+        if tables is None or row is None or not row.public_key:
+            return "device_removed" if row is None else "key_replaced"
+        reason = _unwelcome(tables, row, row.public_key)
+        if reason or owner(row.public_key, self._workers) != self._worker:
+            return reason or "other_worker"
+        peer = self._peers.get(device_id) or self._add(row, None)
+        link: Link = peer.owner
+        if link.tunnel and link.trunk is not None and link.tunnel > tunnel:
+            return "superseded"
+        # One that it got since, and that isn't read yet, has no flows: these are told of before any of that is.
+        if link.tunnel:
+            held, link.held = link.held, None
+            self._close_tunnel(peer, "superseded")
+            link.held = held
+        link.tunnel = tunnel
+        self._by_tunnel[tunnel] = peer
+        self._awaited.append((time.monotonic() + AWAITED_S, tunnel))
+        self.taken(tunnel, worker)
+        return ""
+
+    def _give_up(self, now: float) -> None:
+        """Who hasn't come for too long won't."""
+        while self._awaited and self._awaited[0][0] <= now:
+            peer = self._by_tunnel.get(self._awaited.popleft()[1])
+            if peer is not None and not peer.handshake_wall_ns:
+                self._forget(peer, "silent")
 
     # time
 
@@ -381,9 +438,10 @@ class WireGuard:
 
     def _report(self) -> None:
         self._reactor.later(REPORT_S, self._report)
+        self._give_up(time.monotonic())
         news, self._news = self._news, set()
         for peer in news:
-            if peer.owner.near is not None:
+            if peer.owner.tunnel:
                 self._heard(peer.owner.tunnel, peer)
             if peer.endpoint is not None and peer.handshake_wall_ns:
                 self._places.pop(peer.endpoint, None)
@@ -412,11 +470,11 @@ class WireGuard:
             sieve.let_in(self._sock, share)
 
     def _drop(self, reason: str, packets: int = 1) -> None:
-        self._count(WIREGUARD + reason, packets)
+        if packets:
+            self._count(WIREGUARD + reason, packets)
 
     def _lost(self, datagrams: int) -> None:
-        if datagrams:
-            self._drop("socket_full", datagrams)
+        self._drop("socket_full", datagrams)
 
 
 def _unwelcome(tables: Tables, row: DeviceRow | None, public_key: bytes) -> str:

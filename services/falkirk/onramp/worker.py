@@ -33,7 +33,7 @@ from falkirk.onramp import admission, control, gate, keys, parsers
 from falkirk.onramp.admission import Admission, Grants
 from falkirk.onramp.board import Board
 from falkirk.onramp.context import Code, ContextRequest, Refusal
-from falkirk.onramp.control import Changed, Close, Ended, Neighbour, Opened, Restored, Setup, State, Update
+from falkirk.onramp.control import Changed, Close, Ended, Neighbour, Opened, Places, Setup, State, Update
 from falkirk.onramp.gate import Gate
 from falkirk.onramp.links import FlowLink
 from falkirk.onramp.neighbours import Neighbours
@@ -44,6 +44,7 @@ from falkirk.onramp.wireguard import WireGuard
 from falkirk.runtime.counters import Counters
 from falkirk.runtime.log import Log
 from falkirk.wire import handover
+from falkirk.wire.context import Transport
 from falkirk.wire.endpoint import endpoint_text
 from falkirk.wire.handover import Adopted, AdoptRefused, Held, TunnelClosed
 from falkirk.wireguard.peer import Peer as WireGuardPeer
@@ -53,6 +54,8 @@ REVIEWS_A_TURN: Final = 200
 PATIENCE_S: Final = 1.0
 MAX_REPORTS: Final = 50_000
 _CONTROL_BYTES: Final = 256 * 1024
+_OURSELVES: Final = Peer(os.getpid(), os.getuid(), os.getgid())
+"""Who is at the other end of a WireGuard device's tunnel."""
 
 
 class Worker:
@@ -77,9 +80,11 @@ class Worker:
         self._revision = ("", 0)
         self._updates: deque[Iterator[None]] = deque()
         self._reviews: deque[int] = deque()
-        self._reports: deque[tuple[bytes, list[int]]] = deque()
-        """With copies of descriptors that go along, which are closed once they are sent."""
-        self._restored: list[tuple[Restored, socket.socket]] = []
+        self._reports: deque[bytes] = deque()
+        self._held: list[tuple[Tunnel, int]] = []
+        """WireGuard devices' tunnels of before this process, and their flow workers: to be taken up once it is known whose they are."""
+        self._trunked: set[int] = set()
+        """Flow workers that have told of all of theirs: their trunks are to be read behind that."""
         self._blocked = False
         self._loaded = False
         generation = time.time_ns()
@@ -107,6 +112,8 @@ class Worker:
             self._on_changed,
             self._on_ended,
             self._on_refused,
+            self._on_taken,
+            self._on_gone,
             mtu=setup.mtu,
             adopt_timeout_s=setup.adopt_timeout_ms / 1000,
             max_tunnels=setup.max_tunnels,
@@ -180,22 +187,29 @@ class Worker:
                 self._updates.append(self._load(update, descriptors[0]))
             case Neighbour(worker) if self._neighbours is not None:
                 self._neighbours.know(worker, socket.socket(fileno=descriptors[0]))
-            case Restored() as restored:
-                self._restored.append((restored, socket.socket(fileno=descriptors[0])))
-                self._restore()
+            case Places(places):
+                if self._wireguard is not None:
+                    self._wireguard.remember(places)
             case Close(tunnel, reason):
                 self._tunnels.close(tunnel, reason)
 
     def _restore(self) -> None:
-        """Take up the WireGuard devices of the worker before, once it is known who they are."""
+        """Take up the WireGuard devices of the process before, once it is known who they are."""
         if not self._loaded:
             return
-        restored, self._restored = self._restored, []
-        for one, near in restored:
-            if self._wireguard is None:
-                near.close()
-            else:
-                self._wireguard.restore(one.tunnel, one.device_id, one.endpoint, near)
+        held, self._held = self._held, []
+        for tunnel, worker in held:
+            device_id = tunnel.context.device_id
+            wireguard = self._wireguard
+            if tunnel.id not in self._tunnels:
+                continue
+            reason = wireguard.restore(tunnel.id, device_id, worker) if wireguard is not None else "wireguard_off"
+            if reason:
+                self._tunnels.close(tunnel.id, reason)
+        trunked, self._trunked = self._trunked, set()
+        for worker in trunked:
+            if self._wireguard is not None:
+                self._wireguard.listen(worker)
 
     def _load(self, update: Update, descriptor: int) -> Iterator[None]:
         """Decode an update in slices, then apply it at once."""
@@ -253,14 +267,14 @@ class Worker:
             self._on_refused(refusal.code)
             gate.refuse(sock, refusal.answer())
 
-    def _admit_device(self, far: socket.socket, producer: Peer, admitted: Admission) -> int:
+    def _admit_device(self, admitted: Admission) -> int:
         """A WireGuard device has proved its key."""
         try:
             if len(self._reports) > MAX_REPORTS:
                 raise Refusal(Code.NOT_READY, "the on-ramp's parent doesn't answer; try again")
             context = admitted.context
-            request = ContextRequest(context.tenant, context.device, packed=True)
-            return self._tunnels.admit(far, producer, admitted, request, time.time_ns(), self._wireguard_mtu)
+            request = ContextRequest(context.tenant, context.device, packed=True, transport=Transport.TRUNK)
+            return self._tunnels.admit(None, _OURSELVES, admitted, request, time.time_ns(), self._wireguard_mtu)
         except Refusal as refusal:
             self._on_refused(refusal.code)
             raise
@@ -272,10 +286,15 @@ class Worker:
 
     def _on_link_up(self, worker: int, generation: int) -> None:
         self._generations[worker] = generation
+        if self._wireguard is not None:
+            self._links[worker].send(handover.Trunk(), self._wireguard.connect(worker))
         self._tunnels.link_up(worker, generation)
         self._report_state()
 
-    def _on_link_down(self, _: int) -> None:
+    def _on_link_down(self, worker: int) -> None:
+        if self._wireguard is not None:
+            self._trunked.discard(worker)
+            self._wireguard.disconnect(worker)
         self._report_state()
 
     def _on_flow(self, worker: int, message: handover.Message, descriptor: int | None) -> None:
@@ -288,12 +307,31 @@ class Worker:
                 self._tunnels.close(tunnel, reason, tell_flow=False)
             case handover.Traced(tunnel, trace_id, span_id, at):
                 self._report(control.Traced(tunnel, trace_id, span_id, at))
-            case Held(tunnel) if descriptor is not None:
-                sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)
-                peer = seqpacket.peer(sock)
-                self._tunnels.hold(worker, self._generations[worker], message, sock, peer, time.time_ns())
-                if self._loaded:
-                    self._reviews.append(tunnel)
+            case Held() as held:
+                self._on_held(worker, held, descriptor)
+            case handover.Trunked():
+                self._trunked.add(worker)
+                self._restore()
+
+    def _on_held(self, worker: int, held: Held, descriptor: int | None) -> None:
+        sock, peer = None, _OURSELVES
+        if descriptor is not None:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=descriptor)
+            peer = seqpacket.peer(sock)
+        tunnel = self._tunnels.hold(worker, self._generations[worker], held, sock, peer, time.time_ns())
+        if tunnel is not None and sock is None:
+            self._held.append((tunnel, worker))
+            self._restore()
+        if self._loaded:
+            self._reviews.append(held.tunnel)
+
+    def _on_taken(self, tunnel: Tunnel) -> None:
+        if self._wireguard is not None:
+            self._wireguard.taken(tunnel.id, tunnel.worker)
+
+    def _on_gone(self, tunnel: Tunnel) -> None:
+        if self._wireguard is not None:
+            self._wireguard.closed(tunnel.id)
 
     # To the parent.
 
@@ -315,11 +353,6 @@ class Worker:
                 worker=self._number,
             )
         )
-        if self._wireguard is not None and not resumed:
-            # Only of a tunnel that the parent hears the end of. With its copy the flow tracker doesn't notice where this process dies.
-            near = self._wireguard.near_end(tunnel.id, tunnel.context.device_id)
-            if near is not None:
-                self._report(control.Kept(tunnel.id, tunnel.context.device_id), near)
 
     def _on_heard(self, tunnel: int, peer: WireGuardPeer) -> None:
         endpoint = endpoint_text(peer.endpoint)
@@ -336,15 +369,14 @@ class Worker:
         epoch, number = self._revision
         self._report(State(epoch, number, tuple(link.up for link in self._links)))
 
-    def _report(self, message: control.Message, *descriptors: int) -> None:
-        self._reports.append((control.encode(message), list(descriptors)))
+    def _report(self, message: control.Message) -> None:
+        self._reports.append(control.encode(message))
 
     def _flush_reports(self) -> bool:
         try:
             while self._reports and not self._blocked:
-                if seqpacket.send(self._parent, *self._reports[0]):
-                    for descriptor in self._reports.popleft()[1]:
-                        os.close(descriptor)
+                if seqpacket.send(self._parent, self._reports[0]):
+                    self._reports.popleft()
                 else:
                     self._blocked = True
                     self._reactor.mask(self._parent.fileno(), select.EPOLLIN | select.EPOLLOUT)

@@ -30,6 +30,8 @@ class Transport(StrEnum):
     """The SEQPACKET connection itself, a datagram at a time."""
     DEVICE = "device"
     """The producer's own TUN device, whose descriptor it hands over once it is admitted: no process of its own has to move packets."""
+    TRUNK = "trunk"
+    """The pair that an on-ramp worker shares with a flow worker, beside others (`falkirk.wire.trunk`): devices that come by WireGuard. No producer asks for it."""
 
 
 class TunnelContext(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

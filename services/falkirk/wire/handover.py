@@ -8,7 +8,7 @@ The first message each way is `Hello`. A peer with another `protocol` is refused
 than one already seen in that role is refused (it is a process that was replaced). Generations are wall-clock
 nanoseconds at start.
 
-    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Adopt Recontext TunnelClosed / Adopted AdoptRefused Held TunnelClosed Traced
+    onramp worker  -> flow worker   mesh/flow.worker.N.sock      Hello Trunk Adopt Recontext TunnelClosed / Trunked Adopted AdoptRefused Held TunnelClosed Traced
     flow worker    -> upgrader worker mesh/upgrader.worker.N.sock  Hello Prepare Abort AbortAll LowerRefused OpenSocket / Hello Devices Connected DialFailed Closed LowerWanted SocketOpened SocketFailed
     parent         <-> worker       inherited socket pair         see `falkirk.flow.control` and its siblings
 
@@ -24,7 +24,7 @@ import msgspec
 
 from falkirk.wire.context import Framing, Transport, TunnelContext
 
-PROTOCOL: Final = 5
+PROTOCOL: Final = 6
 """Version of these messages; raised by any change that an older peer would misread."""
 MAX_MESSAGES: Final = 64
 MAX_DESCRIPTORS: Final = 16
@@ -47,8 +47,19 @@ class Hello(Message, frozen=True, tag=True):
 # onramp <-> flow
 
 
+class Trunk(Message, frozen=True, tag=True):
+    """The pair for the packets of this on-ramp worker's tunnels that have no descriptor of their own (`falkirk.wire.trunk`), in place of the
+    one before. Said before any such tunnel; answered by `Trunked`. One descriptor."""
+
+    descriptors: int = 1
+
+
+class Trunked(Message, frozen=True, tag=True):
+    """Flow worker to on-ramp: it reads and writes the trunk from now on. Each tunnel of its own that may have packets there has been told by `Held` before."""
+
+
 class Adopt(Message, frozen=True, tag=True):
-    """A tunnel's descriptor, with all that the flow worker must know. One descriptor.
+    """A tunnel's descriptor, with all that the flow worker must know. One descriptor; none with the transport `trunk`.
 
     `greeting` is written to the tunnel before any packet (the admission's answer); empty on a re-adoption.
     """
@@ -87,7 +98,7 @@ class AdoptRefused(Message, frozen=True, tag=True):
 
 class Held(Message, frozen=True, tag=True):
     """Flow worker to a new on-ramp: a tunnel that it reads already, with a copy of its descriptor, so that the on-ramp can
-    hand it over again should the flow worker die. One descriptor."""
+    hand it over again should the flow worker die. One descriptor; none with the transport `trunk`."""
 
     tunnel: int
     context: TunnelContext
@@ -261,8 +272,8 @@ class SocketFailed(Message, frozen=True, tag=True):
     errno: int
 
 
-OnrampToFlow = Hello | Adopt | Recontext | TunnelClosed
-FlowToOnramp = Hello | Adopted | AdoptRefused | Held | TunnelClosed | Traced
+OnrampToFlow = Hello | Trunk | Adopt | Recontext | TunnelClosed
+FlowToOnramp = Hello | Trunked | Adopted | AdoptRefused | Held | TunnelClosed | Traced
 FlowToUpgrader = Hello | Prepare | Abort | AbortAll | LowerRefused | OpenSocket
 UpgraderToFlow = Hello | Devices | Connected | DialFailed | Closed | LowerWanted | SocketOpened | SocketFailed
 
@@ -272,8 +283,8 @@ FLOW_TO_UPGRADER: Final = msgspec.msgpack.Decoder(list[FlowToUpgrader])
 UPGRADER_TO_FLOW: Final = msgspec.msgpack.Decoder(list[UpgraderToFlow])
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_PREFACES: Final = 32 * 1024
-"""Bytes of prefaces after which a datagram ends."""
+_LONG: Final = 32 * 1024
+"""Bytes of what may be long, after which a datagram ends."""
 
 
 def encode(messages: Iterable[Message]) -> bytes:
@@ -286,12 +297,14 @@ def batches(messages: list[Message]) -> Iterator[bytes]:
     some: list[Message] = []
     size = 0
     for message in messages:
-        # Prefaces are all that can be long: at most 64 KiB (`falkirk.wire.asker`), so a datagram never grows beyond `MAX_DATAGRAM`.
-        if len(some) == MAX_MESSAGES or size > _PREFACES:
+        # Prefaces and contexts are all that can be long: at most 64 KiB (`falkirk.wire.asker`), so a datagram never grows beyond `MAX_DATAGRAM`.
+        if len(some) == MAX_MESSAGES or size > _LONG:
             yield _encoder.encode(some)
             some, size = [], 0
         some.append(message)
         if isinstance(message, Prepare | OpenSocket):
             size += len(message.preface)
+        elif isinstance(message, Held):
+            size += len(_encoder.encode(message))
     if some:
         yield _encoder.encode(some)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 
 from falkirk.flow.keys import key_of
-from falkirk.flow.table import DeviceCounts, Flow, State, TcpLift, TcpOwner, Tunnel, Wheel, native_sum
+from falkirk.flow.table import NOBODY, DeviceCounts, Flow, State, TcpLift, TcpOwner, Tunnel, Wheel, native_sum
 from falkirk.wire.context import Framing
 from tests.flow_rig import DEVICE4, DEVICE6, SERVER4, SERVER6, context
 from tests.unit.wire.samples import slow_sum
@@ -35,7 +35,7 @@ class Nobody(TcpOwner):
 
 
 def tunnel() -> Tunnel:
-    return Tunnel(1, context(), Framing.RAW, 1500, -1, 0, DeviceCounts())
+    return Tunnel(1, context(), Framing.RAW, 1500, NOBODY, 0, DeviceCounts())
 
 
 def flow(key: bytes = DEVICE4 + SERVER4 + PORTS, forward: bytes | None = None) -> TcpLift:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from falkirk.wire import handover
-from falkirk.wire.context import Framing, TunnelContext
+from falkirk.wire.context import Framing, Transport, TunnelContext
 from falkirk.wire.handover import (
     Abort,
     AbortAll,
@@ -26,6 +26,8 @@ from falkirk.wire.handover import (
     Message,
     Prepare,
     Traced,
+    Trunk,
+    Trunked,
     TunnelClosed,
 )
 from falkirk.wire.slots import LOWERED
@@ -45,12 +47,19 @@ HELLO = Hello("flow", 2, 1_700_000_000_000_000_000)
 ROADS: list[tuple[msgspec.msgpack.Decoder[Any], list[Message]]] = [
     (
         handover.ONRAMP_TO_FLOW,
-        [HELLO, Adopt(7, CONTEXT, Framing.VNET, 1500, b"{}"), TunnelClosed(7, "device disabled")],
+        [
+            HELLO,
+            Trunk(),
+            Adopt(7, CONTEXT, Framing.VNET, 1500, b"{}"),
+            Adopt(8, CONTEXT, Framing.RAW, 1420, transport=Transport.TRUNK, descriptors=0),
+            TunnelClosed(7, "device disabled"),
+        ],
     ),
     (
         handover.FLOW_TO_ONRAMP,
         [
             HELLO,
+            Trunked(),
             Adopted(7),
             AdoptRefused(7, "LIMIT", "too many"),
             Held(7, CONTEXT, Framing.RAW, 1500),
