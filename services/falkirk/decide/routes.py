@@ -75,18 +75,24 @@ class RouteEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class RouteSource:
-    """A route to compile: its prefix parsed and its entry encoded once, so that a change costs no more than it must."""
+    """A route to compile: its prefix parsed and its entry encoded once, so that a change costs no more than it must. The entry itself isn't kept beside that."""
 
-    __slots__ = ("encoded", "entry", "family", "first", "last", "virtual_network_id")
+    __slots__ = ("bits", "encoded", "family", "first", "prefix", "route_id", "virtual_network_id")
 
     def __init__(self, virtual_network_id: str, entry: RouteEntry) -> None:
         """Raises ValueError for a prefix that isn't one, or has host bits set."""
         network = ip_network(entry.prefix)
-        self.virtual_network_id, self.entry = virtual_network_id, entry
+        self.virtual_network_id, self.route_id, self.prefix = virtual_network_id, entry.route_id, entry.prefix
         self.family = 0 if network.version == 4 else 1
         self.first = int(network.network_address)
-        self.last = self.first + (1 << (network.max_prefixlen - network.prefixlen)) - 1
+        self.bits = network.max_prefixlen - network.prefixlen
+        """Of the host."""
         self.encoded = msgspec.msgpack.encode(entry)
+
+    @property
+    def entry(self) -> RouteEntry:
+        """What a lookup will answer."""
+        return _decoder.decode(self.encoded)
 
 
 class _Ranges:
@@ -105,11 +111,12 @@ def compile(routes: Iterable[RouteSource]) -> bytes:
 
     Raises RouteConflict for a prefix that stands twice in one virtual network.
     """
-    ordered = sorted(routes, key=lambda source: (source.virtual_network_id, source.entry.route_id, source.entry.prefix))
+    ordered = sorted(routes, key=lambda source: (source.virtual_network_id, source.route_id, source.prefix))
     offsets, entries = array("I"), bytearray()
     prefixes: dict[str, tuple[list[_Prefix], list[_Prefix]]] = defaultdict(lambda: ([], []))
     for index, source in enumerate(ordered):
-        prefixes[source.virtual_network_id][source.family].append((source.first, -source.last, index + 1))
+        last = source.first + (1 << source.bits) - 1
+        prefixes[source.virtual_network_id][source.family].append((source.first, -last, index + 1))
         offsets.append(len(entries))
         entries += source.encoded
     parents = array("I", bytes(4 * len(ordered)))

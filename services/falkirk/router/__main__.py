@@ -41,7 +41,8 @@ async def serve(shell: Shell, settings: Settings) -> None:
     server = Server("router", shell)
     resolver = ResolverProcess(shell, settings)
     server.metrics.register(ResolverCollector(resolver.counters, resolver.pending))
-    press = Press(RouteBook(settings.connect_timeout_ms), lambda: server.set_ready(True), NameBook(), resolver.tell)
+    book = RouteBook(settings.connect_timeout_ms)
+    press = Press(book, lambda: server.set_ready(True), NameBook(book.devices), resolver.tell)
     replica = ResourceReplica(
         "resources", shell.data("router") / "replica", client.channel(shell, "registry"), KINDS, press.on_change
     )

@@ -41,7 +41,7 @@ class RouteBook:
         self._sources: dict[str, RouteSource] = {}
         self._route_tenants: dict[str, str] = {}
         self._waiting: dict[str, route_service_pb2.Route] = {}
-        self._devices = DeviceBook()
+        self.devices = DeviceBook()
         self._to_devices: dict[str, route_service_pb2.Route] = {}
         """Routes that lead to a device; its name and groups stand in their entries."""
 
@@ -70,25 +70,25 @@ class RouteBook:
                     self._add_network(resource.virtual_network)
                 case "route":
                     routes[resource.route.metadata.id] = resource.route
-        touched = self._devices.apply(changed, removed)
+        touched = self.devices.apply(changed, removed)
         for tenant_id in {*defaults, *self._defaults}:
             if defaults.get(tenant_id) != self._defaults.get(tenant_id):
-                touched |= self._devices.of_tenant(tenant_id)
-        touched |= self._devices.waiting
-        self._devices.refresh(touched, self._network)
+                touched |= self.devices.of_tenant(tenant_id)
+        touched |= self.devices.waiting
+        self.devices.refresh(touched, self._network)
         # A route may wait for its virtual network or device only within a transaction; keep it all the same.
         again = self._waiting | {
             key: route
             for key, route in self._to_devices.items()
-            if touched and self._devices.find(route.metadata.tenant_id, route.target.device.device) in touched
+            if touched and self.devices.find(route.metadata.tenant_id, route.target.device.device) in touched
         }
         for route in (again | routes).values():
             self._add_route(route)
 
     def sources(self) -> list[RouteSource]:
         """Everything to compile."""
-        written = {(source.virtual_network_id, source.entry.prefix) for source in self._sources.values()}
-        return [*self._sources.values(), *self._devices.sources(lambda network, prefix: (network, prefix) in written)]
+        written = {(source.virtual_network_id, source.prefix) for source in self._sources.values()}
+        return [*self._sources.values(), *self.devices.sources(lambda network, prefix: (network, prefix) in written)]
 
     def left_out(self) -> int:
         """Routes that couldn't be converted."""
@@ -136,8 +136,8 @@ class RouteBook:
         device = None
         if route.target.WhichOneof("target") == "device":
             self._to_devices[metadata.id] = route
-            identity = self._devices.find(metadata.tenant_id, route.target.device.device)
-            device = self._devices.destination(identity) if identity is not None else None
+            identity = self.devices.find(metadata.tenant_id, route.target.device.device)
+            device = self.devices.destination(identity) if identity is not None else None
         try:
             if network is None:
                 raise ValueError(f"virtual network {route.virtual_network} isn't known")

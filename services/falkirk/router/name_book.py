@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from typing import Final
 
 from falkirk.api.registry.v1 import registry_service_pb2 as registry
-from falkirk.api.registry.v1.device_service_pb2 import Device
 from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
 from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
 from falkirk.api.registry.v1.zone_service_pb2 import Zone, ZoneRecordType
 from falkirk.decide import resolver
 from falkirk.decide.routes import RouteEntry, RouteSource
 from falkirk.router import name_table
+from falkirk.router.devices import DeviceBook
 
 ROUTE_NAME: Final = "resolver"
 _TYPES: Final = {
@@ -28,26 +28,29 @@ _TYPES: Final = {
 
 
 class NameBook:
-    """Tenants, virtual networks, devices and zones, by id."""
+    """Tenants, virtual networks and zones, by id. Devices are another book's, which hears of each transaction before this one."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: DeviceBook) -> None:
+        self._devices = devices
         self._tenants: dict[str, Tenant] = {}
         self._networks: dict[str, VirtualNetwork] = {}
-        self._devices: dict[str, Device] = {}
         self._zones: dict[str, Zone] = {}
-        self.changed = True
+        self._changed = True
+
+    @property
+    def changed(self) -> bool:
         """Whether `networks` would give something else than it did last."""
+        return self._changed or self._devices.names_changed
 
     def apply(self, changed: Iterable[registry.Resource], removed: Iterable[registry.Tombstone]) -> None:
         """One transaction."""
         kinds: dict[int, dict[str, object]] = {
             registry.KIND_TENANT: self._tenants,  # type: ignore[dict-item]  # what is forgotten is forgotten by id
             registry.KIND_VIRTUAL_NETWORK: self._networks,  # type: ignore[dict-item]
-            registry.KIND_DEVICE: self._devices,  # type: ignore[dict-item]
             registry.KIND_ZONE: self._zones,  # type: ignore[dict-item]
         }
         for tombstone in removed:
-            self.changed |= kinds.get(tombstone.kind, {}).pop(tombstone.id, None) is not None
+            self._changed |= kinds.get(tombstone.kind, {}).pop(tombstone.id, None) is not None
         for resource in changed:
             kind = resource.WhichOneof("resource")
             match kind:
@@ -55,17 +58,13 @@ class NameBook:
                     self._tenants[resource.tenant.metadata.id] = resource.tenant
                 case "virtual_network":
                     self._networks[resource.virtual_network.metadata.id] = resource.virtual_network
-                case "device":
-                    before = self._devices.get(resource.device.metadata.id)
-                    self._devices[resource.device.metadata.id] = resource.device
-                    self.changed |= before is None or _named(before) != _named(resource.device)
                 case "zone":
                     self._zones[resource.zone.metadata.id] = resource.zone
-            self.changed |= kind in ("tenant", "virtual_network", "zone")
+            self._changed |= kind in ("tenant", "virtual_network", "zone")
 
     def networks(self) -> list[name_table.Network]:
         """What the resolver is told."""
-        self.changed = False
+        self._changed = self._devices.names_changed = False
         found: dict[tuple[str, str], name_table.Network] = {}
         for network in self._networks.values():
             tenant = self._tenants.get(network.metadata.tenant_id)
@@ -75,10 +74,10 @@ class NameBook:
             found[tenant.metadata.id, network.metadata.name] = said
             if network.is_default:
                 found[tenant.metadata.id, ""] = said
-        for device in self._devices.values():
-            place = found.get((device.metadata.tenant_id, device.virtual_network))
-            if place is not None and not device.disabled and not device.pending:
-                place.devices.append((device.metadata.name, list(device.addresses)))
+        for device in self._devices.all():
+            place = found.get((device.tenant_id, device.virtual_network))
+            if place is not None and device.shown:
+                place.devices.append((device.name, list(device.addresses)))
         for zone in self._zones.values():
             place = found.get((zone.metadata.tenant_id, zone.virtual_network))
             if place is not None:
@@ -96,12 +95,6 @@ class NameBook:
                     entry = RouteEntry("", ROUTE_NAME, prefix, "resolver")
                     sources.append(RouteSource(network.metadata.id, entry))
         return sources
-
-
-def _named(device: Device) -> tuple[object, ...]:
-    """What of a device its names come from."""
-    shown = not device.disabled and not device.pending
-    return device.metadata.name, device.virtual_network, tuple(device.addresses), shown
 
 
 def _pools(tenant: Tenant) -> list[str]:

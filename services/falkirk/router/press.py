@@ -35,7 +35,7 @@ class Press:
         tell: Callable[[str, bytes], None] = lambda name, data: None,
     ) -> None:
         self.book = book
-        self._names = names or NameBook()
+        self._names = names or NameBook(book.devices)
         self._tell = tell
         self.table = RouteTable()
         self.revision: net_pb2.Revision | None = None
@@ -64,7 +64,7 @@ class Press:
             self._dirty.clear()
             revision, sources = self._newest, self.book.sources()
             assert revision is not None
-            taken = {(source.virtual_network_id, source.entry.prefix) for source in sources}
+            taken = {(source.virtual_network_id, source.prefix) for source in sources}
             sources += self._names.sources(taken)
             if self._names.changed:
                 self._tell("names", name_table.encode(self._names.networks()))

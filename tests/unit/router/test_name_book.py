@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from falkirk.api.registry.v1 import registry_service_pb2 as registry
 from falkirk.router import name_table
+from falkirk.router.devices import DeviceBook
 from falkirk.router.name_book import NameBook
 from falkirk.router.name_table import Local, NameTable
 
@@ -17,8 +19,21 @@ def resource(kind: str, identity: str, name: str, **fields: Any) -> registry.Res
     return registry.Resource(**{kind: {"metadata": {"id": identity, "name": name, **of_tenant}, **fields}})
 
 
+class Books(NameBook):
+    """Both books, which hear of the same transactions."""
+
+    def __init__(self) -> None:
+        self.devices = DeviceBook()
+        super().__init__(self.devices)
+
+    def apply(self, changed: Iterable[registry.Resource], removed: Iterable[registry.Tombstone]) -> None:
+        changed, removed = list(changed), list(removed)
+        self.devices.apply(changed, removed)
+        super().apply(changed, removed)
+
+
 def book(*more: registry.Resource) -> NameBook:
-    made = NameBook()
+    made = Books()
     made.apply(
         [
             resource("tenant", "t", "acme", device_pool4=POOL, device_pool6="fd01::/64"),
@@ -104,5 +119,5 @@ def test_a_zone_is_its_networks_own() -> None:
 
 
 def test_a_way_leads_to_the_resolver_in_each_network_but_where_another_one_is() -> None:
-    ways = {(source.virtual_network_id, source.entry.prefix) for source in book().sources({("m", "fd01::53/128")})}
+    ways = {(source.virtual_network_id, source.prefix) for source in book().sources({("m", "fd01::53/128")})}
     assert ways == {("n", "100.96.0.53/32"), ("n", "fd01::53/128"), ("m", "100.96.0.53/32")}
