@@ -62,22 +62,27 @@ class Press:
         while True:
             await self._dirty.wait()
             self._dirty.clear()
-            revision, sources = self._newest, self.book.sources()
-            assert revision is not None
-            taken = {(source.virtual_network_id, source.prefix) for source in sources}
-            sources += self._names.sources(taken)
-            if self._names.changed:
-                self._tell("names", name_table.encode(self._names.networks()))
-            try:
-                data = await asyncio.to_thread(routes.compile, sources)
-            except RouteConflict as error:
-                # The registry refuses this; until it is mended there the old routes stay in force.
-                log.error("routes_conflict", why=str(error), revision=revision.number)
-                continue
-            for _ in self.table.load(data):
-                await asyncio.sleep(0)
-            self.revision = revision
-            self.publisher.set(revision, data)
-            self._tell("routes", data)
-            log.info("routes_published", routes=self.table.routes, bytes=len(data), revision=revision.number)
-            self._on_pressed()
+            await self._press()
+
+    async def _press(self) -> None:
+        """One compilation. What it needs for that is gone when it has ended."""
+        revision, sources = self._newest, self.book.sources()
+        assert revision is not None
+        taken = {(source.virtual_network_id, source.prefix) for source in sources}
+        sources += self._names.sources(taken)
+        del taken
+        if self._names.changed:
+            self._tell("names", name_table.encode(self._names.networks()))
+        try:
+            data = await asyncio.to_thread(routes.compile, sources)
+        except RouteConflict as error:
+            # The registry refuses this; until it is mended there the old routes stay in force.
+            log.error("routes_conflict", why=str(error), revision=revision.number)
+            return
+        for _ in self.table.load(data):
+            await asyncio.sleep(0)
+        self.revision = revision
+        self.publisher.set(revision, data)
+        self._tell("routes", data)
+        log.info("routes_published", routes=self.table.routes, bytes=len(data), revision=revision.number)
+        self._on_pressed()

@@ -211,8 +211,8 @@ class BlobReplica(_Replica):
                     pieces_of.CopyFrom(response.revision)
                 pieces.append(response.chunk)
                 if response.complete:
-                    data, pieces = b"".join(pieces), []
-                    await self._take(pieces_of, data, response.sha256)
+                    whole, pieces = pieces, []
+                    await self._take(pieces_of, whole, response.sha256)
 
     async def _confirm(self, revision: Revision) -> None:
         """Our bytes are current, at this revision."""
@@ -224,7 +224,10 @@ class BlobReplica(_Replica):
         self._source = "owner"
         self._synced()
 
-    async def _take(self, revision: Revision, data: bytes, sha256: bytes) -> None:
+    async def _take(self, revision: Revision, pieces: list[bytes], sha256: bytes) -> None:
+        data = b"".join(pieces)
+        # Whoever waits for the next one must not hold on to this one.
+        pieces.clear()
         if hashlib.sha256(data).digest() != sha256:
             raise _Distrust("a snapshot's SHA-256 doesn't match")
         if self.revision is not None and _older(revision, self.revision):

@@ -35,6 +35,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from falkirk.api.net.v1 import net_pb2
+from falkirk.linux import heap
 from falkirk.runtime import metrics, roads, supervised, telemetry
 from falkirk.runtime.errors import FalkirkError
 from falkirk.runtime.gates import Gate, RoadGate
@@ -110,6 +111,7 @@ class Server:
     """A service's servers; see the module's docstring. `metrics` is the registry for the service's own collectors."""
 
     def __init__(self, name: str, shell: Shell, *, grace: float = GRACE_SECONDS) -> None:
+        heap.give_back()
         self.name, self.shell, self.grace = name, shell, grace
         self.metrics = CollectorRegistry()
         ProcessCollector(registry=self.metrics)
