@@ -3,8 +3,9 @@
 The sockets, inboxes and counters are the parent's: producers who connect while worker 0 is restarted wait in the backlog, WireGuard's datagrams and those of other workers
 wait in their sockets, and counts go on. What one worker leaves behind is its own: the others' tunnels are none of its business.
 
-Worker 0 alone has the gate: admission is rare, and one gate holds its bounds (of pending connections, of a uid's share, of a device's tunnels) exactly. A restarted worker is told everything, and hears of its old tunnels from the flow workers; those that aren't heard of again
-within `LOST_AFTER_S` are taken for closed.
+Worker 0 alone has the gate: admission is rare, and one gate holds its bounds (of pending connections, of a uid's share, of a device's tunnels) exactly.
+
+A restarted worker is told everything, and hears of its old tunnels from the flow workers; those that aren't heard of again within `LOST_AFTER_S` are taken for closed.
 
 Limit: packing the whole state for a worker that (re)starts takes the loop about 1 µs a row.
 """

@@ -133,6 +133,8 @@ class WireGuard:
 
     def start(self) -> None:
         """Join the loop."""
+        # The socket is the parent's: a process that was killed under a flood has left its sieve there.
+        sieve.let_in(self._sock, self._let_in)
         self._reactor.add(self._sock.fileno(), select.EPOLLIN, self._from_socket)
         self._neighbours.start(self._from_neighbours)
         self._reactor.after.append(self._after)
@@ -165,6 +167,8 @@ class WireGuard:
 
     def review(self, tables: Tables, touched: Touched | None) -> None:
         """The tables have changed, in what was touched (None: in everything). A tunnel whose context is another one is closed by its own review."""
+        if touched is None:
+            self._last = {device: place for device, place in self._last.items() if self._ours(tables, device)}
         if touched is None or touched.tenants:
             devices = list(self._peers)
         else:
@@ -176,6 +180,10 @@ class WireGuard:
                 self._forget(peer, reason)
             elif row is not None and set(peer.allowed.addresses) != set(row.addresses):
                 self._again(peer, "context_changed")
+
+    def _ours(self, tables: Tables, device_id: str) -> bool:
+        row = tables.device_by_id(device_id)
+        return row is not None and owner(row.public_key, self._workers) == self._worker
 
     def _forget(self, peer: Peer, reason: str) -> None:
         """It has no session and no tunnel from now on."""
