@@ -238,6 +238,7 @@ class Tunnels(dict[int, Tunnel]):
                 tunnel.mtu,
                 bearer.transport,
                 descriptors=int(bearer.descriptor >= 0),
+                busy=bool(tunnel.flows or tunnel.passages),
             )
             if held.descriptors:
                 link.send_data(encode([held]), [bearer.descriptor])

@@ -59,6 +59,9 @@ REPORT_S: Final = 1.0
 """How often the parent hears of what has changed about devices."""
 SIFT_S: Final = 0.1
 """How often it is looked how much of a flood is to be read, while there is one."""
+ASKED: Final = 10
+ASK_S: Final = 0.02
+"""After a restart so many devices are asked for a handshake in so many seconds: a tenth of a processor."""
 _ASKED: Final = ("no_cookie", "handshake_rate")
 """Why initiations without a cookie come to nothing under load."""
 AWAITED_S: Final = 180.0
@@ -121,6 +124,8 @@ class WireGuard:
         """The other way round, of devices that haven't come since this process started."""
         self._awaited: deque[tuple[float, int]] = deque()
         """Until when the devices of which tunnels are awaited."""
+        self._asking: deque[Peer] = deque()
+        """Whom to ask for a handshake after a restart."""
         self._news: set[Peer] = set()
         self._timer: Timer | None = None
         self._due = float("inf")
@@ -395,9 +400,9 @@ class WireGuard:
                 continue
             self._places[place], self._last[device_id] = device_id, place
 
-    def restore(self, tunnel: int, device_id: str, worker: int) -> str:
-        """Take up a device's tunnel that its flow worker reads already; its session begins anew with the next packet either way. Why it can't be taken up;
-        empty where it is."""
+    def restore(self, tunnel: int, device_id: str, worker: int, *, busy: bool) -> str:
+        """Take up a device's tunnel that its flow worker reads already; its session begins anew: at once where it is `busy` and the device's endpoint is
+        known, else with the next packet either way. Why it can't be taken up; empty where it is."""
         tables = self._tables()
         row = tables.device_by_id(device_id) if tables is not None else None
         if tables is None or row is None or not row.public_key:
@@ -418,7 +423,22 @@ class WireGuard:
         self._by_tunnel[tunnel] = peer
         self._awaited.append((time.monotonic() + AWAITED_S, tunnel))
         self.taken(tunnel, worker)
+        if busy:
+            # Its next packet would be lost, and TCP's second one comes after twice the time.
+            if not self._asking:
+                self._reactor.later(0, self._ask)
+            self._asking.append(peer)
         return ""
+
+    def _ask(self) -> None:
+        """Ask some of those for a handshake who had flows when the process before ended."""
+        now = time.monotonic()
+        for _ in range(min(ASKED, len(self._asking))):
+            peer = self._asking.popleft()
+            if self._peers.get(peer.owner.device_id) is peer and not peer.usable(now):
+                self._send(peer, self._node.initiate(peer, now, time.time_ns()))
+        if self._asking:
+            self._reactor.later(ASK_S, self._ask)
 
     def _give_up(self, now: float) -> None:
         """Who hasn't come for too long won't."""

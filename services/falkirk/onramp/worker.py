@@ -81,7 +81,7 @@ class Worker:
         self._updates: deque[Iterator[None]] = deque()
         self._reviews: deque[int] = deque()
         self._reports: deque[bytes] = deque()
-        self._held: list[tuple[Tunnel, int]] = []
+        self._held: list[tuple[Tunnel, int, bool]] = []
         """WireGuard devices' tunnels of before this process, and their flow workers: to be taken up once it is known whose they are."""
         self._trunked: set[int] = set()
         """Flow workers that have told of all of theirs: their trunks are to be read behind that."""
@@ -198,12 +198,14 @@ class Worker:
         if not self._loaded:
             return
         held, self._held = self._held, []
-        for tunnel, worker in held:
+        for tunnel, worker, busy in held:
             device_id = tunnel.context.device_id
             wireguard = self._wireguard
             if tunnel.id not in self._tunnels:
                 continue
-            reason = wireguard.restore(tunnel.id, device_id, worker) if wireguard is not None else "wireguard_off"
+            reason = (
+                wireguard.restore(tunnel.id, device_id, worker, busy=busy) if wireguard is not None else "wireguard_off"
+            )
             if reason:
                 self._tunnels.close(tunnel.id, reason)
         trunked, self._trunked = self._trunked, set()
@@ -320,7 +322,7 @@ class Worker:
             peer = seqpacket.peer(sock)
         tunnel = self._tunnels.hold(worker, self._generations[worker], held, sock, peer, time.time_ns())
         if tunnel is not None and sock is None:
-            self._held.append((tunnel, worker))
+            self._held.append((tunnel, worker, held.busy))
             self._restore()
         if self._loaded:
             self._reviews.append(held.tunnel)

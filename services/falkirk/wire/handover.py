@@ -106,6 +106,8 @@ class Held(Message, frozen=True, tag=True):
     mtu: int
     transport: Transport = Transport.SOCKET
     descriptors: int = 1
+    busy: bool = False
+    """Whether flows go through it at present."""
 
 
 class TunnelClosed(Message, frozen=True, tag=True):

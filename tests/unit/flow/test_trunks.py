@@ -239,8 +239,8 @@ def test_tunnels_outlive_their_onramp(rig: FlowRig) -> None:
     rig.onramp = rig.another_onramp()
     tunnel = rig.worker.tunnels[device.number]
     held = [
-        Held(number, rig.worker.tunnels[number].context, Framing.RAW, 1500, Transport.TRUNK, descriptors=0)
-        for number in (device.number, other.number)
+        Held(number, rig.worker.tunnels[number].context, Framing.RAW, 1500, Transport.TRUNK, descriptors=0, busy=busy)
+        for number, busy in ((device.number, True), (other.number, False))
     ]
     assert rig.told()[1:] == held
     shared.sock = rig.trunk()
