@@ -76,7 +76,7 @@ class Lifecycle:
         flow.tick = worker.second
         if int.from_bytes(flow_id[8:12], "big") < self._sampled_below:
             flow.span_id = self._random(8)
-        tunnel.flows[flow.key] = flow
+        tunnel.begin(flow.key, flow)
         tunnel.device.flows += 1
         if state is State.HELD:
             tunnel.device.held += 1

@@ -115,7 +115,8 @@ class Lowering(Segments):
         leg = Leg(self, to, reply, forward, slot, lane)
         leg.prefix = prefix
         leg.tick = worker.second
-        to.flows[reply] = lane.flows[index] = leg
+        lane.flows[index] = leg
+        to.begin(reply, leg)
         if isinstance(to, Distant):
             self._distant[to.id] = to
             leg.handle = worker.forward.lend(leg)

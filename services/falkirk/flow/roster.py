@@ -15,6 +15,7 @@ from falkirk.flow import control
 from falkirk.linux import seqpacket
 from falkirk.wire.context import shared
 from falkirk.wire.handover import Message, batches, encode
+from falkirk.wire.sharing import share
 
 BUFFER: Final = 4 * 1024 * 1024
 """Bytes asked of the kernel for a pair, which gives at most net.core.wmem_max."""
@@ -53,6 +54,7 @@ class Roster:
     def opened(self, worker: int, message: control.TunnelOpened) -> None:
         """A worker reads a tunnel."""
         shared(message.context)
+        share(message, ("mtu",))
         self.open[worker][message.tunnel] = message
         self._tell(worker, [_attached(worker, message)])
 

@@ -392,7 +392,7 @@ class Tunnel:
         """The on-ramp worker whose it is: what concerns it is told to that one."""
         self.row = row
         """The tenant's row in the shared counts."""
-        self.flows: dict[bytes, Flow] = {}
+        self.flows: dict[bytes, Flow] = NOTHING
         """Flows that it initiated, of every protocol, by their keys."""
         self.lifts = cast("dict[bytes, TcpLift]", self.flows)
         """The same dict as the TCP path sees it: under a key of 12 or 36 bytes there is never anything else. Legs lie here too, which this tunnel has not
@@ -427,6 +427,13 @@ class Tunnel:
         """It speaks for this from now on."""
         self.context = context
         self._audit = ""
+
+    def begin(self, key: bytes, flow: Flow) -> None:
+        """Know a flow, or a leg, by its key."""
+        if self.flows is NOTHING:
+            self.flows = {}
+            self.lifts = cast("dict[bytes, TcpLift]", self.flows)
+        self.flows[key] = flow
 
     def wait(self, data: bytes) -> None:
         """Queue a datagram."""

@@ -54,6 +54,7 @@ from falkirk.runtime.counters import Counters
 from falkirk.runtime.settings import Shell
 from falkirk.runtime.workers import WorkerPool
 from falkirk.wire.context import TunnelContext, shared
+from falkirk.wire.sharing import share
 
 LOST_AFTER_S: Final = 5.0
 EXPIRY_S: Final = 0.25
@@ -309,14 +310,17 @@ class Parent:
         row = self.tables.device_by_id(context.device_id)
         if row is not None and (row.name, row.addresses) == (context.device, context.addresses):
             context = msgspec.structs.replace(context, device_id=row.id, device=row.name, addresses=row.addresses)
-        self.tunnels[opened.tunnel] = msgspec.structs.replace(opened, context=context)
+        opened = msgspec.structs.replace(opened, context=context)
+        share(opened, ("mtu", "pid"))
+        self.tunnels[opened.tunnel] = opened
         self.news.add(context.device_id)
 
     def _on_heard(self, heard: Heard) -> None:
         opened = self.tunnels.get(heard.tunnel)
         if opened is None:
             return
-        self.heard[heard.tunnel] = heard
+        # The number that the tunnel has already.
+        self.heard[opened.tunnel] = msgspec.structs.replace(heard, tunnel=opened.tunnel)
         self.news.add(opened.context.device_id)
         self._endpoints.set(opened.context.device_id, heard.endpoint)
         if self._endpoints.dirty and self._saving is None:

@@ -44,6 +44,7 @@ from falkirk.wire.endpoint import host_and_port
 from falkirk.wire.malformed import MalformedPacket
 from falkirk.wire.packet import split
 from falkirk.wire.trunk import DATAGRAM
+from falkirk.wireguard.allowed import Allowed
 from falkirk.wireguard.counters import REASONS
 from falkirk.wireguard.guard import let_in
 from falkirk.wireguard.node import Node
@@ -163,9 +164,8 @@ class WireGuard:
         return self._add(row, None) if whose == self._worker else whose
 
     def _add(self, row: DeviceRow, endpoint: Endpoint | None) -> Peer:
-        allowed = [(address, 8 * len(address)) for address in row.addresses]
         endpoint = self._last.pop(row.id, None) if endpoint is None else endpoint
-        peer = self._node.add_peer(row.public_key, allowed=allowed, endpoint=endpoint)
+        peer = self._node.add_peer(row.public_key, allowed=Allowed.only(row.addresses), endpoint=endpoint)
         peer.owner = Link(row.id)
         self._peers[row.id] = peer
         return peer

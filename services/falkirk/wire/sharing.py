@@ -15,16 +15,16 @@ from msgspec.structs import force_setattr
 KEPT: Final = 4096
 
 _NOTHING: Final[dict[str, str]] = {}
-_texts: Final[dict[str, str]] = {}
+_values: Final[dict[str | int, str | int]] = {}
 _tuples: Final[dict[tuple[str, ...], tuple[str, ...]]] = {}
 _dicts: Final[dict[tuple[tuple[str, str], ...], dict[str, str]]] = {}
 
 
-def text(value: str) -> str:
-    """An equal text."""
-    if len(_texts) >= KEPT:
-        _texts.clear()
-    return _texts.setdefault(value, value)
+def same(value: str | int) -> str | int:
+    """An equal text or number."""
+    if len(_values) >= KEPT:
+        _values.clear()
+    return _values.setdefault(value, value)
 
 
 def words(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -46,10 +46,10 @@ def facts(value: dict[str, str]) -> dict[str, str]:
 
 
 def share(struct: Any, fields: Iterable[str]) -> None:
-    """Replace these fields of a frozen struct (texts, tuples and dicts of texts) by equal values that others have."""
+    """Replace these fields of a frozen struct (texts, numbers, tuples and dicts of texts) by equal values that others have."""
     for name in fields:
         value = getattr(struct, name)
         if isinstance(value, dict):
             force_setattr(struct, name, facts(value))
         elif value:
-            force_setattr(struct, name, text(value) if isinstance(value, str) else words(value))
+            force_setattr(struct, name, words(value) if isinstance(value, tuple) else same(value))

@@ -36,8 +36,16 @@ class Allowed:
             else:
                 shift = bits - length
                 wide.append((len(address), shift, int.from_bytes(address, "big") >> shift))
-        self.addresses: Final[Collection[bytes]] = tuple(addresses) if len(addresses) <= _FEW else frozenset(addresses)
+        self.addresses: Collection[bytes] = tuple(addresses) if len(addresses) <= _FEW else frozenset(addresses)
         self._prefixes: Final = tuple(wide)
+
+    @classmethod
+    def only(cls, addresses: tuple[bytes, ...]) -> Allowed:
+        """These addresses, of 4 or 16 bytes each, and no others. A few aren't copied: whoever holds them for the peer shares them."""
+        made = cls() if len(addresses) <= _FEW else cls((address, 8 * len(address)) for address in addresses)
+        if len(addresses) <= _FEW:
+            made.addresses = addresses
+        return made
 
     def holds(self, address: bytes) -> bool:
         """Whether the address is named, or in a prefix that is."""

@@ -79,7 +79,7 @@ class Node:
         public_key: bytes,
         *,
         preshared: bytes = NO_PRESHARED_KEY,
-        allowed: Iterable[Prefix] = (),
+        allowed: Allowed | Iterable[Prefix] = (),
         keepalive_seconds: float = 0,
         endpoint: Endpoint | None = None,
     ) -> Peer:
@@ -91,7 +91,9 @@ class Node:
             raise ValueError(f"a public and a preshared key have {KEY_SIZE} bytes")
         if public_key in self._table.peers:
             raise ValueError("the public key is a peer's already; remove that first")
-        peer = Peer(public_key, preshared, Allowed(allowed), keepalive_seconds, endpoint)
+        if not isinstance(allowed, Allowed):
+            allowed = Allowed(allowed)
+        peer = Peer(public_key, preshared, allowed, keepalive_seconds, endpoint)
         self._table.peers[public_key] = peer
         self._table.arm(peer)
         return peer

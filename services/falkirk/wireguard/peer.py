@@ -20,6 +20,7 @@ from falkirk.wireguard.handshake import State
 from falkirk.wireguard.session import Session
 
 INF: Final = float("inf")
+_NEVER: Final = -INF
 REKEY_TIMEOUT: Final = 5.0
 REKEY_ATTEMPT_SECONDS: Final = 90.0
 KEEPALIVE_TIMEOUT: Final = 10.0
@@ -109,15 +110,15 @@ class Peer:
         self.last_mac1 = b""
         """Of our last handshake message; a cookie reply is bound to it."""
         self.cookie = b""
-        self.cookie_at = -INF
+        self.cookie_at = _NEVER
 
-        self.initiated_at = -INF
+        self.initiated_at = _NEVER
         """Our last initiation or response."""
-        self.consumed_at = -INF
+        self.consumed_at = _NEVER
         """Its last initiation."""
-        self.passed_at = -INF
+        self.passed_at = _NEVER
         """The last message either way, keepalives and handshakes included."""
-        self.received_at = -INF
+        self.received_at = _NEVER
         """The last authenticated message from it."""
         self.retry = INF
         self.keepalive = INF
@@ -128,7 +129,7 @@ class Peer:
         self.armed = INF
         """The time of its entry in the node's heap."""
 
-        self.handshake_at = -INF
+        self.handshake_at = _NEVER
         """When a session with it was last agreed and used."""
         self.handshake_wall_ns = 0
         """The same in wall time, nanoseconds since 1970; 0: never."""

@@ -45,5 +45,5 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(100):
         assert sharing.words((str(number),)) == (str(number),)
         assert sharing.facts({"n": str(number)}) == {"n": str(number)}
-        assert sharing.text(str(number)) == str(number)
-    assert max(len(sharing._texts), len(sharing._tuples), len(sharing._dicts)) <= 10
+        assert sharing.same(str(number)) == str(number)
+    assert max(len(sharing._values), len(sharing._tuples), len(sharing._dicts)) <= 10
