@@ -8,7 +8,7 @@ WAITING tunnel was written can't be known then, so it may be written twice, but 
 
 Closing tells the flow worker first, then shuts the connection for every copy of the descriptor.
 
-Limits: about 1.5 kB a tunnel beside its context. A device's tunnels are counted where they are: its producers' at worker 0, and at the device's own worker the one by WireGuard, which
+Limits: about 0.4 kB a tunnel beside its context. A device's tunnels are counted where they are: its producers' at worker 0, and at the device's own worker the one by WireGuard, which
 thus comes on top where those are two.
 """
 
