@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from falkirk.onramp.tunnel_ids import STEP, TunnelIds
 
 
-def test_no_number_is_used_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 3])
+def test_no_number_is_used_twice(tmp_path: Path, workers: int) -> None:
     path = tmp_path / "data" / "ids"
     used = 0
     for _ in range(5):
-        ids = TunnelIds(path)
+        ids = TunnelIds(path, workers)
         for _ in range(2):
             first = ids.first()
             assert first > used
@@ -19,7 +22,8 @@ def test_no_number_is_used_twice(tmp_path: Path) -> None:
             for number in range(first, first + 3 * STEP):
                 ids.seen(number)
             ids.save()
-            used = first + 3 * STEP + 1000
+            # Each worker may give out so many that nobody hears of.
+            used = first + 3 * STEP + 1000 * workers
 
 
 def test_a_broken_file_starts_over(tmp_path: Path) -> None:
