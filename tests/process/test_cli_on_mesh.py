@@ -290,11 +290,23 @@ def test_errors_say_what_where_and_what_to_do(cli: Cli, tmp_path: Path) -> None:
         assert text in cli.refused(*typed, status=status), typed
 
 
-@pytest.mark.parametrize("service", ["flow", "upgrader", "onramp"])
-def test_metrics_count_drops_by_reason(running: RunningMesh, service: str, denied: None) -> None:
+def scraped(running: RunningMesh, service: str) -> str:
     path = running.mesh.run_dir / "read" / f"{service}.metrics.sock"
     command = ["curl", "--silent", "--unix-socket", str(path), "http://x/metrics"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+
+
+def test_metrics_of_the_onramp_tell_answers_apart_from_what_workers_pass_on(running: RunningMesh) -> None:
+    text = scraped(running, "onramp")
+    results = {line.split('"')[1] for line in text.splitlines() if line.startswith("falkirk_onramp_admissions_total")}
+    assert {"admitted", "closed", "UNKNOWN_DEVICE"} < results
+    assert not any(result.startswith("wireguard_") for result in results)
+    assert "falkirk_onramp_passed_on_total 0.0" in text.splitlines()
+
+
+@pytest.mark.parametrize("service", ["flow", "upgrader", "onramp"])
+def test_metrics_count_drops_by_reason(running: RunningMesh, service: str, denied: None) -> None:
+    text = scraped(running, service)
     assert 'falkirk_drops_total{reason="' in text
     assert f'service="{service}"}} ' in text
     assert "process_resident_memory_bytes" in text

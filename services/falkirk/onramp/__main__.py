@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import sys
 
 from prometheus_client import Gauge
@@ -13,7 +12,7 @@ from falkirk.api.registry.v1 import registry_service_pb2 as registry
 from falkirk.onramp import keys, parsers
 from falkirk.onramp.admission import Grants
 from falkirk.onramp.context import Code
-from falkirk.onramp.control import WIREGUARD
+from falkirk.onramp.control import PASSED, WIREGUARD
 from falkirk.onramp.parent import Parent
 from falkirk.onramp.presence import Reporter
 from falkirk.onramp.service import OnrampService
@@ -26,6 +25,7 @@ from falkirk.runtime.server import Server
 from falkirk.runtime.settings import SettingsError, Shell, arguments
 
 KINDS = (registry.KIND_TENANT, registry.KIND_USER, registry.KIND_DEVICE, registry.KIND_VIRTUAL_NETWORK)
+ADMISSIONS = ("admitted", "closed", *(code.value for code in Code))
 
 
 async def serve(shell: Shell, settings: Settings) -> None:
@@ -55,7 +55,7 @@ async def serve(shell: Shell, settings: Settings) -> None:
             "falkirk_onramp_admissions",
             "Answers to producers (admitted, or the code of the refusal), and closed tunnels.",
             ("result",),
-            lambda: [({"result": name}, count) for name, count in parent.counts().items()],
+            lambda: [({"result": name}, count) for name, count in parent.counts().items() if name in ADMISSIONS],
         )
     )
     server.metrics.register(
@@ -66,6 +66,14 @@ async def serve(shell: Shell, settings: Settings) -> None:
             refusals,
         )
     )
+    server.metrics.register(
+        CountersCollector(
+            "falkirk_onramp_passed_on",
+            "Datagrams that came to one worker and were given to another, whose device they are of.",
+            (),
+            lambda: [({}, parent.counts()[PASSED])],
+        )
+    )
     Gauge("falkirk_onramp_tunnels", "Open tunnels.", registry=server.metrics).set_function(lambda: len(parent.tunnels))
     await server.run(replica.run, parent.run, parent.expire, reporter.run)
 
@@ -73,9 +81,6 @@ async def serve(shell: Shell, settings: Settings) -> None:
 def main() -> int:
     """Reads settings and serves; the exit status."""
     shell, settings = arguments("onramp", Settings)
-    # It keeps one descriptor of each WireGuard device's tunnel.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     telemetry.setup("onramp", shell)
     try:
         parsers.load(settings.context_parser)
