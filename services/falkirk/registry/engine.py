@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -335,10 +336,10 @@ class Engine:
         self._note(kind, value, value)
 
     def _note(self, kind: Kind, value: Value, now: Value | None) -> None:
-        key = value.metadata.id
-        self.writing.changes[key] = Change(
-            kind.number, key, value.metadata.tenant_id, kinds.serialise(now) if now is not None else None
-        )
+        # Both are in the memory of many changes, and of who is present.
+        key, tenant_id = sys.intern(value.metadata.id), sys.intern(value.metadata.tenant_id)
+        body = kinds.serialise(now) if now is not None else None
+        self.writing.changes[key] = Change(kind.number, key, tenant_id, body)
 
     def _rename(self, kind: Kind, value: Value) -> None:
         """Show the new name wherever the old one was shown."""

@@ -13,6 +13,7 @@ import base64
 import binascii
 import json
 import sqlite3
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
@@ -84,7 +85,7 @@ class PresenceService:
             raise refusal(refused) from refused
         known = await self._desk.read(lambda connection: _devices(connection, request.present))
         present = {
-            item.device_id: _named(item, known[item.device_id], request.node)
+            sys.intern(item.device_id): _named(item, known[item.device_id], request.node)
             for item in request.present
             if item.device_id in known
         }
