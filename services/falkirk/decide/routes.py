@@ -74,15 +74,19 @@ class RouteEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
         return self.device is not None and not self.route_id
 
 
+Place = tuple[str, int, int, int]
+"""A virtual network's id, and a prefix in it: 0 for IPv4 or 1 for IPv6, the first address, how many bits are the host's."""
+
+
 class RouteSource:
     """A route to compile: its prefix parsed and its entry encoded once, so that a change costs no more than it must. The entry itself isn't kept beside that."""
 
-    __slots__ = ("bits", "encoded", "family", "first", "prefix", "route_id", "virtual_network_id")
+    __slots__ = ("bits", "encoded", "family", "first", "route_id", "virtual_network_id")
 
     def __init__(self, virtual_network_id: str, entry: RouteEntry) -> None:
         """Raises ValueError for a prefix that isn't one, or has host bits set."""
         network = ip_network(entry.prefix)
-        self.virtual_network_id, self.route_id, self.prefix = virtual_network_id, entry.route_id, entry.prefix
+        self.virtual_network_id, self.route_id = virtual_network_id, entry.route_id
         self.family = 0 if network.version == 4 else 1
         self.first = int(network.network_address)
         self.bits = network.max_prefixlen - network.prefixlen
@@ -93,6 +97,11 @@ class RouteSource:
     def entry(self) -> RouteEntry:
         """What a lookup will answer."""
         return _decoder.decode(self.encoded)
+
+    @property
+    def place(self) -> Place:
+        """Its prefix, and where: two routes can't have the same."""
+        return self.virtual_network_id, self.family, self.first, self.bits
 
 
 class _Ranges:
@@ -111,7 +120,7 @@ def compile(routes: Iterable[RouteSource]) -> bytes:
 
     Raises RouteConflict for a prefix that stands twice in one virtual network.
     """
-    ordered = sorted(routes, key=lambda source: (source.virtual_network_id, source.route_id, source.prefix))
+    ordered = sorted(routes, key=lambda source: (source.virtual_network_id, source.route_id, *source.place))
     offsets, entries = array("I"), bytearray()
     prefixes: dict[str, tuple[list[_Prefix], list[_Prefix]]] = defaultdict(lambda: ([], []))
     for index, source in enumerate(ordered):

@@ -87,8 +87,7 @@ class RouteBook:
 
     def sources(self) -> list[RouteSource]:
         """Everything to compile."""
-        written = {(source.virtual_network_id, source.prefix) for source in self._sources.values()}
-        return [*self._sources.values(), *self.devices.sources(lambda network, prefix: (network, prefix) in written)]
+        return [*self._sources.values(), *self.devices.sources({source.place for source in self._sources.values()})]
 
     def left_out(self) -> int:
         """Routes that couldn't be converted."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from ipaddress import ip_network
 from typing import Final
 
@@ -26,7 +26,7 @@ from falkirk.api.registry.v1 import registry_service_pb2
 from falkirk.api.registry.v1.device_service_pb2 import Device
 from falkirk.api.registry.v1.user_service_pb2 import User
 from falkirk.decide.destination import DestinationDevice
-from falkirk.decide.routes import RouteEntry, RouteSource
+from falkirk.decide.routes import Place, RouteEntry, RouteSource
 from falkirk.wire.sharing import share
 
 _DEVICE: Final = registry_service_pb2.KIND_DEVICE
@@ -164,14 +164,9 @@ class DeviceBook:
                 for text in device.addresses
             )
 
-    def sources(self, taken: Callable[[str, str], bool]) -> list[RouteSource]:
-        """Every device's own addresses, but those that a route is written for: `taken(network id, prefix)`."""
-        return [
-            source
-            for sources in self._sources.values()
-            for source in sources
-            if not taken(source.virtual_network_id, source.prefix)
-        ]
+    def sources(self, taken: Container[Place]) -> list[RouteSource]:
+        """Every device's own addresses, but those that a route is written for."""
+        return [source for sources in self._sources.values() for source in sources if source.place not in taken]
 
     def _forget(self, kind: int, identity: str, touched: set[str]) -> None:
         if kind == _DEVICE and identity in self._devices:

@@ -9,7 +9,7 @@ groups, routes) costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Final
 
 from falkirk.api.registry.v1 import registry_service_pb2 as registry
@@ -17,7 +17,7 @@ from falkirk.api.registry.v1.tenant_service_pb2 import Tenant
 from falkirk.api.registry.v1.virtual_network_service_pb2 import VirtualNetwork
 from falkirk.api.registry.v1.zone_service_pb2 import Zone, ZoneRecordType
 from falkirk.decide import resolver
-from falkirk.decide.routes import RouteEntry, RouteSource
+from falkirk.decide.routes import Place, RouteEntry, RouteSource
 from falkirk.router import name_table
 from falkirk.router.devices import DeviceBook
 
@@ -84,16 +84,16 @@ class NameBook:
                 place.zones.append(_zone(zone))
         return [network for (_, name), network in found.items() if name]
 
-    def sources(self, taken: set[tuple[str, str]]) -> list[RouteSource]:
-        """The ways to every tenant's resolver, in each of its virtual networks; `taken` are (network id, prefix) that lead elsewhere already."""
+    def sources(self, taken: Container[Place]) -> list[RouteSource]:
+        """The ways to every tenant's resolver, in each of its virtual networks, but those that are `taken`: that lead elsewhere already."""
         sources = []
         for network in self._networks.values():
             tenant = self._tenants.get(network.metadata.tenant_id)
             for address in resolver.addresses(*_pools(tenant)) if tenant is not None else ():
                 prefix = f"{address}/{128 if ':' in address else 32}"
-                if (network.metadata.id, prefix) not in taken:
-                    entry = RouteEntry("", ROUTE_NAME, prefix, "resolver")
-                    sources.append(RouteSource(network.metadata.id, entry))
+                source = RouteSource(network.metadata.id, RouteEntry("", ROUTE_NAME, prefix, "resolver"))
+                if source.place not in taken:
+                    sources.append(source)
         return sources
 
 

@@ -68,7 +68,7 @@ class Press:
         """One compilation. What it needs for that is gone when it has ended."""
         revision, sources = self._newest, self.book.sources()
         assert revision is not None
-        taken = {(source.virtual_network_id, source.prefix) for source in sources}
+        taken = {source.place for source in sources}
         sources += self._names.sources(taken)
         del taken
         if self._names.changed:

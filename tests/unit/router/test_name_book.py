@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from falkirk.api.registry.v1 import registry_service_pb2 as registry
+from falkirk.decide.routes import RouteEntry, RouteSource
 from falkirk.router import name_table
 from falkirk.router.devices import DeviceBook
 from falkirk.router.name_book import NameBook
@@ -119,5 +120,6 @@ def test_a_zone_is_its_networks_own() -> None:
 
 
 def test_a_way_leads_to_the_resolver_in_each_network_but_where_another_one_is() -> None:
-    ways = {(source.virtual_network_id, source.prefix) for source in book().sources({("m", "fd01::53/128")})}
+    taken = RouteSource("m", RouteEntry("r", "ours", "fd01::53/128", "blackhole")).place
+    ways = {(source.virtual_network_id, source.entry.prefix) for source in book().sources({taken})}
     assert ways == {("n", "100.96.0.53/32"), ("n", "fd01::53/128"), ("m", "100.96.0.53/32")}
