@@ -19,6 +19,9 @@ What follows from the protocol (WireGuard: Next Generation Kernel Network Tunnel
   after a packet has been authenticated (5.4.6, 6.5).
 - Every datagram that comes to nothing is counted under one of `counters.REASONS`.
 
+A node may be several workers, which share a port and a static key: each has its peers and its indices, and what comes to one and is another's leaves it as
+an event, uncounted, for its owner to carry there (`Node.receive`, or `receive_claimed` for an initiation, which costs four Diffie-Hellmans all the same).
+
 Limits: time is monotonic seconds as float, wall time nanoseconds since 1970 as int. Secrets live in Python objects, which can't be wiped:
 they are dropped, and the memory is reused in its own time.
 """
