@@ -202,6 +202,19 @@ def test_devices_share_a_trunk_and_have_no_descriptor(place: Place) -> None:
     assert heard.endpoint == one.endpoint
 
 
+def test_what_was_heard_of_a_device_before_its_tunnel_was_open_is_told_again(place: Place) -> None:
+    """The parent has no use for it before, and a device that only keeps its session has no other news."""
+    (phone, _) = place.phones
+    phone.send(b"")
+    phone.handshake()
+    adopt = place.flow.expect(Adopt)
+    place.rig.report(Heard, lambda heard: heard.tunnel == adopt.tunnel)
+    place.flow.send(Adopted(adopt.tunnel))
+    place.rig.report(Opened, lambda opened: opened.tunnel == adopt.tunnel)
+    assert not [message for message in place.rig.reports if isinstance(message, Heard)]
+    assert place.rig.report(Heard, lambda heard: heard.tunnel == adopt.tunnel).endpoint == phone.endpoint
+
+
 def test_packets_wait_until_the_flow_worker_reads_the_tunnel(place: Place) -> None:
     (phone, _) = place.phones
     phone.send(phone.packet(0))

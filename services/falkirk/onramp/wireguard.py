@@ -363,6 +363,8 @@ class WireGuard:
             return
         link: Link = peer.owner
         link.trunk = self._trunks[worker]
+        # Whatever was reported of it before had no tunnel yet that the parent knew; a device that only keeps alive has no other news.
+        self._news.add(peer)
         held, link.held = link.held, None
         if held:
             self._up(peer, held)
