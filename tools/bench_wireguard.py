@@ -36,7 +36,7 @@ from tools.wg_device import StockDevice, key_pair, secret_file, start
 RULES, ROUTES = 1000, 10_000
 PORT = 51820
 SINK_PORT = 51830
-IDLE = 2000
+IDLE = 10_000
 HANDSHAKES = 500
 DIRECTIONS: dict[str, list[str]] = {"up": [], "down": ["-R"], "both": ["--bidir"]}
 KINDS = (
@@ -73,7 +73,7 @@ def bench(rounds: int, seconds: float) -> dict[str, Any]:
     """The whole measurement; its result as one object."""
     started = time.monotonic()
     with stage() as place:
-        mesh = place.mesh(RULES, ROUTES, {"onramp": {"wireguard": {"port": PORT}, "max_tunnels": IDLE + 100}})
+        mesh = place.mesh(RULES, ROUTES, {"onramp": {"wireguard": {"port": PORT}, "max_tunnels": IDLE + FIRST + 100}})
         servers = [_falkirk(place, mesh), _wireguard_go(place, DEBIAN, "wireguard-go", 1)]
         newest = go_peers.program(WIREGUARD_GO, say)
         if newest is not None:
@@ -269,36 +269,55 @@ def _received(mesh: Mesh) -> int:
     return sum(int(worker.get("received", 0)) for worker in mesh.ask_json("workers", "flow", "stats"))
 
 
-def _idle(place: Stage, mesh: Mesh) -> dict[str, float]:
-    """Bytes of an idle device with a session, by kind of process; and processor seconds of ten seconds in which nothing happens."""
+def _idle(place: Stage, mesh: Mesh) -> dict[str, Any]:
+    """Bytes of an idle device with a session, by kind of process, and how long it took until all were here; then processor seconds of a minute in which
+    nothing comes of them but a keepalive every 25 s, as routers between make it necessary.
+
+    Some come before, which take what loading the configuration has left free in each process: the others are counted whole."""
     say(f"{IDLE} idle devices")
     client = place.lab.namespace("crowd")
     place.lab.cable(place.node, client, ["198.19.4.1/24"], ["198.19.4.2/24"])
-    keys = [os.urandom(32) for _ in range(IDLE)]
-    crowd = secret_file(place.directory / "crowd.keys", b"".join(keys))
+    _crowd(place, mesh, client, "first", FIRST)
+    time.sleep(REST_S)
     before = {kind: memory(mesh.pid, kind) for kind in KINDS}
-    devices = [
-        resource("Device", f"idle-{number}", "acme", publicKey=base64.b64encode(primitives.public_key(key)).decode())
-        for number, key in enumerate(keys)
-    ]
-    for at in range(0, IDLE, 1000):
-        mesh.apply(devices[at : at + 1000], f"idle-{at}")
-    log = place.directory / "crowd.log"
-    with log.open("wb") as output:
-        client.start(
-            sys.executable, str(LOAD / "wireguard_crowd.py"), str(crowd), key_of(mesh), f"198.19.4.1:{PORT}", log=output
-        )
-
-    wait_for(f"{IDLE} sessions", lambda: "joined" in log.read_text(errors="replace"), 120)
+    enrolled, joined = _crowd(place, mesh, client, "idle", IDLE)
     time.sleep(REST_S)
     grown = {kind: (memory(mesh.pid, kind) - before[kind]) / IDLE for kind in KINDS}
     meter = Meter(mesh.pid)
-    time.sleep(10)
-    return grown | {"cpu_s": sum(every for every, _ in meter.used_us().values()) / 1e6 / 10}
+    time.sleep(60)
+    used = {kind: every / 1e6 for kind, (every, _) in meter.used_us().items()}
+    here = _status(mesh).devices
+    if here < FIRST + IDLE:
+        raise LabError(f"of {FIRST + IDLE} idle devices {here} are here")
+    return {"bytes": grown, "cpu_s": used, "enrolled_s": enrolled, "joined_s": joined}
 
 
+def _crowd(place: Stage, mesh: Mesh, client: Namespace, name: str, count: int) -> tuple[float, float]:
+    """So many devices, enrolled by `falkirk apply`, `APPLIED` in a transaction, which then join one after another, 32 at a time; how many seconds each took."""
+    keys = [os.urandom(32) for _ in range(count)]
+    crowd = secret_file(place.directory / f"{name}.keys", b"".join(keys))
+    public = [base64.b64encode(primitives.public_key(key)).decode() for key in keys]
+    devices = [resource("Device", f"{name}-{number}", "acme", publicKey=key) for number, key in enumerate(public)]
+    began = time.monotonic()
+    for at in range(0, count, APPLIED):
+        mesh.apply(devices[at : at + APPLIED], f"{name}-{at}")
+    enrolled = time.monotonic()
+    log = place.directory / f"{name}.log"
+    with log.open("wb") as output:
+        command = [sys.executable, str(LOAD / "wireguard_crowd.py"), str(crowd), key_of(mesh), f"198.19.4.1:{PORT}"]
+        client.start(*command, "--keepalive", str(KEEPALIVE_S), log=output)
+    wait_for(f"{count} sessions", lambda: "joined" in log.read_text(errors="replace"), JOIN_S)
+    return enrolled - began, time.monotonic() - enrolled
+
+
+FIRST = 500
+"""Devices that aren't counted."""
 REST_S = 8.0
 """Sessions that carry nothing drop their ciphers after five seconds."""
+KEEPALIVE_S = 25
+APPLIED = 2500
+"""Devices in one transaction."""
+JOIN_S = 240.0
 
 
 def report(
@@ -306,7 +325,7 @@ def report(
     floods: Samples,
     handshakes: dict[str, float],
     small: dict[str, float],
-    idle: dict[str, float],
+    idle: dict[str, Any],
     baseline: dict[str, Any],
     configuration: dict[str, Any],
 ) -> dict[str, Any]:
@@ -326,15 +345,20 @@ def report(
             "per_cpu_second_by_direction": apiece,
         }
 
-    by_process = {kind: round(value) for kind, value in idle.items() if kind != "cpu_s" and round(value)}
     return {
         f"of_{DEBIAN}": against(DEBIAN),
         f"of_{NEWEST}": against(NEWEST),
         "handshakes_per_core": round(handshakes["renewed"]),
         "first_handshakes_per_core": round(handshakes["first"]),
-        "bytes_per_idle_device": round(sum(value for kind, value in idle.items() if kind != "cpu_s")),
-        "bytes_by_process": by_process,
-        "idle_cpu": round(idle["cpu_s"], 4),
+        "bytes_per_idle_device": round(sum(idle["bytes"].values())),
+        "bytes_by_process": {kind: round(value) for kind, value in idle["bytes"].items() if round(value)},
+        "idle_cpu": {
+            "seconds_a_minute": round(sum(idle["cpu_s"].values()), 2),
+            "by_process": {kind: round(value, 2) for kind, value in idle["cpu_s"].items() if value >= 0.01},
+            "keepalive_s": KEEPALIVE_S,
+        },
+        "idle_enrolled_s": round(idle["enrolled_s"], 1),
+        "idle_joined_s": round(idle["joined_s"], 1),
         "flood": bench_flood.report(floods),
         "pps": {key: round(value, 1) for key, value in small.items()},
         "gbit_s": {name: {key: round(value, 3) for key, value in of.items()} for name, of in found.items()},
@@ -359,4 +383,9 @@ def show(result: dict[str, Any]) -> str:
     lines.append(f"small packets, thousands a CPU second of the on-ramp worker: {result['pps']['kpps_per_cpu_second']}")
     lines += ["", *bench_flood.show(result["flood"]), ""]
     lines.append(f"an idle device: {result['bytes_per_idle_device']:,} bytes ({result['bytes_by_process']})")
+    cpu = result["idle_cpu"]
+    lines.append(
+        f"{result['configuration']['idle_devices']:,} of them: enrolled in {result['idle_enrolled_s']} s, joined in {result['idle_joined_s']} s; with keepalives "
+        f"{cpu['seconds_a_minute']} processor seconds a minute ({cpu['by_process']})"
+    )
     return "\n".join(lines)

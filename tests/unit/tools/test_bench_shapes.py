@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from falkirk.decide import rules as rule_table
-from tools import bench_flood, bench_flows, bench_pps, bench_raw, bench_udp
+from tools import bench_flood, bench_flows, bench_pps, bench_raw, bench_udp, bench_wireguard
 from tools.bench_stage import Samples, attempt, medians, processor, python, ratio, resources, unrelated
 from tools.netlab import LabError
 
@@ -120,7 +120,8 @@ def test_the_machine_is_told() -> None:
     assert set(python()) == {"version", "implementation", "optimised", "prefix"}
 
 
-def test_floods() -> None:
+def floods() -> dict[str, dict[str, list[float]]]:
+    """Samples of a bench."""
     transfer = {f"{one}:{key}": 1.0 for one in bench_flood.DIRECTIONS for key in ("gbit_s", "per_cpu_second")}
     flooded = {"per_s": 20_000.0, "cookie_replies": 5000.0, "cpu": 0.2, "lost": 0.0, "no_cookie": 6000.0}
     samples = {kind: {key: [value] for key, value in transfer.items()} for kind in bench_flood.KINDS}
@@ -128,10 +129,36 @@ def test_floods() -> None:
         samples[kind] |= {key: [value] for key, value in flooded.items()}
     samples["control"]["up:gbit_s"] = [0.8]
     samples["strangers"]["up:gbit_s"] = [0.72, 0.1, 0.9]
-    result = bench_flood.report(samples)
+    return samples
+
+
+def test_floods() -> None:
+    result = bench_flood.report(floods())
     assert result["kept_of_control"] == {"strangers": {"up": 0.9, "down": 1.0}, "device": {"up": 1.25, "down": 1.0}}
     assert result["kept_of_quiet"]["strangers"] == {"up": 0.72, "down": 1.0}
     assert result["control_of_quiet"] == {"up": 0.8, "down": 1.0}
     json.dumps(result)
     shown = "\n".join(bench_flood.show(result))
     assert all(word in shown for word in ("0.9 / 1.0", "0.72 / 1.0", "6,000", "20%", *bench_flood.KINDS))
+
+
+def test_wireguard() -> None:
+    one = {f"{direction}{unit}": 1.0 for direction in bench_wireguard.DIRECTIONS for unit in ("", "_cpu")}
+    found = {"falkirk": {key: 2 * value for key, value in one.items()}, bench_wireguard.DEBIAN: one}
+    idle = {
+        "bytes": {"onramp.worker": 2000.4, "flow": 500.0, "policy": 0.0},
+        "cpu_s": {"onramp.worker": 0.9, "flow": 0.001},
+        "enrolled_s": 20.0,
+        "joined_s": 8.04,
+    }
+    handshakes = {"renewed": 5000.4, "first": 4000.0}
+    small = {"kpps": 90.0, "kpps_per_cpu_second": 100.0}
+    result = bench_wireguard.report(found, floods(), handshakes, small, idle, BASELINE, SHAPE)
+    against = result["of_debian_wireguard_go"]
+    assert (against["throughput"], against["per_cpu_second"], result["of_newest_wireguard_go"]) == (2.0, 2.0, None)
+    assert (result["bytes_per_idle_device"], result["bytes_by_process"]) == (2500, {"onramp.worker": 2000, "flow": 500})
+    assert result["idle_cpu"] == {"seconds_a_minute": 0.9, "by_process": {"onramp.worker": 0.9}, "keepalive_s": 25}
+    assert result["flood"]["kept_of_control"]["strangers"]["up"] == 0.9
+    json.dumps(result)
+    shown = bench_wireguard.show(result)
+    assert all(word in shown for word in ("5,000", "2,500 bytes", "joined in 8.0 s", "strangers"))
