@@ -199,6 +199,8 @@ def test_a_device_ends_by_itself_when_its_time_has_come(onramp: Onramp) -> None:
 def test_a_device_that_waits_for_approval_stays_out_until_it_has_it(onramp: Onramp) -> None:
     onramp.registry.commit(device(pending=True))
     eventually(lambda: "waits for approval" in onramp.stub.Explain(EXPLAIN, timeout=5).message)
+    # Who is explained is known to the parent; a worker admits by what it has applied.
+    eventually(lambda: onramp.stats().replicas[1].revision.number == onramp.registry.number)
     answer = json.loads(datagram(onramp.producer()))
     assert answer["error"] == {"code": "DEVICE_DISABLED", "message": "device laptop waits for approval"}
     onramp.registry.commit(device(pending=False))

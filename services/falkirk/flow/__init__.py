@@ -11,6 +11,8 @@
                  ▼ Prepare                ▲ Connected
                upgrader worker  ──────────┘              peers.py
 
+A tunnel's packets come by a descriptor of its own, or by the trunk that its on-ramp worker has for all its WireGuard devices (`bearers.py`, `trunks.py`).
+
 A parent process serves FlowService (`service.py`) and delivers the audit spool (`delivery.py`); N worker processes own
 the packets (`worker.py`). They share memory instead of asking each other: the live table (`live.py`), counters, and the
 tenants' flow counts (`limits.py`).
