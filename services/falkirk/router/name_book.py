@@ -77,7 +77,7 @@ class NameBook:
         for device in self._devices.all():
             place = found.get((device.tenant_id, device.virtual_network))
             if place is not None and device.shown:
-                place.devices.append((device.name, list(device.addresses)))
+                place.devices.append((device.name, device.addresses))
         for zone in self._zones.values():
             place = found.get((zone.metadata.tenant_id, zone.virtual_network))
             if place is not None:

@@ -11,7 +11,7 @@ The router compiles devices and zones into one snapshot (`falkirk.router.name_bo
 Names are text in lower case without the last dot. A name that exists without a record of the asked type is told apart from one that doesn't exist
 (RFC 2308 2.1, 2.2), and so is one that only has names below it (RFC 8020).
 
-Limit: all names are in memory, 0.7 kB a device; a snapshot of 100,000 devices takes 0.4 s to load, in which the resolver waits.
+Limit: all names are in memory, 0.5 kB a device; a snapshot of 100,000 devices takes 0.4 s to load, in which the resolver waits.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Network(msgspec.Struct, frozen=True, array_like=True):
     tenant: str
     pools: list[str]
     """The tenant's device pools."""
-    devices: list[tuple[str, list[str]]]
+    devices: list[tuple[str, tuple[str, ...]]]
     """Name and addresses of those that are in this network."""
     zones: list[Zone]
 
@@ -119,10 +119,11 @@ class _Network:
     """One virtual network, indexed."""
 
     def __init__(self, said: Network) -> None:
-        self._apex = domain = resolver.search_domain(said.tenant)
+        self._apex = resolver.search_domain(said.tenant)
+        self._below = f".{self._apex}"
         # Records are made when they are asked for: there are many devices, and few are asked for between two changes.
-        self._devices = {f"{name}.{domain}": addresses for name, addresses in said.devices}
-        self._owners = {address: f"{name}.{domain}" for name, addresses in said.devices for address in addresses}
+        self._devices = dict(said.devices)
+        self._owners = {address: name for name, addresses in said.devices for address in addresses}
         self._pools = [ip_network(pool) for pool in said.pools if pool]
         self._zones: dict[str, _Names | Elsewhere] = {}
         for zone in said.zones:
@@ -136,7 +137,7 @@ class _Network:
     def find(self, name: str) -> Local | Elsewhere:
         if _within(name, resolver.DOMAIN):
             if _within(name, self._apex):
-                addresses = self._devices.get(name, [])
+                addresses = self._devices.get(name.removesuffix(self._below), ())
                 records = tuple(Record(name, "A" if "." in text else "AAAA", text, TTL) for text in addresses)
                 return Local(self._apex, name == self._apex or bool(records), records)
             # Other tenants' names look like names that nobody has.
@@ -144,7 +145,7 @@ class _Network:
         address = _reversed(name)
         owner = self._owners.get(str(address)) if address is not None else None
         if owner is not None:
-            return Local(_reverse_apex(name), True, (Record(name, "PTR", owner, TTL),))
+            return Local(_reverse_apex(name), True, (Record(name, "PTR", owner + self._below, TTL),))
         domain = name
         while domain:
             zone = self._zones.get(domain)
@@ -168,7 +169,7 @@ class NameTable:
         self._networks: dict[str, _Network] = {}
 
     @classmethod
-    def load(cls, data: bytes) -> NameTable:
+    def load(cls, data: bytes | memoryview) -> NameTable:
         """Read a snapshot. Raises UnreadableNames."""
         try:
             snapshot = _decoder.decode(data)

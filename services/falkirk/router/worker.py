@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import mmap
 import os
 import resource
 import socket
@@ -37,7 +38,7 @@ import msgspec
 from falkirk.decide.resolver import endpoint
 from falkirk.decide.routes import RouteTable, martian
 from falkirk.decide.rules import RuleTable
-from falkirk.linux import seqpacket
+from falkirk.linux import heap, seqpacket
 from falkirk.router import control, messages, query_log
 from falkirk.router.answering import Answer, Answering, Ask
 from falkirk.router.exchange import Unanswered, Upstreams, Way, exchange
@@ -94,14 +95,15 @@ class Resolver:
         error = ""
         try:
             with open(fd, "rb") as file:
-                file.seek(0)
-                data = file.read()
+                size = os.fstat(file.fileno()).st_size
+                # Written once; what keeps it needs no copy.
+                data = memoryview(mmap.mmap(fd, 0, prot=mmap.PROT_READ) if size else b"")
             if name == "names":
                 self._answering.names = NameTable.load(data)
             elif name == "routes":
                 self._routes = RouteTable.loaded(data)
             else:
-                loading = RuleTable.load(data)
+                loading = RuleTable.load(bytes(data))
                 for _ in loading:
                     pass
                 self._answering.rules = loading.table
@@ -453,6 +455,7 @@ async def _listen(resolver: Resolver) -> None:
 
 def main() -> int:
     """The process; its exit status."""
+    heap.give_back()
     parser = argparse.ArgumentParser()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -26,7 +26,7 @@ RECORDS = [
     Record("_ldap._tcp.corp.internal", "SRV", "0 5 389 www.corp.internal", 300),
     *(Record(f"c{n}.corp.internal", "CNAME", f"c{n + 1}.corp.internal", 300) for n in range(20)),
 ]
-NETWORK = Network("n1", "acme", ["100.96.0.0/12"], [("nas", ["100.96.0.7"])], [Zone("corp.internal", RECORDS, [])])
+NETWORK = Network("n1", "acme", ["100.96.0.0/12"], [("nas", ("100.96.0.7",))], [Zone("corp.internal", RECORDS, [])])
 RULES = [
     RuleSource("secret", 'app.dns_name == "secret.corp.internal" && !("staff" in identity.groups)', "deny"),
     RuleSource("mail", 'app.dns_type == "MX"', "deny"),

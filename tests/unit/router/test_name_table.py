@@ -14,9 +14,9 @@ ZONES = [
     Zone("1.10.in-addr.arpa", [Record("2.0.1.10.in-addr.arpa", "PTR", "www.corp.internal", 300)], []),
 ]
 NETWORKS = [
-    Network("n1", "acme", POOLS, [("nas", ["100.96.0.7", "fd01:203:405::7"])], ZONES),
-    Network("n2", "acme", POOLS, [("printer", ["100.96.0.8"])], []),
-    Network("n3", "other", POOLS, [("nas", ["100.96.0.9"])], []),
+    Network("n1", "acme", POOLS, [("nas", ("100.96.0.7", "fd01:203:405::7"))], ZONES),
+    Network("n2", "acme", POOLS, [("printer", ("100.96.0.8",))], []),
+    Network("n3", "other", POOLS, [("nas", ("100.96.0.9",))], []),
 ]
 TABLE = NameTable.load(name_table.encode(NETWORKS))
 
