@@ -47,6 +47,7 @@ KINDS = (
     "registry",
     "policy",
     "router",
+    "router.worker",
     "upgrader",
     "upgrader.worker",
 )
