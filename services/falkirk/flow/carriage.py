@@ -63,7 +63,7 @@ class Carriage:
         parts = segments(vnet.unpack(view, 0, end), view, HEADER, end - HEADER)
         if to.framing is Framing.RAW and len(parts[0]) <= to.mtu:
             return all(deliver(to, part) for part in parts)
-        return all(worker.fragments.say(to, bytes(part)) for part in parts)
+        return all(worker.fragments.say(to, part) for part in parts)
 
     def rebuild(self, heads: Heads, lane: Lane | Carrier, l4: int, end: int) -> int:
         """Lift a datagram to its payload and lower that again, in place; its new end, or 0 where it was dropped, and counted."""

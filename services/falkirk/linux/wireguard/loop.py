@@ -139,7 +139,7 @@ class Interface:
     def _from_device(self) -> None:
         """Super-packets of the kernel's -> segments -> the peer."""
         buffer = self._buffer
-        batch: dict[_Way, list[bytes | memoryview]] = {}
+        batch: dict[_Way, list[bytes]] = {}
         for _ in range(_BUDGET):
             try:
                 length = os.readv(self._tun, (buffer,))
