@@ -238,6 +238,26 @@ def _outer(device: StockDevice) -> str:
     return str(found[0]["dev"])
 
 
+def test_a_node_answers_from_the_address_that_was_asked(place: Place) -> None:
+    """A client takes the address that it is answered from for its node's, so it shows; a NAT or a firewall on the way would let nothing else in."""
+    device, second = place.one, f"198.18.102.9:{PORT}"
+    found = json.loads(place.node.run("ip", "-j", "address", "show", "to", "198.18.102.1"))
+    interface = found[0]["ifname"]
+
+    def at() -> str:
+        return device.namespace.run("wg", "show", device.interface, "endpoints").split()[1]
+
+    first = at()
+    place.node.run("ip", "address", "add", "198.18.102.9/24", "dev", interface)
+    device.namespace.run("wg", "set", device.interface, "peer", place.key, "endpoint", second)
+    assert device.ping(SERVER4, seconds=5)
+    assert at() == second
+    place.node.run("ip", "address", "del", "198.18.102.9/24", "dev", interface)
+    device.namespace.run("wg", "set", device.interface, "peer", place.key, "endpoint", first)
+    assert device.ping(SERVER4, seconds=5)
+    assert at() == first
+
+
 def test_a_killed_worker_costs_no_connection(place: Place) -> None:
     """The tunnels stay, and a stock client that goes on sending is asked for a new session."""
     with (

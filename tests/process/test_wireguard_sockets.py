@@ -89,3 +89,36 @@ def test_control_answers_and_tells_its_command(tmp_path: Path) -> None:
     assert commands == ["status", "", "status", "down"]
     # What a killed one left is replaced.
     control.listen(path).close()
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize(("at", "asked"), [("", "127.0.0.2"), ("", "127.0.0.1"), ("", "::1"), ("0.0.0.0", "127.0.0.2")])
+def test_an_answer_comes_from_the_address_that_was_asked(at: str, asked: str, count: int) -> None:
+    with trains.open_socket(at, told=True) as node, trains.open_socket() as client:
+        there = trains.destination(client, asked, node.getsockname()[1])
+        assert trains.send(client, there, [b"question"]) == 0
+        _, _, address = _wait(node, buffer := memoryview(bytearray(65536)))
+        assert trains.sender(address)[1] == client.getsockname()[1]
+        datagrams = [bytes([number]) * 100 for number in range(count)]
+        assert trains.send(node, address, datagrams) == 0
+        came = b""
+        while len(came) < 100 * count:
+            length, _, source = _wait(client, buffer)
+            came += bytes(buffer[:length])
+            assert source == there
+        assert came == b"".join(datagrams)
+
+
+def test_an_address_that_is_not_ours_any_more_is_not_insisted_on() -> None:
+    with trains.open_socket(told=True) as node, trains.open_socket() as client:
+        there = trains.destination(client, "127.0.0.2", node.getsockname()[1])
+        assert trains.send(client, there, [b"question"]) == 0
+        _, _, address = _wait(node, buffer := memoryview(bytearray(65536)))
+        mapped = bytes(10) + b"\xff\xff" + bytes((203, 0, 113, 9)) + bytes(4)
+        assert trains.send(node, (*trains.sender(address), mapped), [b"answer", b"second"]) == 0
+        came = b""
+        while len(came) < 12:
+            length, _, source = _wait(client, buffer)
+            came += bytes(buffer[:length])
+            assert source[0] == "::ffff:127.0.0.1"
+        assert came == b"answersecond"

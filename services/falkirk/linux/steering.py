@@ -29,12 +29,12 @@ _RESPONSE, _COOKIE, _DATA = 2, 3, 4
 
 def open_group(address: str, port: int, count: int) -> list[socket.socket]:
     """`count` sockets of one port as `trains.open_socket` makes them, in the order of their numbers; one has nothing of all this. Raises OSError."""
-    group = [trains.open_socket(address, port)]
+    group = [trains.open_socket(address, port, told=not address)]
     try:
         if count > 1:
             group[0].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             port = group[0].getsockname()[1]
-            group += [trains.open_socket(address, port, shared=True) for _ in range(count - 1)]
+            group += [trains.open_socket(address, port, shared=True, told=not address) for _ in range(count - 1)]
             sockets.attach(group[0], SO_ATTACH_REUSEPORT_CBPF, program(count))
     except BaseException:
         for sock in group:

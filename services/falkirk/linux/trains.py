@@ -3,6 +3,9 @@
 A train is up to 64 datagrams of one size between the same two addresses, the last maybe shorter, in one call. Sockets are IPv6 ones that
 take IPv4 too (as ::ffff:a.b.c.d), so that one descriptor serves both; where the namespace has no IPv6 they are IPv4's.
 
+A machine with several addresses must answer from the one that was asked: a NAT or a firewall in front of the sender lets nothing else in. A socket that is
+`told` has that behind the sender's address, as what `IP_PKTINFO` takes, and an address with it is sent to from there, for as long as it is this machine's.
+
 Limits: Linux 5.0 or later. What the kernel doesn't take at once is dropped and told, as a full queue of a network card would.
 """
 
@@ -24,14 +27,25 @@ MAX_RECEIVE: Final = 65_536
 BUFFER: Final = 4 << 20
 """Bytes each way, where this process may have so many."""
 _SIZE: Final = Struct("=H")
-_ANCILLARY: Final = socket.CMSG_SPACE(4)
+_ANCILLARY: Final = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20)
+_IPV6_RECVPKTINFO: Final = 49
+_INFO: Final = {socket.AF_INET: (socket.IPPROTO_IP, 8), socket.AF_INET6: (socket.IPPROTO_IPV6, 50)}
+"""Level and type of IP_PKTINFO and IPV6_PKTINFO."""
+_ANY: Final = bytes(4)
+"""No interface, or no address, of that structure."""
+_LINK_LOCAL: Final = b"\xfe\x80"
 _NO_SEGMENTS: Final = (errno.EIO, errno.EINVAL, errno.EMSGSIZE, errno.EOPNOTSUPP)
+
+_NOT_OURS: Final = (errno.EINVAL, errno.ENETUNREACH, errno.EADDRNOTAVAIL)
 
 Address = tuple[Any, ...]
 
 
-def open_socket(address: str = "", port: int = 0, *, shared: bool = False, mark: int = 0) -> socket.socket:
-    """A bound, non-blocking UDP socket. `address`: empty for every address of both families. `shared`: SO_REUSEPORT.
+def open_socket(
+    address: str = "", port: int = 0, *, shared: bool = False, told: bool = False, mark: int = 0
+) -> socket.socket:
+    """A bound, non-blocking UDP socket. `address`: empty for every address of both families. `shared`: SO_REUSEPORT. `told`: which of our addresses was
+    sent to.
 
     `mark`: SO_MARK of what it sends, which takes CAP_NET_ADMIN. Raises OSError.
     """
@@ -48,6 +62,9 @@ def open_socket(address: str = "", port: int = 0, *, shared: bool = False, mark:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if not address else 1)
         if shared:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if told:
+            level, kind = _INFO[family]
+            sock.setsockopt(level, kind if family == socket.AF_INET else _IPV6_RECVPKTINFO, 1)
         if mark:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         sockets.raise_buffers(sock, BUFFER)
@@ -68,8 +85,14 @@ def destination(sock: socket.socket, host: str, port: int) -> Address:
     return (host, port)
 
 
+def sender(address: Address) -> Address:
+    """Whom a train is from, without which of our addresses it was sent to."""
+    return address[:-1] if type(address[-1]) is bytes else address
+
+
 def receive(sock: socket.socket, buffer: memoryview) -> tuple[int, int, Address] | None:
-    """A train into `buffer`: its length, the size of its datagrams, and whom it is from. None where nothing waits.
+    """A train into `buffer`: its length, the size of its datagrams, and whom it is from (where the socket is `told`, with which address of ours it was sent to). None
+    where nothing waits.
 
     Errors that earlier sends have left on the socket are none of a receiver's business, and skipped.
     """
@@ -82,8 +105,14 @@ def receive(sock: socket.socket, buffer: memoryview) -> tuple[int, int, Address]
             continue
         segment = length
         for level, kind, data in ancillary:
-            if level == SOL_UDP and kind == UDP_GRO:
-                segment = int.from_bytes(data[:2], "little")
+            if level == SOL_UDP:
+                if kind == UDP_GRO:
+                    segment = int.from_bytes(data[:2], "little")
+            elif kind == _INFO[socket.AF_INET6][1] and level == socket.IPPROTO_IPV6:
+                # The interface only where the address means nothing without: the way back may be another one.
+                address = (*address, data if data[:2] == _LINK_LOCAL else data[:16] + _ANY)
+            elif kind == _INFO[socket.AF_INET][1] and level == socket.IPPROTO_IP:
+                address = (*address, _ANY + data[4:8] + _ANY)
         return length, segment, address
 
 
@@ -106,19 +135,25 @@ def send(sock: socket.socket, address: Address, datagrams: Sequence[bytes]) -> i
 
 
 def _send(sock: socket.socket, address: Address, datagrams: Sequence[bytes], size: int) -> int:
+    told = type(address[-1]) is bytes
+    to = address[:-1] if told else address
+    source = [(*_INFO[sock.family], address[-1])] if told else []
     if len(datagrams) > 1:
         try:
-            sock.sendmsg(datagrams, ((SOL_UDP, UDP_SEGMENT, _SIZE.pack(size)),), 0, address)
+            sock.sendmsg(datagrams, (*source, (SOL_UDP, UDP_SEGMENT, _SIZE.pack(size))), 0, to)
         except OSError as error:
             # A device without checksum offload, or a path whose MTU is smaller: one by one they may pass.
-            if error.errno not in _NO_SEGMENTS:
+            if error.errno not in _NO_SEGMENTS and not (told and error.errno in _NOT_OURS):
                 return len(datagrams)
         else:
             return 0
     lost = 0
-    for datagram in datagrams:
+    for number, datagram in enumerate(datagrams):
         try:
-            sock.sendto(datagram, address)
-        except OSError:
+            sock.sendmsg((datagram,), source, 0, to)
+        except OSError as error:
+            if told and error.errno in _NOT_OURS:
+                # That address isn't ours any more.
+                return lost + _send(sock, to, datagrams[number:], size)
             lost += 1
     return lost

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Any, Final
 from zlib import crc32
 
 import msgspec
@@ -188,7 +188,7 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
 class Passed(Message, frozen=True, tag=True):
     """A datagram that came to another worker; from the owner's socket goes what comes of it."""
 
-    endpoint: tuple[str | int, ...]
+    endpoint: tuple[Any, ...]
     """Whom it came from, as the socket says it."""
     datagram: bytes
     claim: Claim | None = None
@@ -198,7 +198,7 @@ class Passed(Message, frozen=True, tag=True):
 class Asked(Message, frozen=True, tag=True):
     """A device of this worker's sent data of a session that no worker has, and should be asked for a handshake."""
 
-    endpoint: tuple[str | int, ...]
+    endpoint: tuple[Any, ...]
 
 
 TO_WORKER: Final = msgspec.msgpack.Decoder(Setup | Neighbour | Places | Update | Close)

@@ -289,7 +289,7 @@ class WireGuard:
     def _recover(self, endpoint: Endpoint, *, asked: bool = False) -> None:
         """Data of a session that isn't here: of the process before this one, or of before a device was let in again. Whoever was heard from there is asked for a
         handshake; nobody else is, as the datagram proves nothing. `asked`: by another worker, to whom it isn't handed back."""
-        tables, device = self._tables(), self._places.get(endpoint)
+        tables, device = self._tables(), self._places.get(trains.sender(endpoint))
         row = tables.device_by_id(device) if tables is not None and device is not None else None
         if tables is None or row is None or not row.public_key or _unwelcome(tables, row, row.public_key):
             return
@@ -474,8 +474,9 @@ class WireGuard:
             if peer.owner.tunnel:
                 self._heard(peer.owner.tunnel, peer)
             if peer.endpoint is not None and peer.handshake_wall_ns:
-                self._places.pop(peer.endpoint, None)
-                self._places[peer.endpoint] = peer.owner.device_id
+                place = trains.sender(peer.endpoint)
+                self._places.pop(place, None)
+                self._places[place] = peer.owner.device_id
         while len(self._places) > PLACES:
             del self._places[next(iter(self._places))]
         self._sift(time.monotonic())

@@ -5,7 +5,7 @@ Limit: a record is of this version of the engine; another version's is refused, 
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -36,7 +36,7 @@ class _Record(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     public_key: bytes
     static_secret: bytes
     timestamp: bytes
-    endpoint: list[str | int]
+    endpoint: list[Any]
     keepalive: bool
     handshake_at: float
     handshake_wall_ns: int
