@@ -154,6 +154,7 @@ def test_wireguard() -> None:
     handshakes = {"renewed": 5000.4, "first": 4000.0}
     small = {"kpps": 90.0, "kpps_per_cpu_second": 100.0}
     result = bench_wireguard.report(found, floods(), handshakes, small, idle, BASELINE, SHAPE)
+    assert (result["pps"], result["small_packets"]["kpps_per_cpu_second"]) == (90_000, 100.0)
     against = result["of_debian_wireguard_go"]
     assert (against["throughput"], against["per_cpu_second"], result["of_newest_wireguard_go"]) == (2.0, 2.0, None)
     assert (result["bytes_per_idle_device"], result["bytes_by_process"]) == (2500, {"onramp.worker": 2000, "flow": 500})
