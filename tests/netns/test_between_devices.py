@@ -218,7 +218,7 @@ def test_an_administrator_connects(way: Between) -> None:
         thread.join()
     assert said == [b"hello\n"]
     assert peers == ["192.0.0.8" if way.family == socket.AF_INET else "fd66:616c:6b69:726b::1"]
-    started = way.world.recorded("started", port, way.there)
+    started = way.world.recorded("started", port, way.there, way.server.device)
     assert started["why"].startswith("an administrator's connection: root (uid 0")
     assert started["device"] == way.server.device
 

@@ -21,7 +21,7 @@ PORTS = range(7001, 7009)
 """One egress address has 28,000 ports for each of these."""
 PARALLEL = 64
 """At a time, on each way."""
-CONNECTIONS = int(os.environ.get("FALKIRK_CHURN", "5000"))
+CONNECTIONS = int(os.environ.get("FALKIRK_CHURN", "3000"))
 """In a round; what leaks does so in a few thousand. More, by the environment, tell it more exactly; `tools/soak churn` makes a million."""
 MOST_ROUNDS = 6
 SLACK = 8
