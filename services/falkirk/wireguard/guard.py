@@ -16,8 +16,10 @@ from typing import Any, Final
 
 HANDSHAKES_PER_SECOND: Final = 1000.0
 """How many are answered without asking for cookies: a quarter of what a core can answer."""
-COOKIES_PER_SECOND: Final = 4_000.0
-"""How many cookie replies are sent, which with receiving what they answer take 7 % of a core."""
+COOKIES_PER_SECOND: Final = 1_500.0
+"""How many cookie replies are sent. What they cost, with receiving what they answer, live sessions go without: at 4,000 a transfer kept 0.65 to 1.0 of its throughput,
+at this rate 0.93 and more (`./tools/bench wireguard`, "flood"). The price is a newcomer's chance, 1 in 13 a try at 20,000 a second; whoever is known is asked by
+the node itself, where it has something for them, and needs no cookie for an answer."""
 LOAD_SECONDS: Final = 1.0
 """How long a node stays under load after the last handshake too many."""
 ADDRESS_RATE: Final = 20.0
