@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +73,8 @@ def logging_as_before() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Fails the session's last test where a process, namespace or socket of ours is left after GRACE_S."""
+    # A shell's background jobs ignore SIGINT, and what is started from them does, too; tests interrupt what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ[MARK] = f"{os.getpid()}-{time.monotonic_ns()}"
     namespaces_before = _namespaces()
     yield

@@ -4,15 +4,17 @@ A namespace is held by a process that dies with us, not by a name in /run/netns:
 takes it and its interfaces away, whatever became of our own clean-up. `Lab` is a context manager that stops what it
 started (by its own process ids) in reverse order; `guard_signals` turns SIGTERM and SIGHUP into an orderly exit.
 
-Needs CAP_NET_ADMIN, util-linux and iproute2. Limit: IPv4 198.18.N.0/24 (RFC 2544, benchmarking) and one ULA prefix;
-N is the process id modulo 250, so that two runs on one machine rarely meet.
+Needs CAP_NET_ADMIN, util-linux and iproute2. Limit: 250 at once, as each has 198.18.N.0/24 and 198.19.N.0/24 (RFC 2544,
+benchmarking) with an N of its own (`Network`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -78,12 +80,57 @@ class Namespace:
         return True
 
 
+class Network:
+    """A number from 0 to 249 that no other process of this network namespace has, until `close` or the process's end.
+
+    An abstract unix socket's name is what is held: one namespace, one holder, gone with its process. A laboratory that was
+    kept (`Lab.keep`) lives on without its process, so numbers whose 198.18.N.1 is an address here are left alone, too.
+    Raises LabError where none is free.
+    """
+
+    COUNT = 250
+
+    def __init__(self) -> None:
+        self._name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        begin = os.getpid()
+        for number in (n % self.COUNT for n in range(begin, begin + self.COUNT)):
+            try:
+                self._name.bind(f"\0falkirk-lab-{number}")
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                continue
+            if not _is_ours(f"198.18.{number}.1"):
+                self.number = number
+                return
+            self.close()
+            self._name = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.close()
+        raise LabError(f"198.18.0.0/15: all of {self.COUNT} networks are in use by other runs of tests, demo or bench")
+
+    def close(self) -> None:
+        """Gives the number back."""
+        self._name.close()
+
+
+def _is_ours(address: str) -> bool:
+    """Whether it is an address of this network namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
 class Lab:
     """Processes and namespaces with one end."""
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
-        self.number = os.getpid() % 250
+        network = Network()
+        self._stack.callback(network.close)
+        self.number = network.number
         self._cables = 0
 
     def __enter__(self) -> Self:

@@ -19,6 +19,7 @@ import pytest
 
 from falkirk.linux import netns
 from falkirk.linux.netlink import Netlink
+from tools.netlab import Network
 
 if TYPE_CHECKING:
     from tests.netns.fidelity import Way, World
@@ -60,8 +61,8 @@ class ServerNamespace:
     def __init__(self) -> None:
         self.namespace = in_thread(netns.unshare_network, lambda: netns.self_descriptor("net"))
         """Descriptor of the namespace."""
-        number = random.randrange(1 << 13)
-        self.prefix4 = ipaddress.IPv4Network((int(ipaddress.IPv4Address("198.18.0.0")) + 16 * number, 28))
+        self._network = Network()
+        self.prefix4 = ipaddress.IPv4Network(f"198.18.{self._network.number}.0/28")
         self.prefix6 = ipaddress.IPv6Network(((0xFD << 120) | random.getrandbits(56) << 64, 64))
         self.address4, self.address6 = self.host4(1), self.host6(1)
         self.gateway4, self.gateway6 = self.host4(2), self.host6(2)
@@ -126,6 +127,7 @@ class ServerNamespace:
         with Netlink() as links:
             links.delete_link(socket.if_nametoindex(self.device))
         os.close(self.namespace)
+        self._network.close()
 
     def _set_up_inside(self) -> None:
         # A restricted control can't be a namespace's default, but every route may name it.
