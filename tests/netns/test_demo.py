@@ -22,15 +22,16 @@ pytestmark = [pytest.mark.netns, pytest.mark.timeout(170)]
 
 
 def packages() -> list[str]:
-    """Those that the script names, and those that no Debian is without."""
+    """Those that the script names, as far as they are installed, and those that no Debian is without."""
     named = re.findall(
         r"[\w-]+=([\w-]+)", "\n".join(re.findall(r"^falkirk_(?:commands|wish) .*$", demo(), re.MULTILINE))
     )
     assert "iproute2" in named
-    query = ["dpkg-query", "-W", "-f", "${Package} ${Essential} ${Priority}\\n"]
+    query = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Package} ${Essential} ${Priority}\\n"]
     lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-    always = [line.split()[0] for line in lines if {"yes", "required"} & set(line.split()[1:])]
-    return [*named, *always]
+    installed = {line.split()[1]: line.split()[2:] for line in lines if line.startswith("installed ")}
+    always = [package for package, kind in installed.items() if {"yes", "required"} & set(kind)]
+    return [*(package for package in named if package in installed), *always]
 
 
 def demo() -> str:
