@@ -6,6 +6,7 @@ Arguments as any service. Watch says synced and stays open; Stats obeys the meta
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -46,7 +47,7 @@ class Service(pb_grpc.RegistryServiceServicer):
         await asyncio.Event().wait()
 
 
-def main() -> None:
+def main() -> int:
     shell, own = settings.arguments("registry", settings.Section)
     assert own == settings.Section()
     telemetry.setup("registry", shell)
@@ -58,7 +59,8 @@ def main() -> None:
         await asyncio.Event().wait()
 
     asyncio.run(server.run(background))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -106,6 +106,76 @@ def test_a_killed_service_is_started_again(up: Up, run_dir: Path) -> None:
     assert process["rss_bytes"] > 1_000_000
 
 
+def nursery_of(up: Up) -> int:
+    """The process that services are forked from: the child of `falkirk up` that isn't the service."""
+    children = Path(f"/proc/{up.process.pid}/task/{up.process.pid}/children").read_text().split()
+    (found,) = [int(pid) for pid in children if b"--control-fd" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+def descriptors(pid: int) -> set[str]:
+    """What they are of."""
+    return {str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def test_a_service_is_what_it_would_be_by_itself(up: Up, run_dir: Path) -> None:
+    pid = service(run_dir)
+    own = command("up", run_dir)[3:]
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
+    assert words == [sys.executable, "-m", "falkirk.registry", *own]
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert int(status["PPid"]) == up.process.pid
+    assert os.getpgid(pid) == pid
+    assert Path(f"/proc/{pid}/fd/0").readlink() == Path("/dev/null")
+    nursery = nursery_of(up)
+    assert len(list(Path(f"/proc/{nursery}/task").iterdir())) == 1, "it forks, so it must have no other thread"
+    control = {name for name in descriptors(nursery) if name.startswith("socket:")}
+    assert control
+    assert not control & descriptors(pid)
+
+
+def test_a_killed_nursery_takes_nothing_with_it_and_is_replaced(up: Up, run_dir: Path) -> None:
+    first, nursery = service(run_dir), nursery_of(up)
+    os.kill(nursery, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{nursery}").exists(), "its end is noticed")
+    assert doctor(run_dir)["ok"]
+    assert service(run_dir) == first
+    os.kill(first, signal.SIGKILL)
+    until(lambda: service(run_dir) not in (0, first) and doctor(run_dir)["ok"], "a new service of a new nursery")
+    assert nursery_of(up) != nursery
+
+
+REFUSING = """
+import sys, types
+from falkirk.cli import nursery
+sys.modules["refusing"] = types.SimpleNamespace(main=lambda: 2)
+sys.exit(nursery.main({"registry": "refusing"}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "said"),
+    [
+        ("raise SystemExit('no such library')", 1, "falkirk up: registry can't be started"),
+        (REFUSING, 2, "falkirk up: registry refuses to start, see above"),
+    ],
+    ids=["a nursery that ends", "a service that refuses"],
+)
+def test_what_never_comes_up_is_said(run_dir: Path, tmp_path: Path, program: str, status: int, said: str) -> None:
+    script = tmp_path / "nursery.py"
+    script.write_text(program)
+    done = subprocess.run(
+        command("up", run_dir),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+        env=environment() | {"UP_SMALL_NURSERY": str(script)},
+    )
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+
+
 def test_children_die_with_a_killed_supervisor(up: Up, run_dir: Path) -> None:
     pid = service(run_dir)
     up.process.kill()

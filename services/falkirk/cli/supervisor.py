@@ -1,8 +1,8 @@
 """Six child processes, kept running: what is behind `falkirk up`.
 
-Each service is `python -m falkirk.<service>` in a process group of its own (so that Ctrl-C reaches the supervisor alone), and is started again when it
-ends: at once, then after 50 ms doubling to 2 s (`falkirk.runtime.backoff`). A service that ends with status 2 refuses its settings; nothing is
-gained by trying again, so the mesh ends. Children die with the supervisor (`falkirk.runtime.supervised`), and orphans of a killed service
+Each service is what `python -m falkirk.<service>` is, but forked (`falkirk.cli.nursery`), in a process group of its own (so that Ctrl-C reaches the
+supervisor alone), and is started again when it ends: at once, then after 50 ms doubling to 2 s (`falkirk.runtime.backoff`). A service that ends with
+status 2 refuses its settings; nothing is gained by trying again, so the mesh ends. Children die with the supervisor (`falkirk.runtime.supervised`), and orphans of a killed service
 are waited for here.
 
 `run` ends when `stop` is set: services drain one after another in the reverse order of their start, `DRAIN_SECONDS` each, then SIGKILL.
@@ -15,12 +15,11 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from falkirk.cli.nursery import Born, Nursery, Stillborn
 from falkirk.runtime import supervised
 from falkirk.runtime.backoff import Backoff
 from falkirk.runtime.log import Log
@@ -36,17 +35,11 @@ class Refused(Exception):
 
 
 class Supervisor:
-    """Keeps `services` running, in this order; `arguments` go to each. `command(service)` is what starts one."""
+    """Keeps `services` running, in this order; `arguments` go to each. Made in a running loop."""
 
-    def __init__(
-        self,
-        services: Sequence[str],
-        arguments: Sequence[str],
-        log: Log,
-        command: Callable[[str], list[str]] | None = None,
-    ) -> None:
-        command = command or _module
-        self._children = [_Child(service, [*command(service), *arguments], log, self._reap) for service in services]
+    def __init__(self, services: Sequence[str], arguments: Sequence[str], log: Log) -> None:
+        self._nursery = Nursery(arguments)
+        self._children = [_Child(service, self._nursery, log, self._reap) for service in services]
         self._log = log
         self.stop = asyncio.Event()
         self.killed = False
@@ -62,26 +55,30 @@ class Supervisor:
         for child in self._children:
             child.signal(signal.SIGKILL)
 
-    async def run(self, started: Callable[[], None] | None = None) -> None:
-        """Starts all, keeps them running, drains them. Raises Refused."""
+    async def run(self) -> None:
+        """Starts all, keeps them running, drains them. Raises Refused, and Stillborn where no process can be made."""
         supervised.adopt_orphans()
+        self._nursery.start()
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         keepers: list[asyncio.Task[None]] = []
         try:
             async with asyncio.TaskGroup() as tasks:
                 keepers = [tasks.create_task(child.keep()) for child in self._children]
-                if started is not None:
-                    started()
                 try:
                     await self.stop.wait()
                 finally:
                     for child in self._children:
                         child.let_end()
                     await self._drain(keepers)
-        except* Refused as refused:
-            raise refused.exceptions[0] from None
+        except ExceptionGroup as group:
+            # What is raised in an `except*` would come out as a group again.
+            told = group.subgroup((Refused, Stillborn))
+            if told is None:
+                raise
+            raise told.exceptions[0] from None
         finally:
+            self._nursery.close()
             await self._orphans()
             loop.remove_signal_handler(signal.SIGCHLD)
 
@@ -100,6 +97,8 @@ class Supervisor:
 
     def _reap(self) -> bool:
         """Collects orphans that ended; our own children are their keepers' to collect. False where no child is left."""
+        if self._nursery.labour:
+            return True  # one that nobody knows yet may be among them; its keeper looks here when it ends
         own = set(self.pids().values())
         while True:
             try:
@@ -122,13 +121,13 @@ class Supervisor:
 class _Child:
     """One service, start after start."""
 
-    def __init__(self, service: str, command: list[str], log: Log, reap: Callable[[], bool]) -> None:
+    def __init__(self, service: str, nursery: Nursery, log: Log, reap: Callable[[], bool]) -> None:
         self.service = service
+        self._nursery = nursery
         self._reap = reap
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Born | None = None
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = False
-        self._command = command
         self._log = log
         self._generation = 0
 
@@ -162,7 +161,14 @@ class _Child:
         """One process, from start to end; its status."""
         loop = asyncio.get_running_loop()
         self._generation += 1
-        process = self._spawn()
+        birth = asyncio.ensure_future(self._nursery.bear(self.service, self._generation))
+        try:
+            process = await asyncio.shield(birth)
+        except asyncio.CancelledError:
+            process = await birth
+            process.kill()
+            process.wait()
+            raise
         self.ended = ended = loop.create_future()
         pidfd = os.pidfd_open(process.pid)
         loop.add_reader(pidfd, _settle, ended)
@@ -177,21 +183,9 @@ class _Child:
             process.wait()
             self.process = None
             self._reap()
-        return process.returncode
-
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        environment = {
-            **os.environ,
-            supervised.SUPERVISOR: str(os.getpid()),
-            supervised.GENERATION: str(self._generation),
-        }
-        return subprocess.Popen(self._command, stdin=subprocess.DEVNULL, env=environment, process_group=0)
+        return process.wait()
 
 
 def _settle(future: asyncio.Future[None]) -> None:
     if not future.done():
         future.set_result(None)
-
-
-def _module(service: str) -> list[str]:
-    return [sys.executable, "-m", f"falkirk.{service}"]

@@ -82,6 +82,7 @@ def _refuse(message: str) -> Any:
 
 
 async def _run(shell: Shell, arguments: list[str]) -> int:
+    from falkirk.cli.nursery import Stillborn
     from falkirk.cli.supervisor import Refused, Supervisor
     from falkirk.runtime.log import Log
 
@@ -105,6 +106,9 @@ async def _run(shell: Shell, arguments: list[str]) -> int:
     except Refused as refused:
         typer.echo(f"falkirk up: {refused}", err=True)
         return 2
+    except Stillborn as failed:
+        typer.echo(f"falkirk up: {failed}", err=True)
+        return 1
     finally:
         announcer.cancel()
         with contextlib.suppress(asyncio.CancelledError):

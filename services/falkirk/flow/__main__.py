@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 
 from falkirk.api.flow.v1 import flow_service_pb2_grpc
@@ -18,13 +19,11 @@ from falkirk.runtime import telemetry
 from falkirk.runtime.client import channel
 from falkirk.runtime.replica import BlobReplica
 from falkirk.runtime.server import Server
-from falkirk.runtime.settings import arguments
+from falkirk.runtime.settings import Shell, arguments
 
 
-async def main() -> None:
+async def serve(shell: Shell, settings: FlowSettings) -> None:
     """Serve until SIGTERM."""
-    shell, settings = arguments("flow", FlowSettings)
-    telemetry.setup("flow", shell)
     server = Server("flow", shell)
     feed = EventFeed()
     fleet = Fleet(shell, settings, feed, server.set_ready)
@@ -67,5 +66,13 @@ async def main() -> None:
     await server.run(lambda: fleet.run(audit), *(replica.run for replica in fleet.replica.values()))
 
 
+def main() -> int:
+    """Reads settings and serves; the exit status."""
+    shell, settings = arguments("flow", FlowSettings)
+    telemetry.setup("flow", shell)
+    asyncio.run(serve(shell, settings))
+    return 0
+
+
 if __name__ == "__main__":
-    asyncio.run(main())
+    sys.exit(main())

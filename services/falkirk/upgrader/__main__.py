@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 
 from falkirk.api.upgrader.v1 import upgrader_service_pb2_grpc
@@ -30,12 +31,13 @@ async def serve(shell: Shell, settings: Settings) -> None:
     await server.run(lock.namespace.run, lock.lowering.run, lock.run)
 
 
-def main() -> None:
-    """Reads settings and serves."""
+def main() -> int:
+    """Reads settings and serves; the exit status."""
     shell, settings = arguments("upgrader", Settings)
     telemetry.setup("upgrader", shell)
     asyncio.run(serve(shell, settings))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
