@@ -20,6 +20,8 @@ from falkirk.decide.callers import Caller, NotAnIdentity, parse
 
 NO_CHECK_TIME: Final = 0x200000
 """X509_V_FLAG_NO_CHECK_TIME: time is judged at each call, where it can be told and recorded, and where long connections meet it too."""
+ROOTS: Final = "falkirk-roots/1"
+"""The protocol, by ALPN, of a front's answer to who has only a fingerprint (`falkirk.runtime.front`)."""
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:

@@ -35,7 +35,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter
 
 from falkirk.decide.callers import Caller, NotAnIdentity
-from falkirk.runtime.certificates import caller_of
+from falkirk.runtime.certificates import ROOTS, caller_of
 from falkirk.runtime.settings import SettingsError, host_port
 
 MOST: Final = 1024
@@ -43,7 +43,6 @@ STRANGERS: Final = 256
 STRANGER_SECONDS: Final = 60.0
 HANDSHAKE_SECONDS: Final = 5.0
 CHUNK: Final = 65536
-ROOTS: Final = "falkirk-roots/1"
 HTTP2: Final = "h2"
 SWEEP_SECONDS: Final = 1.0
 

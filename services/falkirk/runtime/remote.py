@@ -19,7 +19,6 @@ from cryptography import x509
 
 from falkirk.runtime import certificates, client
 from falkirk.runtime.errors import FalkirkError
-from falkirk.runtime.front import ROOTS
 from falkirk.runtime.settings import host_port
 
 CONNECT_SECONDS: Final = 10.0
@@ -87,7 +86,7 @@ def _bundle(address: str) -> str:
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # what comes is held against the fingerprint, and nothing secret is sent
-    context.set_alpn_protocols([ROOTS])
+    context.set_alpn_protocols([certificates.ROOTS])
     data = b""
     try:
         with (
