@@ -25,6 +25,7 @@ from typing import Any, Final
 from tools.load import http_server
 from tools.mesh import Mesh, resource, rule
 from tools.netlab import Lab, LabError, Namespace, stop, wait_for
+from tools.own_device import OwnDevice
 from tools.wg_device import StockDevice
 
 TENANT: Final = "acme"
@@ -63,14 +64,14 @@ class Devices:
         self._directory = directory / "devices"
         self._directory.mkdir(mode=0o700)
         self.phone = StockDevice(lab, "phone", self._directory)
-        self.desk: Namespace = lab.namespace("desk")
+        self._desk = OwnDevice(lab, "desk", self._directory, mesh)
+        self.desk: Namespace = self._desk.namespace
         net = f"198.19.{lab.number}"
         for at, namespace in ((0, self.phone.namespace), (4, self.desk)):
             lab.cable(None, namespace, [f"{net}.{at + 1}/30"], [f"{net}.{at + 2}/30"])
             namespace.run("ip", "route", "add", "default", "via", f"{net}.{at + 1}")
         self._address, self._port = f"{net}.1", _free_port(f"{net}.1")
         self._addresses: dict[str, list[str]] = {}
-        self._desk_is_up = False
         self.result: dict[str, Any] = {}
 
     def settings(self) -> dict[str, Any]:
@@ -95,9 +96,8 @@ class Devices:
             for step in (self._join, self._ping, self._page, self._ssh, self._denied, self._revoked):
                 step()
         finally:
-            # Its processes are nobody's children.
-            if self._desk_is_up:
-                self._falkirk("down")
+            # A demo whose namespaces are kept leaves no client in them.
+            self._desk.down()
         return self.result
 
     def good(self) -> bool:
@@ -135,32 +135,10 @@ class Devices:
 
     def _enrol(self) -> None:
         """The desk makes its own key, and shows a token."""
-        options = ("--tenant", TENANT, "--user", "alice")
-        token = self._directory / "token"
-        token.touch(mode=0o600)
-        made = self._mesh.ask_json("tokens", "device", "token", "create", *options)
-        token.write_text(str(made[0]["secret"]))
-        self._line(f"desk (alice's): falkirk device token create {' '.join(options)}")
-        for words in (("enroll", "--token-file", str(token), "--name", "desk"), ("up", "--no-dns")):
-            self._desk_is_up = words[0] == "up"
-            self._falkirk(*words)
-            self._line(f"$ falkirk device {' '.join(words)}")
-
-    def _falkirk(self, *words: str) -> None:
-        """`falkirk device` at the desk."""
-        state = ("--state", str(self._directory / "desk"))
-        command = self.desk.command(sys.executable, "-m", "falkirk.cli.main", "device", *words, *state)
-        done = subprocess.run(
-            command,
-            env=self._mesh.environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        if done.returncode:
-            raise LabError(f"falkirk device {words[0]}: {done.stderr.strip()}")
+        token, enroll = self._desk.enroll("--tenant", TENANT, "--user", "alice")
+        self._line(f"desk (alice's): {token}")
+        for command in (enroll, self._desk.up()):
+            self._line(f"$ {command}")
 
     def _given(self, name: str) -> list[str]:
         return [str(one) for one in self._device(name)["addresses"]]

@@ -70,6 +70,14 @@ class Namespace:
         """Start; the lab stops it."""
         return self.lab.start(self.command(*command), log=log)
 
+    def ping(self, address: str, *, seconds: int = 2) -> bool:
+        """Whether an echo comes back in time."""
+        try:
+            self.run("ping", "-c", "1", "-n", "-W", str(seconds), address)
+        except LabError:
+            return False
+        return True
+
     def sysctl(self, key: str, value: str) -> bool:
         """Set a kernel parameter of this namespace; False where /proc/sys is read-only."""
         path = f"/proc/sys/{key.replace('.', '/')}"

@@ -2,7 +2,7 @@
 
     sessions    1,000 UDP sessions at once for so many minutes, each with a datagram and its echo every few seconds
     churn       a million short flows, UDP and TCP by turns, through tunnels that open and close
-    wireguard   stock WireGuard clients through roaming, restarts and rekeys (`tools.soak_wireguard`)
+    wireguard   WireGuard clients, stock ones and ours, through roaming, restarts and rekeys (`tools.soak_wireguard`)
 
 Of the first two: before and after, each process of the mesh is asked what it holds: descriptors, anonymous memory (/proc/PID/smaps_rollup), and the flow
 tracker its flows and slots. What must be as it was is so, or the exit code is 1: descriptors, flows and slots exactly, memory
@@ -30,6 +30,7 @@ from typing import Any, Final
 from tools import soak_wireguard
 from tools.mesh import Mesh, resource, rule
 from tools.netlab import Lab, LabError, guard_signals, wait_for
+from tools.processes import descendants, module
 from tools.soak_device import Count, Device
 
 SERVER: Final = Path(__file__).parent / "load" / "soak_server.py"
@@ -116,21 +117,6 @@ class Soak:
             if told is not None:
                 told(total)
         return total
-
-
-def descendants(pid: int) -> list[int]:
-    """Children of a process, and theirs."""
-    children = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            children += [int(child) for child in (task / "children").read_text().split()]
-    return [*children, *(below for child in children for below in descendants(child))]
-
-
-def module(pid: int) -> str:
-    """What a process runs."""
-    command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    return next((part.decode() for part in command if part.startswith(b"falkirk.")), "?")
 
 
 def anonymous_kib(pid: int) -> int:

@@ -1,15 +1,16 @@
-"""`tools/soak wireguard`: stock wireguard-go through a whole mesh, for as long as three of its rekeys take (it makes one every two minutes).
+"""`tools/soak wireguard`: WireGuard clients through a whole mesh, for as long as three of their rekeys take (they make one every two minutes).
 
-Two clients at once, Debian's wireguard-go and (where there is a `go` to build it) the newest one, each in a namespace of its own. Each first pings, and
+Three at once, Debian's wireguard-go, (where there is a `go` to build it) the newest one, and ours, each in a namespace of its own. Each first pings, and
 takes and gives a gigabyte by SHA-256. Then a connection of each ticks all the time, while things happen to all: another port of the client, another
-address, both; the on-ramp's worker is killed; the whole on-ramp is killed, and is ended. After each: how long was the longest silence, and did the connection go on.
+address, both; the on-ramp's workers are killed; the whole on-ramp is killed, and is ended. After each: how long was the longest silence, and did the connection go on.
 At last nothing happens for the rest of the time but rekeys. Exit code 0 where no byte was wrong and no connection lost.
 
-Limit: IPv4 outside; silences are told, not judged: on a machine that does other things a client may wait as long for its processor.
+Limits: IPv4 outside; our client's port is its system's choice, so it stays. Silences are told, not judged: on a machine that does other things a client may wait as long for its processor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,8 @@ from tools import go_peers
 from tools.bench_wireguard import WIREGUARD_GO, key_of
 from tools.mesh import Mesh, resource, rule
 from tools.netlab import Lab, LabError, wait_for
+from tools.own_device import OwnDevice
+from tools.processes import children, module
 from tools.wg_device import StockDevice
 
 STEADY: Final = Path(__file__).parent / "load" / "steady.py"
@@ -40,15 +42,13 @@ DEADLINE_S: Final = 20.0
 
 
 class Client:
-    """One stock client and its connection."""
+    """One client and its connection."""
 
-    def __init__(self, place: Walk, name: str, number: int, program: str) -> None:
-        self.name, self.near = name, f"198.18.{number}.1"
+    def __init__(self, place: Walk, device: StockDevice | OwnDevice, number: int) -> None:
+        self.name, self.near = device.name, f"198.18.{number}.1"
         self.outer = [f"198.18.{number}.{host}" for host in (2, 3)]
-        self.device = StockDevice(place.lab, name, place.directory, program)
-        place.lab.cable(
-            place.node, self.device.namespace, [f"{self.near}/24"], [f"{address}/24" for address in self.outer]
-        )
+        self.device = device
+        place.lab.cable(place.node, device.namespace, [f"{self.near}/24"], [f"{address}/24" for address in self.outer])
         self.handshakes: set[int] = set()
         self._ticks: subprocess.Popen[str] | None = None
         self._port = 40_000 + number
@@ -87,7 +87,8 @@ class Client:
     def another_port(self) -> None:
         """As behind a NAT that has forgotten it."""
         self._port += 100
-        self.device.namespace.run("wg", "set", self.device.interface, "listen-port", str(self._port))
+        if isinstance(self.device, StockDevice):
+            self.device.namespace.run("wg", "set", self.device.interface, "listen-port", str(self._port))
 
     def another_address(self) -> None:
         """The other one of its two: as from one network to another, while both are there."""
@@ -104,7 +105,7 @@ class Client:
 
 
 class Walk:
-    """A mesh, a server, and the clients."""
+    """A mesh, a server, and the clients, connected."""
 
     def __init__(self, lab: Lab, directory: Path, workers: int, say: Callable[[str], None]) -> None:
         self.lab, self.directory = lab, directory
@@ -118,45 +119,57 @@ class Walk:
         newest = go_peers.program(WIREGUARD_GO, say)
         if newest is not None:
             programs["newest"] = str(newest)
-        self.clients = [Client(self, name, 2 + at, program) for at, (name, program) in enumerate(programs.items())]
         self.mesh = Mesh(lab, directory, self.node)
-        self.mesh.start({"workers": workers, "onramp": {"wireguard": {"port": PORT}}})
-        addresses = {client.name: f"100.96.0.{9 + at}" for at, client in enumerate(self.clients)}
-        devices = [
-            resource(
-                "Device",
-                client.name,
-                "acme",
-                publicKey=client.device.public_key,
-                addresses=[addresses[client.name]],
-            )
-            for client in self.clients
+        stock = {
+            f"100.96.0.{9 + at}": StockDevice(lab, name, directory, program)
+            for at, (name, program) in enumerate(programs.items())
+        }
+        ours = OwnDevice(lab, "ours", directory, self.mesh)
+        devices: list[StockDevice | OwnDevice] = [*stock.values(), ours]
+        self.clients = [Client(self, device, number) for number, device in enumerate(devices, 2)]
+        endpoints = [f"{client.near}:{PORT}" for client in self.clients]
+        self.mesh.start({"workers": workers, "onramp": {"wireguard": {"port": PORT, "endpoints": endpoints[-1:]}}})
+        known = [
+            resource("Device", device.name, "acme", publicKey=device.public_key, addresses=[address])
+            for address, device in stock.items()
         ]
         self.mesh.apply(
             [
                 resource("Tenant", "acme"),
                 resource("Route", "all", "acme", prefix="0.0.0.0/0", target={"internet": {}}),
                 resource("Policy", "access", "acme", priority=10, rules=[rule("all", "true", "allow")]),
-                *devices,
+                *known,
             ]
         )
         key = key_of(self.mesh)
-        for client in self.clients:
-            client.device.join(key, f"{client.near}:{PORT}", [addresses[client.name]], allowed=["0.0.0.0/0"])
+        for endpoint, (address, device) in zip(endpoints, stock.items(), strict=False):
+            device.join(key, endpoint, [address], allowed=["0.0.0.0/0"])
+        wait_for("the node, by the registry", lambda: bool(self.mesh.ask_json("nodes", "node", "list")), DEADLINE_S)
+        ours.enroll("--tenant", "acme")
+        ours.up()
 
-    def pid(self, name: str) -> int:
-        """Of a process of the on-ramp's; 0 while it can't be asked."""
-        try:
-            stats = json.loads(self.mesh.ask("doctor", "--json"))["mesh"]["processes"]
-        except LabError:
-            return 0
-        return next((each["pid"] for each in stats if each["name"] == name and each["alive"]), 0)
+    def onramp(self) -> list[int]:
+        """Its process, as its lock says; none while there is none. Nobody is asked, as that would take a processor from who starts meanwhile."""
+        with contextlib.suppress(OSError, ValueError):
+            pid = int((self.mesh.run_dir / ".onramp.lock").read_text())
+            return [pid] if module(pid) == "falkirk.onramp" else []
+        return []
 
-    def end(self, name: str, number: signal.Signals) -> None:
-        """Signal one, and wait until there is another."""
-        pid = self.pid(name)
-        os.kill(pid, number)
-        wait_for(f"another {name}", lambda: self.pid(name) not in (0, pid), DEADLINE_S)
+    def workers(self) -> list[int]:
+        """Those of the on-ramp that run."""
+        found = []
+        for pid in (child for parent in self.onramp() for child in children(parent)):
+            with contextlib.suppress(OSError):
+                found += [pid] if module(pid) == "falkirk.onramp.worker" else []
+        return found
+
+    def end(self, pids: Callable[[], list[int]], number: signal.Signals) -> None:
+        """Signal them, and wait until there are as many others."""
+        wait_for("what is to end", lambda: bool(pids()), DEADLINE_S)
+        before = pids()
+        for pid in before:
+            os.kill(pid, number)
+        wait_for("others", lambda: len(now := pids()) == len(before) and not {*now} & {*before}, DEADLINE_S)
 
     def _each(self, what: Callable[[Client], None]) -> None:
         for client in self.clients:
@@ -170,12 +183,16 @@ class Walk:
             ("both at once", Client.both),
         ):
             yield name, partial(self._each, roam)
-        yield "on-ramp's worker killed", lambda: self.end("onramp.worker.0", signal.SIGKILL)
-        yield "on-ramp killed", lambda: self.end("onramp", signal.SIGKILL)
-        yield "on-ramp ended", lambda: self.end("onramp", signal.SIGTERM)
+        yield from self.restarts()
+
+    def restarts(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        """The last three of them."""
+        yield "on-ramp's workers killed", lambda: self.end(self.workers, signal.SIGKILL)
+        yield "on-ramp killed", lambda: self.end(self.onramp, signal.SIGKILL)
+        yield "on-ramp ended", lambda: self.end(self.onramp, signal.SIGTERM)
 
 
-@contextmanager
+@contextlib.contextmanager
 def walk(workers: int, say: Callable[[str], None]) -> Iterator[Walk]:
     """All of it, gone at the end."""
     with tempfile.TemporaryDirectory(prefix="fk-soak-") as directory, Lab() as lab:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from falkirk.wireguard.primitives import public_key
-from tools.netlab import Lab, LabError, Namespace, run, wait_for
+from tools.netlab import Lab, Namespace, run, wait_for
 
 UP_S = 10.0
 
@@ -112,8 +112,4 @@ class StockDevice:
 
     def ping(self, address: str, *, seconds: int = 2) -> bool:
         """Whether an echo comes back in time."""
-        try:
-            self.namespace.run("ping", "-c", "1", "-n", "-W", str(seconds), address)
-        except LabError:
-            return False
-        return True
+        return self.namespace.ping(address, seconds=seconds)
