@@ -6,19 +6,24 @@ import contextlib
 import os
 import select
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from falkirk.linux import sieve, trains
-from falkirk.onramp import neighbours
+from falkirk.onramp import neighbours, wireguard
 from falkirk.onramp.control import owner
 from falkirk.onramp.neighbours import Neighbours
 from falkirk.onramp.reactor import Reactor
 from falkirk.onramp.tables import DeviceRow, NetworkRow, Tables, TenantRow
 from falkirk.onramp.wireguard import WireGuard
+from falkirk.wireguard import node as engine
+from falkirk.wireguard import primitives
 from falkirk.wireguard.messages import INITIATION, INITIATION_SIZE
+from falkirk.wireguard.outcome import Arrivals
+from falkirk.wireguard.peer import Endpoint
 
 DEADLINE_S = 20.0
 WORKERS = 2
@@ -31,12 +36,15 @@ class Node:
         self.reactor = Reactor()
         self.counts: list[Counter[str]] = [Counter() for _ in range(WORKERS)]
         self.tables = Tables()
-        self.keys: list[bytes] = []
+        self.heard: list[Endpoint | None] = []
+        """What the parent was told, by either."""
+        self.secrets: list[bytes] = []
+        """The devices' keys."""
         rows: list[TenantRow | NetworkRow | DeviceRow] = [TenantRow("t", "acme"), NetworkRow("n", "t", "default", True)]
         for worker in range(WORKERS):
-            while owner(key := os.urandom(32), WORKERS) != worker:
+            while owner(key := primitives.public_key(own := os.urandom(32)), WORKERS) != worker:
                 pass
-            self.keys.append(key)
+            self.secrets.append(own)
             rows.append(
                 DeviceRow(f"d{worker}", "t", f"d{worker}", addresses=(bytes((10, 0, 0, worker)),), public_key=key)
             )
@@ -49,6 +57,7 @@ class Node:
         for end in (end for ends in inboxes for end in ends):
             stack.enter_context(end)
         secret = os.urandom(32)
+        self.public = primitives.public_key(secret)
         self.workers = [
             WireGuard(
                 self.reactor,
@@ -60,7 +69,7 @@ class Node:
                 lambda: self.tables,
                 lambda _: 1,
                 lambda *_: None,
-                lambda *_: None,
+                lambda _, peer: self.heard.append(peer.endpoint),
                 ways[worker],
                 self._counter(worker),
             )
@@ -73,17 +82,21 @@ class Node:
 
         return count
 
-    def run(self, until: socket.socket) -> bytes:
-        """Turn until somebody has got something; what."""
+    def turn(self, until: Callable[[], bool]) -> None:
+        """Until something is so."""
 
         def look() -> bool:
-            if select.select([until], [], [], 0)[0]:
+            if until():
                 self.reactor.stop()
             return False
 
         self.reactor.after.append(look)
         self.reactor.later(DEADLINE_S, self.reactor.stop)
         self.reactor.run()
+
+    def run(self, until: socket.socket) -> bytes:
+        """Turn until somebody has got something; what."""
+        self.turn(lambda: bool(select.select([until], [], [], 0)[0]))
         until.setblocking(False)
         return until.recv(65536)
 
@@ -119,3 +132,31 @@ def test_data_of_before_are_answered_by_the_worker_whose_device_it_is(node: Node
         answer = node.run(device)
         assert (answer[0], len(answer), answer[4] % WORKERS) == (INITIATION, INITIATION_SIZE, 1)
     assert [counts["passed_on"] for counts in node.counts] == [int(asks == 0), 0]
+
+
+def test_where_a_device_is_that_has_come_is_told_before_the_next_report(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed in between is of no use to the next one."""
+    monkeypatch.setattr(wireguard, "REPORT_S", 10 * DEADLINE_S)
+    worker, mine = node.workers[1], engine.Node(node.secrets[1], rng=os.urandom)
+    with trains.open_socket("127.0.0.1") as device:
+        there = mine.add_peer(node.public, allowed=[(bytes(4), 0)], endpoint=node.sockets[1].getsockname())
+        worker.start()
+
+        def say(datagrams: list[bytes]) -> None:
+            for datagram in datagrams:
+                device.sendto(datagram, node.sockets[1].getsockname())
+
+        def answered() -> bool:
+            if select.select([device], [], [], 0)[0]:
+                arrivals = Arrivals()
+                mine.receive(
+                    device.recv(65536), node.sockets[1].getsockname(), time.monotonic(), time.time_ns(), arrivals
+                )
+                say([datagram for _, datagram in arrivals.datagrams])
+            return bool(node.heard)
+
+        say(mine.initiate(there, time.monotonic(), time.time_ns()))
+        node.turn(answered)
+        assert [trains.sender(place) for place in node.heard if place is not None] == [device.getsockname()]

@@ -58,6 +58,8 @@ PLACES: Final = 100_000
 """Endpoints that are remembered; beyond, the oldest are forgotten, and their devices come back by their own timers."""
 REPORT_S: Final = 1.0
 """How often the parent hears of what has changed about devices."""
+PLACE_S: Final = 0.05
+"""How soon it hears where a device is that has come or moved: whoever takes over from this process asks it for a handshake there."""
 SIFT_S: Final = 0.1
 """How often it is looked how much of a flood is to be read, while there is one."""
 ASKED: Final = 10
@@ -128,6 +130,8 @@ class WireGuard:
         self._asking: deque[Peer] = deque()
         """Whom to ask for a handshake after a restart."""
         self._news: set[Peer] = set()
+        self._elsewhere: set[Peer] = set()
+        """Those of them that have come or moved."""
         self._timer: Timer | None = None
         self._due = float("inf")
         self._counted: dict[str, int] = dict.fromkeys(REASONS, 0)
@@ -196,6 +200,7 @@ class WireGuard:
         self._node.remove_peer(peer.public_key)
         self._peers.pop(link.device_id, None)
         self._news.discard(peer)
+        self._elsewhere.discard(peer)
         self._close_tunnel(peer, reason)
 
     def _again(self, peer: Peer, reason: str) -> None:
@@ -245,6 +250,8 @@ class WireGuard:
                 self._neighbours.give(event.worker, Passed(event.endpoint, event.datagram, event.claim))
             elif event.peer is not None:
                 self._news.add(event.peer)
+                if event.kind in ("handshake", "moved"):
+                    self._tell_soon(event.peer)
                 if event.kind == "handshake":
                     self._open(event.peer)
                 elif event.kind == "silent":
@@ -364,7 +371,7 @@ class WireGuard:
         link: Link = peer.owner
         link.trunk = self._trunks[worker]
         # Whatever was reported of it before had no tunnel yet that the parent knew; a device that only keeps alive has no other news.
-        self._news.add(peer)
+        self._tell_soon(peer)
         held, link.held = link.held, None
         if held:
             self._up(peer, held)
@@ -470,7 +477,28 @@ class WireGuard:
         self._reactor.later(REPORT_S, self._report)
         self._give_up(time.monotonic())
         news, self._news = self._news, set()
-        for peer in news:
+        self._tell(news)
+        self._sift(time.monotonic())
+        for reason, count in self._node.counters.items():
+            more = count - self._counted[reason]
+            if more:
+                self._counted[reason] = count
+                self._count(WIREGUARD + reason, more)
+
+    def _tell_soon(self, peer: Peer) -> None:
+        self._news.add(peer)
+        if not self._elsewhere:
+            self._reactor.later(PLACE_S, self._tell_places)
+        self._elsewhere.add(peer)
+
+    def _tell_places(self) -> None:
+        elsewhere, self._elsewhere = self._elsewhere, set()
+        self._news -= elsewhere
+        self._tell(elsewhere)
+
+    def _tell(self, peers: Iterable[Peer]) -> None:
+        """The parent, and ourselves, where they are."""
+        for peer in peers:
             if peer.owner.tunnel:
                 self._heard(peer.owner.tunnel, peer)
             if peer.endpoint is not None and peer.handshake_wall_ns:
@@ -479,12 +507,6 @@ class WireGuard:
                 self._places[place] = peer.owner.device_id
         while len(self._places) > PLACES:
             del self._places[next(iter(self._places))]
-        self._sift(time.monotonic())
-        for reason, count in self._node.counters.items():
-            more = count - self._counted[reason]
-            if more:
-                self._counted[reason] = count
-                self._count(WIREGUARD + reason, more)
 
     def _sift(self, now: float) -> None:
         """Under a flood, have the kernel keep out what nothing would come of."""
