@@ -134,6 +134,39 @@ def test_data_of_before_are_answered_by_the_worker_whose_device_it_is(node: Node
     assert [counts["passed_on"] for counts in node.counts] == [int(asks == 0), 0]
 
 
+def test_devices_of_before_are_asked_for_a_handshake_those_with_flows_first(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next packet of either would be lost, be it of a flow or of one that begins then. Who has none isn't asked again."""
+    monkeypatch.setattr(wireguard, "ASKED", 1)
+    monkeypatch.setattr(wireguard, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(wireguard, "REPORT_S", 0.01)
+    worker = node.workers[1]
+    while owner(key := os.urandom(32), WORKERS) != 1:
+        pass
+    node.tables.apply([DeviceRow("d2", "t", "d2", addresses=(bytes((10, 0, 0, 2)),), public_key=key)])
+    with trains.open_socket("127.0.0.1") as idle, trains.open_socket("127.0.0.1") as busy, worker.connect(0):
+        for device_id, device in (("d1", idle), ("d2", busy)):
+            worker.remember([(device_id, "{}:{}".format(*device.getsockname()))])
+        worker.review(node.tables, None)
+        assert worker.restore(1, "d1", 0, busy=False) == ""
+        assert worker.restore(2, "d2", 0, busy=True) == ""
+        worker.start()
+        asked: list[tuple[str, int, int]] = []
+
+        def withdrawn() -> bool:
+            for name, device in (("idle", idle), ("busy", busy)):
+                if select.select([device], [], [], 0)[0]:
+                    datagram = device.recv(65536)
+                    asked.append((name, datagram[0], len(datagram)))
+            return len(asked) == 2 and worker._peers["d1"].pending is None
+
+        node.turn(withdrawn)
+        assert asked == [(name, INITIATION, INITIATION_SIZE) for name in ("busy", "idle")]
+        assert worker._peers["d2"].pending is not None
+        worker.disconnect(0)
+
+
 def test_where_a_device_is_that_has_come_is_told_before_the_next_report(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,8 @@ known are in one place. What came to another one is passed on (`neighbours`), an
 Data of a session that isn't here any more come to the worker that its index names. Where a device was last heard from is known to that one as long as there are as many workers as
 before; else all of them know it from the start, and the one asks the device's.
 
-Sessions end with the process, tunnels don't: flow workers tell the next one of them, and it asks each device that still sends, or is sent to, for a handshake.
+Sessions end with the process, tunnels don't: flow workers tell the next one of them, and it asks each device for a handshake, those with flows first. Otherwise a device's next
+packet would be lost by which it is found out that its session is gone: for a new connection that is a second, for a name that is looked up five.
 
 Limits: 64 KiB a datagram of packets; `HELD` packets of a device wait until its flow worker reads its tunnel.
 """
@@ -65,6 +66,8 @@ SIFT_S: Final = 0.1
 ASKED: Final = 10
 ASK_S: Final = 0.02
 """After a restart so many devices are asked for a handshake in so many seconds: a tenth of a processor."""
+PATIENCE_S: Final = 3.0
+"""How long one that has no flows may take to answer that; it isn't asked again, as the protocol would after 5 s: many may be gone."""
 _ASKED: Final = ("no_cookie", "handshake_rate")
 """Why initiations without a cookie come to nothing under load."""
 AWAITED_S: Final = 180.0
@@ -129,6 +132,10 @@ class WireGuard:
         """Until when the devices of which tunnels are awaited."""
         self._asking: deque[Peer] = deque()
         """Whom to ask for a handshake after a restart."""
+        self._asking_once: deque[Peer] = deque()
+        """And then whom, once."""
+        self._asked_once: deque[tuple[float, Peer]] = deque()
+        """Who was, and until when it may answer."""
         self._news: set[Peer] = set()
         self._elsewhere: set[Peer] = set()
         """Those of them that have come or moved."""
@@ -410,8 +417,8 @@ class WireGuard:
             self._places[place], self._last[device_id] = device_id, place
 
     def restore(self, tunnel: int, device_id: str, worker: int, *, busy: bool) -> str:
-        """Take up a device's tunnel that its flow worker reads already; its session begins anew: at once where it is `busy` and the device's endpoint is
-        known, else with the next packet either way. Why it can't be taken up; empty where it is."""
+        """Take up a device's tunnel that its flow worker reads already; its session begins anew: at once where the device's endpoint is known, sooner where it is
+        `busy`, else with the next packet either way. Why it can't be taken up; empty where it is."""
         tables = self._tables()
         row = tables.device_by_id(device_id) if tables is not None else None
         if tables is None or row is None or not row.public_key:
@@ -432,22 +439,28 @@ class WireGuard:
         self._by_tunnel[tunnel] = peer
         self._awaited.append((time.monotonic() + AWAITED_S, tunnel))
         self.taken(tunnel, worker)
-        if busy:
-            # Its next packet would be lost, and TCP's second one comes after twice the time.
-            if not self._asking:
-                self._reactor.later(0, self._ask)
-            self._asking.append(peer)
+        if not self._asking and not self._asking_once:
+            self._reactor.later(0, self._ask)
+        (self._asking if busy else self._asking_once).append(peer)
         return ""
 
     def _ask(self) -> None:
-        """Ask some of those for a handshake who had flows when the process before ended."""
+        """Ask some of those for a handshake who had a tunnel when the process before ended."""
         now = time.monotonic()
-        for _ in range(min(ASKED, len(self._asking))):
-            peer = self._asking.popleft()
-            if self._peers.get(peer.owner.device_id) is peer and not peer.usable(now):
+        for _ in range(min(ASKED, len(self._asking) + len(self._asking_once))):
+            once = not self._asking
+            peer = (self._asking_once if once else self._asking).popleft()
+            if self._peers.get(peer.owner.device_id) is peer and not peer.usable(now) and peer.pending is None:
                 self._send(peer, self._node.initiate(peer, now, time.time_ns()))
-        if self._asking:
+                if once:
+                    self._asked_once.append((now + PATIENCE_S, peer))
+        if self._asking or self._asking_once:
             self._reactor.later(ASK_S, self._ask)
+
+    def _withdraw(self, now: float) -> None:
+        """Whoever was asked once and didn't answer."""
+        while self._asked_once and self._asked_once[0][0] <= now:
+            self._node.withdraw(self._asked_once.popleft()[1])
 
     def _give_up(self, now: float) -> None:
         """Who hasn't come for too long won't."""
@@ -476,6 +489,7 @@ class WireGuard:
     def _report(self) -> None:
         self._reactor.later(REPORT_S, self._report)
         self._give_up(time.monotonic())
+        self._withdraw(time.monotonic())
         news, self._news = self._news, set()
         self._tell(news)
         self._sift(time.monotonic())

@@ -200,6 +200,11 @@ class Node:
         initiation = self._dialogue.initiate(peer, now, wall_ns)
         return [] if initiation is None else [initiation]
 
+    def withdraw(self, peer: Peer) -> None:
+        """Don't wait for an answer to our initiation, nor ask again, where no packet waits for that."""
+        if not peer.queue:
+            self._table.drop_pending(peer)
+
     def next_deadline(self) -> float:
         """When `poll` has something to do at the latest: monotonic seconds, infinite for never."""
         return min(self._table.next_due(), self._rest_at)

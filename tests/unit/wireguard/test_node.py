@@ -159,6 +159,27 @@ def test_an_unanswered_initiation_is_repeated_for_90_seconds_then_given_up() -> 
     assert world.lost() == []
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_an_initiation_that_is_withdrawn_is_not_repeated_unless_a_packet_waits(wanted: bool) -> None:
+    world = World()
+    world.wire += [
+        (CLIENT, SERVER, each) for each in world.client.node.initiate(world.to_server, world.now, world.wall)
+    ]
+    if wanted:
+        world.client.send(world.to_server, packet())
+    assert kinds(world.lost()) == ["i"]
+    world.client.node.withdraw(world.to_server)
+    assert (world.to_server.pending is not None) == wanted
+    world.now += 5.4
+    world.client.poll()
+    assert kinds(world.lost()) == (["i"] if wanted else [])
+    # And it may ask as ever.
+    world.now += 5
+    world.client.send(world.to_server, packet())
+    world.run()
+    assert packet() in world.server.take()
+
+
 def test_initiations_are_five_seconds_apart_whoever_asks() -> None:
     world = World()
     for _ in range(20):
