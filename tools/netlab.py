@@ -212,6 +212,10 @@ class Lab:
                 nodad = ["nodad"] if ":" in address else []
                 run([*prefix, "ip", "address", "add", address, "dev", interface, *nodad])
             run([*prefix, "ip", "link", "set", interface, "up"])
+            for address in (one.partition("/")[0] for one in addresses if ":" in one):
+                # Linux makes its route in a work queue, which namespaces that are taken down hold up.
+                local = [*prefix, "ip", "-6", "route", "show", "table", "local", address]
+                wait_for(f"a local route of {address}", lambda local=local: run(local) != "", 30)  # type: ignore[misc]
         return names
 
 

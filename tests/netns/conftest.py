@@ -13,13 +13,14 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pytest
 
 from falkirk.linux import netns
 from falkirk.linux.netlink import Netlink
-from tools.netlab import Network
+from tools.netlab import Network, wait_for
 
 if TYPE_CHECKING:
     from tests.netns.fidelity import Way, World
@@ -31,6 +32,24 @@ T = TypeVar("T")
 def in_namespace(namespace: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call the function in a thread of that network namespace (by descriptor); its result, or what it raised."""
     return in_thread(lambda: netns.join_network(namespace), lambda: function(*args, **kwargs))
+
+
+def add_address(device: str, address: bytes, prefix_length: int, prefix_route: bool = True) -> None:
+    """Give a device of the calling thread's namespace, which is up, a packed address; returns once packets to it are taken.
+
+    Linux gives an IPv6 address its local route in a work queue (addrconf_dad_work), which namespaces that are taken down
+    hold up: for seconds on a busy machine. Until then its neighbours say that it isn't reachable.
+    """
+    with Netlink() as links:
+        links.add_address(socket.if_nametoindex(device), address, prefix_length, prefix_route)
+    if len(address) == 16:
+        wait_for(f"a local route of {ipaddress.ip_address(address)}", lambda: _is_local(address), 30)
+
+
+def _is_local(address: bytes) -> bool:
+    """Whether the calling thread's namespace has a route of RTF_LOCAL for it (IPv6)."""
+    lines = Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()
+    return any(line.startswith(f"{address.hex()} 80 ") and int(line.split()[8], 16) & 0x80000000 for line in lines)
 
 
 def in_thread(prepare: Callable[[], None], function: Callable[[], T]) -> T:
@@ -147,8 +166,7 @@ class ServerNamespace:
     def _add(self, device: str, address: str, prefix_route: bool = True) -> None:
         packed = ipaddress.ip_address(address).packed
         length = self.prefix4.prefixlen if len(packed) == 4 else self.prefix6.prefixlen
-        with Netlink() as links:
-            links.add_address(socket.if_nametoindex(device), packed, length, prefix_route)
+        add_address(device, packed, length, prefix_route)
 
 
 @pytest.fixture

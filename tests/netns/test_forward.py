@@ -26,6 +26,7 @@ from scapy.layers.sctp import (
     SCTPChunkSACK,
 )
 
+from tests.netns.conftest import add_address
 from tests.netns.device_pairs import BEHIND, FAMILIES, FRAMINGS, STRANGERS, TENANT, Devices, Pair, payload, web_server
 from tests.netns.fidelity import DEADLINE_S, Client, World, begin, open_world, outcome, receive
 from tools.netlab import wait_for
@@ -251,21 +252,8 @@ def test_a_route_leads_to_what_is_behind_a_device(devices: Devices, family: int)
     pair = devices.pair("vnet", "raw")
     behind = BEHIND[family]
 
-    def add() -> None:
-        from falkirk.linux.netlink import Netlink
-
-        with Netlink() as links:
-            links.add_address(socket.if_nametoindex("lo"), socket.inet_pton(FAMILIES[family], behind), 128 if family == 6 else 32)  # fmt: skip
-
-    def is_local() -> bool:
-        with socket.socket(FAMILIES[family], socket.SOCK_DGRAM) as sock:
-            with contextlib.suppress(OSError):
-                sock.connect((behind, 1))
-            return bool(sock.getsockname()[0] == behind)
-
-    pair.nas.client.call(add)
-    # Linux gives an IPv6 address its local route in a work queue (addrconf_dad_work), a while after the answer.
-    wait_for("the address to be reachable", lambda: pair.nas.client.call(is_local), DEADLINE_S)
+    packed = socket.inet_pton(FAMILIES[family], behind)
+    pair.nas.client.call(add_address, "lo", packed, 8 * len(packed))
     with pair.nas.client.socket(FAMILIES[family]) as listener, pair.laptop.client.socket(FAMILIES[family]) as client:
         listener.bind((behind, 0))
         listener.listen()

@@ -25,7 +25,7 @@ from falkirk.wire.datagram import Heads
 from falkirk.wire.handover import OpenSocket, SocketFailed
 from falkirk.wire.packet import Packet, parse, split, verify
 from tests.flow_rig import DEVICE4, DEVICE6, FlowRig, read
-from tests.netns.conftest import in_namespace, in_thread
+from tests.netns.conftest import add_address, in_namespace, in_thread
 
 pytestmark = pytest.mark.netns
 
@@ -59,15 +59,17 @@ class Network:
         def up(device: str, number: int) -> None:
             with Netlink() as links:
                 links.set_link(socket.if_nametoindex("lo"))
-                index = socket.if_nametoindex(device)
-                links.set_link(index, mtu=mtu)
-                for family in (4, 6):
-                    packed = ipaddress.ip_address(address(number, family, net)).packed
-                    links.add_address(index, packed, 24 if family == 4 else 64)
+                links.set_link(socket.if_nametoindex(device), mtu=mtu)
+
+        def give(device: str, number: int) -> None:
+            for family in (4, 6):
+                packed = ipaddress.ip_address(address(number, family, net)).packed
+                add_address(device, packed, 24 if family == 4 else 64)
 
         in_namespace(here, make)
-        in_namespace(here, up, name, 1)
-        in_namespace(there, up, other, 2)
+        for step in (up, give):
+            in_namespace(here, step, name, 1)
+            in_namespace(there, step, other, 2)
 
     @staticmethod
     def _forward() -> None:

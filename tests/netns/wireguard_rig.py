@@ -25,7 +25,7 @@ from falkirk.linux.netlink import Netlink
 from falkirk.linux.wireguard import control
 from falkirk.linux.wireguard.request import InterfaceRequest, PeerRequest, encode
 from falkirk.wireguard import primitives
-from tests.netns.conftest import in_namespace, in_thread
+from tests.netns.conftest import add_address, in_namespace, in_thread
 
 T = TypeVar("T")
 DEADLINE_S = 20.0
@@ -69,13 +69,7 @@ class Side:
     def add_outer(self, address: str) -> None:
         """A further address at this end of the cable."""
         packed = ipaddress.ip_address(address).packed
-        length = 24 if len(packed) == 4 else 64
-
-        def add() -> None:
-            with Netlink() as links:
-                links.add_address(socket.if_nametoindex("eth0"), packed, length)
-
-        self.call(add)
+        self.call(lambda: add_address("eth0", packed, 24 if len(packed) == 4 else 64))
 
     def ping(self, address: str, *, size: int = 56) -> bool:
         """Whether one echo comes back within two seconds."""
