@@ -21,7 +21,7 @@ from falkirk.wireguard.outcome import Arrivals
 
 PAYLOAD = 36
 TRAIN = 64
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 
 
 def main() -> None:
@@ -51,6 +51,8 @@ def main() -> None:
         if time.monotonic() > deadline:
             raise SystemExit("no session: the server doesn't answer")
         select.select([sock], [], [], 1)
+        # Asks again where the node didn't know of the device yet, or was under load.
+        node.poll(time.monotonic(), time.time_ns(), arrivals)
         _receive(node, sock, buffer, arrivals)
     began = time.monotonic()
     sent, now = 0, began
