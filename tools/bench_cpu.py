@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tools.processes import descendants
+
 TICK_US = 1_000_000 // os.sysconf("SC_CLK_TCK")
 
 
@@ -25,24 +27,6 @@ def name(pid: int) -> str:
     return ""
 
 
-def descendants(root: int) -> list[int]:
-    """A process and all below it."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            children.setdefault(int(fields[1]), []).append(int(entry.name))
-    found, waiting = [], [root]
-    while waiting:
-        pid = waiting.pop()
-        found.append(pid)
-        waiting += children.get(pid, [])
-    return found
-
-
 def used_us(pid: int) -> tuple[int, int] | None:
     """Microseconds of processor time, in all and the kernel's part of it; None where it is gone."""
     try:
@@ -57,7 +41,9 @@ class Meter:
 
     def __init__(self, root: int) -> None:
         self._before = {
-            pid: (kind, used) for pid in descendants(root) if (kind := name(pid)) and (used := used_us(pid)) is not None
+            pid: (kind, used)
+            for pid in (root, *descendants(root))
+            if (kind := name(pid)) and (used := used_us(pid)) is not None
         }
 
     def used_us(self) -> dict[str, tuple[int, int]]:
@@ -82,7 +68,7 @@ class Meter:
 def memory(root: int, kind: str) -> int:
     """Bytes of anonymous memory that processes of a kind have resident."""
     total = 0
-    for pid in descendants(root):
+    for pid in (root, *descendants(root)):
         if name(pid) == kind:
             for line in Path(f"/proc/{pid}/status").read_text().splitlines():
                 if line.startswith("RssAnon:"):

@@ -213,10 +213,18 @@ class Lab:
                 run([*prefix, "ip", "address", "add", address, "dev", interface, *nodad])
             run([*prefix, "ip", "link", "set", interface, "up"])
             for address in (one.partition("/")[0] for one in addresses if ":" in one):
-                # Linux makes its route in a work queue, which namespaces that are taken down hold up.
-                local = [*prefix, "ip", "-6", "route", "show", "table", "local", address]
-                wait_for(f"a local route of {address}", lambda local=local: run(local) != "", 30)  # type: ignore[misc]
+                wait_until_local(address, prefix)
         return names
+
+
+def wait_until_local(address: str, inside: Sequence[str] = ()) -> None:
+    """Return once packets to an IPv6 address are taken by the calling thread's namespace, or the one in which the command line `inside` runs others.
+
+    Linux gives the address its local route in a work queue (addrconf_dad_work), which namespaces that are taken down hold
+    up: for seconds on a busy machine. Until then its neighbours say that it isn't reachable. Raises LabError.
+    """
+    command = [*inside, "ip", "-6", "route", "show", "table", "local", address]
+    wait_for(f"a local route of {address}", lambda: run(command) != "", 30)
 
 
 def run(

@@ -34,6 +34,7 @@ from tests.packets.runner import Run
 from tests.packets.script import FAMILIES, Case, read_all
 from tests.packets.server import Server
 from tools.netlab import LabError, run, wait_for
+from tools.processes import descendants
 
 SCRIPTS: Final = Path(__file__).resolve().parents[1] / "tests" / "packets"
 DEVICE: Final = "tap0"
@@ -83,7 +84,7 @@ class PastaRoad:
         own = os.stat("/proc/self/ns/net").st_ino  # noqa: PTH116 -- a magic link
 
         def look() -> bool:
-            for pid in _descendants(self._process.pid):
+            for pid in descendants(self._process.pid):
                 with contextlib.suppress(OSError):
                     path = f"/proc/{pid}/ns/net"
                     if os.stat(path).st_ino != own:  # noqa: PTH116
@@ -177,21 +178,12 @@ class PastaRoad:
         """End pasta and what runs in its namespace."""
         self._socket.close()
         os.close(self.namespace)
-        for pid in reversed([self._process.pid, *_descendants(self._process.pid)]):
+        for pid in reversed([self._process.pid, *descendants(self._process.pid)]):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, 9)
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
-
-
-def _descendants(pid: int) -> list[int]:
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-        children = [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    except OSError:
-        return []
-    return [*children, *(below for child in children for below in _descendants(child))]
 
 
 def _unpadded(data: bytes) -> bytes:

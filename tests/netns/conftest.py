@@ -13,14 +13,13 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import pytest
 
 from falkirk.linux import netns
 from falkirk.linux.netlink import Netlink
-from tools.netlab import Network, wait_for
+from tools.netlab import Network, wait_until_local
 
 if TYPE_CHECKING:
     from tests.netns.fidelity import Way, World
@@ -35,21 +34,11 @@ def in_namespace(namespace: int, function: Callable[P, T], *args: P.args, **kwar
 
 
 def add_address(device: str, address: bytes, prefix_length: int, prefix_route: bool = True) -> None:
-    """Give a device of the calling thread's namespace, which is up, a packed address; returns once packets to it are taken.
-
-    Linux gives an IPv6 address its local route in a work queue (addrconf_dad_work), which namespaces that are taken down
-    hold up: for seconds on a busy machine. Until then its neighbours say that it isn't reachable.
-    """
+    """Give a device of the calling thread's namespace, which is up, a packed address; returns once packets to it are taken."""
     with Netlink() as links:
         links.add_address(socket.if_nametoindex(device), address, prefix_length, prefix_route)
     if len(address) == 16:
-        wait_for(f"a local route of {ipaddress.ip_address(address)}", lambda: _is_local(address), 30)
-
-
-def _is_local(address: bytes) -> bool:
-    """Whether the calling thread's namespace has a route of RTF_LOCAL for it (IPv6)."""
-    lines = Path("/proc/thread-self/net/ipv6_route").read_text().splitlines()
-    return any(line.startswith(f"{address.hex()} 80 ") and int(line.split()[8], 16) & 0x80000000 for line in lines)
+        wait_until_local(str(ipaddress.ip_address(address)))
 
 
 def in_thread(prepare: Callable[[], None], function: Callable[[], T]) -> T:

@@ -33,6 +33,7 @@ import msgspec
 from tests.netns.conftest import ServerNamespace, in_namespace
 from tools.mesh import Mesh, resource, rule
 from tools.netlab import Lab, wait_for
+from tools.processes import descendants, module
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 T = TypeVar("T")
@@ -364,10 +365,8 @@ class World:
         """What each process below `falkirk up` holds, by its process id and command."""
         found = {}
         for pid in [self.pid, *descendants(self.pid)]:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            name = next((part.decode() for part in command if part.startswith(b"falkirk.")), "?")
             resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
-            found[f"{pid} {name}"] = Process(len(list(Path(f"/proc/{pid}/fd").iterdir())), resident)
+            found[f"{pid} {module(pid)}"] = Process(len(list(Path(f"/proc/{pid}/fd").iterdir())), resident)
         return found
 
     def hang_up(self) -> None:
@@ -379,14 +378,6 @@ class World:
     def close(self) -> None:
         """End the clients; the mesh and the server are whoever's who made them."""
         self.hang_up()
-
-
-def descendants(pid: int) -> list[int]:
-    """Children of a process, and theirs."""
-    children = [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-    return [*children, *(below for child in children for below in descendants(child))]
 
 
 @contextlib.contextmanager

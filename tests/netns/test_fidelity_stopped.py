@@ -17,11 +17,11 @@ from tests.netns.fidelity import (
     NO_ROUTE,
     Way,
     World,
-    descendants,
     open_world,
 )
 from tools.mesh import health
 from tools.netlab import wait_for
+from tools.processes import descendants
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(300)]
 STOPPED = ("registry", "policy", "router")

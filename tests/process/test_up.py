@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from falkirk.cli.nursery import Nursery, Stillborn
+
 SMALL = Path(__file__).with_name("up_small.py")
 DEADLINE = 20.0
 
@@ -174,6 +176,12 @@ def test_what_never_comes_up_is_said(run_dir: Path, tmp_path: Path, program: str
     )
     assert done.returncode == status, done.stderr
     assert said in done.stderr
+
+
+def test_a_nursery_without_an_interpreter_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(Stillborn, match=r"the nursery can't be started: .*/nonexistent/python"):
+        Nursery(()).start()
 
 
 def test_children_die_with_a_killed_supervisor(up: Up, run_dir: Path) -> None:

@@ -84,7 +84,7 @@ class Nursery:
         """True while a child may be there that `bear` hasn't told of yet."""
 
     def start(self) -> None:
-        """Starts the process, which goes on loading; `bear` would do it, too."""
+        """Starts the process, which goes on loading; `bear` would do it, too. Raises Stillborn."""
         ours, theirs = seqpacket.pair()
         with theirs:
             # The arguments say whose it is, and keep room for its children's command lines.
@@ -98,9 +98,9 @@ class Nursery:
                     pass_fds=(theirs.fileno(),),
                     process_group=0,
                 )
-            except BaseException:
+            except OSError as error:
                 ours.close()
-                raise
+                raise Stillborn(f"the nursery can't be started: {error}") from error
         self._control = ours
 
     async def bear(self, service: str, generation: int) -> Born:
